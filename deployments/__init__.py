@@ -1,0 +1,1 @@
+"""How Monofacet is served: Ray Serve deployments and the gRPC gateway in front of them."""
