@@ -1,0 +1,12 @@
+"""The validation rules' options, which the contract's stubs import.
+
+A process can hold one definition of ``buf/validate/validate.proto``. If the application has a ``buf.validate`` package,
+that one is used and ours stays out of the way; the rules in the contract are read the same by either.
+"""
+
+try:
+    from buf.validate import validate_pb2  # type: ignore[import-not-found, unused-ignore]
+except ImportError:
+    from monofacet._rules import _validate_pb2 as validate_pb2
+
+__all__ = ["validate_pb2"]

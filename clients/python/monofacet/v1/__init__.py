@@ -1,0 +1,1 @@
+"""Generated stubs of the contract ``monofacet.v1``; made by ``clients/python/tools/generate.py``."""
