@@ -84,6 +84,9 @@ class GreedyBatcher(Generic[Item, Result]):
         Batches that may run at once.
     weigh
         Weight of an item; 1 by default.
+    cancel_abandoned
+        Cancel a running batch once every one of its callers has gone. For a `run` that passes the
+        cancellation on to where the work waits; a forward that has begun cannot be stopped.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class GreedyBatcher(Generic[Item, Result]):
         max_queued: int,
         concurrency: int = 1,
         weigh: Callable[[Item], int] = lambda _: 1,
+        cancel_abandoned: bool = False,
     ) -> None:
         self._run = run
         self._max_batch = max_batch
@@ -102,7 +106,8 @@ class GreedyBatcher(Generic[Item, Result]):
         self._weigh = weigh
         self._tickets: deque[_Ticket[Item, Result]] = deque()
         self._queued = 0
-        self._running: set[asyncio.Task[None]] = set()
+        self._cancel_abandoned = cancel_abandoned
+        self._running: dict[asyncio.Task[None], _Batch[Item, Result]] = {}
         self._wakeup: asyncio.Handle | None = None
         self._closed = False
 
@@ -155,6 +160,8 @@ class GreedyBatcher(Generic[Item, Result]):
             # A cancelled caller leaves `done` cancelled, and `_prune` drops the rest of its items.
             if ticket.next < len(items):
                 self._prune(loop.time())
+            if self._cancel_abandoned and ticket.done.cancelled():
+                self._cancel_batches()
         results: list[Result] = ticket.results  # type: ignore[assignment]
         started = ticket.submitted if ticket.started is None else ticket.started
         return Outcome(results, started - ticket.submitted, ticket.run_s)
@@ -165,7 +172,7 @@ class GreedyBatcher(Generic[Item, Result]):
         while self._tickets or self._running:
             self._start()
             if self._running:
-                await asyncio.wait(self._running)
+                await asyncio.wait(list(self._running))
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
         # One turn of the event loop later, so that callers who arrived in the same turn share a batch.
@@ -180,7 +187,18 @@ class GreedyBatcher(Generic[Item, Result]):
             if not batch.entries:
                 return
             task = loop.create_task(self._run_batch(batch))
-            self._running.add(task)
+            self._running[task] = batch
+            # Not in a `finally` of the task: a task cancelled before its first step runs none.
+            task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        self._start()
+
+    def _cancel_batches(self) -> None:
+        for task, batch in self._running.items():
+            if all(ticket.done.cancelled() for ticket, _ in batch.entries):
+                task.cancel()
 
     def _next_batch(self, now: float) -> _Batch[Item, Result]:
         """Fill a batch: half of it one item a ticket, oldest first, the rest in order of arrival.
@@ -242,11 +260,6 @@ class GreedyBatcher(Generic[Item, Result]):
                     ticket.done.set_exception(error)
         else:
             self._deliver(batch, results, tickets, loop.time() - started)
-        finally:
-            task = asyncio.current_task()
-            if task is not None:
-                self._running.discard(task)
-            self._start()
 
     def _deliver(
         self,

@@ -103,6 +103,9 @@ class Settings(BaseSettings):
     default_deadline_s: float = Field(
         60.0, gt=0, description="Seconds a unary call may take when its caller set no deadline."
     )
+    max_call_s: float = Field(
+        0.0, ge=0, description="Seconds that any call may take; 0 sets no limit, since a corpus takes hours."
+    )
     drain_s: float = Field(
         30.0, ge=0, description="Seconds that calls in flight may take to finish once the server is stopping."
     )

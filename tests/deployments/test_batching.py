@@ -227,3 +227,18 @@ async def test_timings_tell_waiting_from_running() -> None:
     # The event loop's clock may be a little early, never by a whole batch.
     assert first.queue_s < 0.015 <= second.queue_s
     assert min(first.run_s, second.run_s) >= 0.015
+
+
+async def test_a_running_batch_is_cancelled_once_all_its_callers_have_gone() -> None:
+    model = DebugModel()
+    queue: GreedyBatcher[int, int] = GreedyBatcher(model, max_batch=8, max_queued=8, cancel_abandoned=True)
+    first, second = (asyncio.create_task(queue.submit([n])) for n in (1, 2))
+    await settle()
+    first.cancel()
+    await settle()
+    assert not second.done()
+    second.cancel()
+    await settle()
+    model.open = True
+    assert (await queue.submit([3])).results == [9]
+    assert model.batches == [[1, 2], [3]]

@@ -1,0 +1,210 @@
+"""The encoder: towers and dictionaries behind the greedy batcher.
+
+A message from a gateway holds the work of many callers. Images are decoded in threads beside the model;
+what survives is queued item by item; each forward takes a batch from the queue, whoever the callers are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deployments.batching import DeadlineExpired, GreedyBatcher, QueueFull
+from deployments.settings import Settings
+from deployments.work import BatchRecord, Encoded, EncoderInfo, Features, Reply, Work
+from services.dictionaries.base import Dictionary, Modality, SparseRow, sparse_rows
+from services.errors import InvalidInput
+
+log = logging.getLogger("monofacet.encoder")
+
+
+class Model(Protocol):
+    """What the encoder needs of the towers; tests put a counting debug model here."""
+
+    def prepare(self, item: bytes | str, truncate_text: bool) -> NDArray[Any]:
+        """Decode one image or tokenise one text, or raise InvalidInput with the path inside the item."""
+        ...
+
+    def encode_images(self, pixels: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return unit embeddings (batch, d) and norms (batch,)."""
+        ...
+
+    def encode_texts(self, tokens: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return unit embeddings (batch, d) and norms (batch,)."""
+        ...
+
+    def info(self) -> EncoderInfo:
+        """Describe the towers and what they run on."""
+        ...
+
+    def close(self) -> None:
+        """Free what the towers hold."""
+        ...
+
+
+class EncoderFailed(Exception):
+    """The encoder met an error that is no caller's fault; the log has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    modality: Modality
+    array: NDArray[Any]
+    dictionary: str | None
+    max_features: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    unit: NDArray[np.float32]
+    norm: np.float32
+    features: Features | None
+
+
+def strongest(row: SparseRow, limit: int | None) -> Features:
+    """Return the active features of one input, largest activation first, at most `limit` of them."""
+    order = np.argsort(-row.values, kind="stable")[:limit]
+    return Features(row.indices[order], row.values[order])
+
+
+class Encoder:
+    """Encodes messages of work; one per replica.
+
+    Parameters
+    ----------
+    settings
+        Budgets and threads.
+    model
+        The towers.
+    dictionaries
+        By name.
+    """
+
+    def __init__(self, settings: Settings, model: Model, dictionaries: Mapping[str, Dictionary]) -> None:
+        self._settings = settings
+        self._model = model
+        self._dictionaries = dictionaries
+        self._records: list[BatchRecord] = []
+        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        # One thread: two forwards at once would only share the same cores.
+        self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="forward")
+        self._batcher: GreedyBatcher[_Prepared, _Row] = GreedyBatcher(
+            self._run, max_batch=settings.max_batch_items, max_queued=settings.max_queued_items
+        )
+
+    def info(self) -> EncoderInfo:
+        """Describe the towers and what they run on."""
+        return self._model.info()
+
+    async def encode(self, works: Sequence[Work], remaining_s: Sequence[float | None]) -> Reply:
+        """Answer one message.
+
+        Parameters
+        ----------
+        works
+            The work of one or more callers; each succeeds or fails by itself.
+        remaining_s
+            Seconds until each work's deadline, None for none. Durations, not times: the clocks of two
+            machines differ.
+        """
+        now = asyncio.get_running_loop().time()
+        deadlines = [None if s is None else now + s for s in remaining_s]
+        answers = await asyncio.gather(
+            *(self._answer(work, deadline) for work, deadline in zip(works, deadlines, strict=True)),
+        )
+        records, self._records = tuple(self._records), []
+        return Reply(tuple(answers), records)
+
+    async def close(self) -> None:
+        """Finish what is queued and free the towers."""
+        await self._batcher.close()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._forward_thread.shutdown()
+        self._model.close()
+
+    async def _answer(self, work: Work, deadline: float | None) -> Encoded | Exception:
+        try:
+            started = time.perf_counter()
+            prepared = await self._prepare(work)
+            decode_s = time.perf_counter() - started
+            outcome = await self._batcher.submit(prepared, deadline=deadline)
+        except (InvalidInput, QueueFull, DeadlineExpired) as error:
+            return error
+        except Exception:  # one caller's failure must not fail the others of the message
+            log.exception("work of %d items failed", len(work.items))
+            return EncoderFailed("the encoder failed")
+        rows = outcome.results
+        return Encoded(
+            np.stack([row.unit for row in rows]),
+            np.array([row.norm for row in rows], np.float32),
+            tuple(row.features for row in rows if row.features is not None),
+            outcome.queue_s,
+            decode_s + outcome.run_s,
+        )
+
+    async def _prepare(self, work: Work) -> list[_Prepared]:
+        """Decode every item, so that nothing runs if one is bad and the error names all that are."""
+        loop = asyncio.get_running_loop()
+        share = -(-len(work.items) // self._settings.decode_threads)
+        parts = [range(i, min(i + share, len(work.items))) for i in range(0, len(work.items), share)]
+        done = await asyncio.gather(
+            *(loop.run_in_executor(self._decoders, self._prepare_part, work, part) for part in parts)
+        )
+        errors = [item for part in done for item in part if isinstance(item, InvalidInput)]
+        if errors:
+            raise InvalidInput.gather(errors)
+        return [item for part in done for item in part if isinstance(item, _Prepared)]
+
+    def _prepare_part(self, work: Work, part: range) -> list[_Prepared | InvalidInput]:
+        prepared: list[_Prepared | InvalidInput] = []
+        for i in part:
+            item = work.items[i]
+            is_text = isinstance(item, str)
+            try:
+                array = self._model.prepare(item, work.truncate_text)
+            except InvalidInput as error:
+                prepared.append(error.at(f"[{i}].text" if is_text else f"[{i}].image.data"))
+            else:
+                modality = Modality.TEXT if is_text else Modality.IMAGE
+                prepared.append(_Prepared(modality, array, work.dictionary, work.max_features))
+        return prepared
+
+    async def _run(self, items: list[_Prepared]) -> list[_Row]:
+        return await asyncio.get_running_loop().run_in_executor(self._forward_thread, self._forward, items)
+
+    def _forward(self, items: list[_Prepared]) -> list[_Row]:
+        started = time.perf_counter()
+        rows: list[_Row | None] = [None] * len(items)
+        for modality in Modality:
+            chosen = [i for i, item in enumerate(items) if item.modality is modality]
+            if not chosen:
+                continue
+            batch = np.stack([items[i].array for i in chosen])
+            run = self._model.encode_images if modality is Modality.IMAGE else self._model.encode_texts
+            unit, norm = run(batch)
+            features = self._features([items[i] for i in chosen], unit, modality)
+            for row, i in enumerate(chosen):
+                rows[i] = _Row(unit[row], norm[row], features[row])
+        self._records.append(BatchRecord(len(items), time.perf_counter() - started))
+        return [row for row in rows if row is not None]
+
+    def _features(
+        self, items: Sequence[_Prepared], unit: NDArray[np.float32], modality: Modality
+    ) -> list[Features | None]:
+        features: list[Features | None] = [None] * len(items)
+        for name in {item.dictionary for item in items if item.dictionary is not None}:
+            chosen = [i for i, item in enumerate(items) if item.dictionary == name]
+            with torch.inference_mode():
+                z = self._dictionaries[name].encode(torch.from_numpy(unit[chosen]), modality)
+            for i, row in zip(chosen, sparse_rows(z), strict=True):
+                features[i] = strongest(row, items[i].max_features)
+        return features

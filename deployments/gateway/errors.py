@@ -1,0 +1,153 @@
+"""One table from exceptions to statuses, and the only place that words an error for a caller.
+
+Nothing that is not in the table is described: its caller reads INTERNAL and a reference that the log
+repeats beside the stack trace, so that no trace, path or host leaves the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+
+from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
+from services.errors import (
+    BundleError,
+    InvalidInput,
+    MonofacetError,
+    UnknownDictionary,
+    UnknownFeature,
+)
+
+DOMAIN = "monofacet"
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+
+log = logging.getLogger("monofacet.gateway")
+
+
+class GatewayError(Exception):
+    """An error that the gateway itself finds; its message is fit for a caller."""
+
+
+class RequestTooLarge(GatewayError):
+    """The request message has more bytes than allowed."""
+
+
+class MalformedRequest(GatewayError):
+    """The request's bytes are not the message that the method takes."""
+
+
+class TooManyCalls(GatewayError):
+    """As many calls as allowed are in progress."""
+
+
+class EncoderUnavailable(GatewayError):
+    """No encoder answered: its replica died or is starting."""
+
+
+class Draining(GatewayError):
+    """The server is stopping and takes no new calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How one kind of exception is told.
+
+    Attributes
+    ----------
+    code
+        The gRPC status.
+    reason
+        ErrorInfo's reason; None takes the exception's own.
+    message
+        The status message; None takes the exception's own, which must be fit for a caller.
+    retry
+        Whether RetryInfo says that the same call may succeed soon.
+    """
+
+    code: grpc.StatusCode
+    reason: str | None
+    message: str | None = None
+    retry: bool = False
+
+
+_Code = grpc.StatusCode
+
+# The first row whose type matches decides, so a subclass stands above its parent.
+TABLE: tuple[tuple[type[BaseException], Answer], ...] = (
+    (UnknownDictionary, Answer(_Code.NOT_FOUND, None)),
+    (UnknownFeature, Answer(_Code.NOT_FOUND, None)),
+    (InvalidInput, Answer(_Code.INVALID_ARGUMENT, None)),
+    (BundleError, Answer(_Code.FAILED_PRECONDITION, None, "the bundle cannot be served")),
+    (MalformedRequest, Answer(_Code.INVALID_ARGUMENT, "REQUEST_MALFORMED")),
+    (RequestTooLarge, Answer(_Code.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE")),
+    (TooManyCalls, Answer(_Code.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS", retry=True)),
+    (QueueFull, Answer(_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full; try later", retry=True)),
+    (DeadlineExpired, Answer(_Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed")),
+    (TimeoutError, Answer(_Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed")),
+    (EncoderUnavailable, Answer(_Code.UNAVAILABLE, "MODEL_UNAVAILABLE", retry=True)),
+    (Draining, Answer(_Code.UNAVAILABLE, "DRAINING", "the server is stopping", retry=True)),
+    (BatcherClosed, Answer(_Code.UNAVAILABLE, "DRAINING", "the server is stopping", retry=True)),
+    (asyncio.CancelledError, Answer(_Code.CANCELLED, "CANCELLED", "the call was cancelled")),
+)
+
+_INTERNAL = Answer(_Code.INTERNAL, "INTERNAL")
+
+
+def answer_for(error: BaseException) -> Answer:
+    """Return the row of the table for `error`, or the row for what nobody foresaw."""
+    return next((answer for kind, answer in TABLE if isinstance(error, kind)), _INTERNAL)
+
+
+def _pack(status: status_pb2.Status, detail: object) -> None:
+    packed = any_pb2.Any()
+    packed.Pack(detail)  # type: ignore[arg-type]
+    status.details.append(packed)
+
+
+def describe(error: BaseException, retry_after_s: float) -> tuple[grpc.StatusCode, status_pb2.Status]:
+    """Word `error` for a caller, and log it when it is not in the table.
+
+    Parameters
+    ----------
+    error
+        What ended the call.
+    retry_after_s
+        Seconds that RetryInfo asks for, where the table says that a retry may help.
+
+    Returns
+    -------
+    The status code, and the rich status: ErrorInfo always, BadRequest for fields at fault, RetryInfo when
+    the call may be repeated.
+    """
+    answer = answer_for(error)
+    if answer is _INTERNAL:
+        reference = secrets.token_hex(4)
+        log.error("internal error %s", reference, exc_info=error)
+        message = f"internal error; the server's log knows it as {reference}"
+    else:
+        message = answer.message or str(error)
+    own = error.reason if isinstance(error, MonofacetError) else "INTERNAL"
+    status = status_pb2.Status(code=answer.code.value[0], message=message)
+    _pack(status, error_details_pb2.ErrorInfo(reason=answer.reason or own, domain=DOMAIN))
+    if isinstance(error, InvalidInput) and error.violations:
+        bad = error_details_pb2.BadRequest()
+        for field, description in error.violations:
+            bad.field_violations.add(field=field, description=description)
+        _pack(status, bad)
+    if answer.retry:
+        delay = duration_pb2.Duration(nanos=round(retry_after_s % 1 * 1e9), seconds=int(retry_after_s))
+        _pack(status, error_details_pb2.RetryInfo(retry_delay=delay))
+    return answer.code, status
+
+
+def reason_of(status: status_pb2.Status) -> str:
+    """Return the ErrorInfo reason of a status made by `describe`."""
+    info = error_details_pb2.ErrorInfo()
+    status.details[0].Unpack(info)
+    return str(info.reason)

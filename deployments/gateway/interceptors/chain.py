@@ -1,0 +1,136 @@
+"""One gRPC interceptor that puts small layers around every kind of call.
+
+gRPC's own interface wraps handlers, four ways each. Here a layer is one async context manager around the
+call, the same for unary calls and streams, and the wrapping is done once. A server stream is written by the
+wrapper itself, so that a caller who leaves is felt inside the layers and not whenever the generator happens
+to be collected.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from deployments.gateway.errors import MalformedRequest, RequestTooLarge
+
+OURS = "/monofacet."
+
+
+@dataclass(slots=True)
+class Call:
+    """One call in progress.
+
+    Attributes
+    ----------
+    method
+        Full name without the leading slash: `monofacet.v1.FeatureService/Encode`.
+    context
+        gRPC's context of the call.
+    request
+        The request of a unary call; None when the requests are a stream.
+    streaming
+        Whether requests or responses are a stream.
+    code
+        The status so far.
+    """
+
+    method: str
+    context: Any
+    request: Any
+    streaming: bool
+    code: grpc.StatusCode = grpc.StatusCode.OK
+
+
+Layer = Callable[[Call], AbstractAsyncContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Undecoded:
+    """Stands in for a request that was refused before it was decoded."""
+
+    error: Exception
+
+
+def checked_deserializer(decode: Callable[[bytes], Any], max_bytes: int) -> Callable[[bytes], Any]:
+    """Return `decode` with the size checked on the wire bytes, before a message is made of them."""
+
+    def deserialize(data: bytes) -> Any:
+        if len(data) > max_bytes:
+            return _Undecoded(RequestTooLarge(f"the request has {len(data)} bytes; {max_bytes} are allowed"))
+        try:
+            return decode(data)
+        except Exception:  # protobuf raises DecodeError or ValueError by implementation
+            return _Undecoded(MalformedRequest("the request cannot be decoded"))
+
+    return deserialize
+
+
+async def _decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        if isinstance(request, _Undecoded):
+            raise request.error
+        yield request
+
+
+class Chain(aio.ServerInterceptor):  # type: ignore[misc]
+    """Puts `layers`, outermost first, around the calls of our own services.
+
+    Health and reflection pass untouched: they must answer whatever the load.
+
+    Parameters
+    ----------
+    layers
+        What to put around each call.
+    max_request_bytes
+        Bytes of one request message.
+    """
+
+    def __init__(self, layers: Sequence[Layer], max_request_bytes: int) -> None:
+        self._layers = tuple(layers)
+        self._max_request_bytes = max_request_bytes
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
+        """Return the method's handler inside the layers."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(OURS):
+            return handler
+        return self._wrap(handler, handler_call_details.method[1:])
+
+    def _wrap(self, handler: Any, method: str) -> Any:
+        inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        streaming = handler.request_streaming or handler.response_streaming
+
+        async def behave(request: Any, context: Any) -> Any:
+            call = Call(method, context, None if handler.request_streaming else request, streaming)
+            async with AsyncExitStack() as stack:
+                for layer in self._layers:
+                    await stack.enter_async_context(layer(call))
+                if isinstance(request, _Undecoded):
+                    raise request.error
+                argument = _decoded(request) if handler.request_streaming else request
+                if not inspect.isasyncgenfunction(inner):
+                    return await inner(argument, context)
+                async with aclosing(inner(argument, context)) as responses:
+                    async for response in responses:
+                        await context.write(response)
+            return None
+
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        return make(
+            behave,
+            request_deserializer=checked_deserializer(handler.request_deserializer, self._max_request_bytes),
+            response_serializer=handler.response_serializer,
+        )

@@ -1,0 +1,46 @@
+"""The layer that turns an exception into a status with details."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from grpc import aio
+
+from deployments.gateway.errors import STATUS_DETAILS_KEY, answer_for, describe, reason_of
+from deployments.gateway.interceptors.chain import Call, Layer
+from deployments.metrics import Metrics
+
+
+def errors_layer(metrics: Metrics, retry_after_s: float) -> Layer:
+    """Return the layer.
+
+    Parameters
+    ----------
+    metrics
+        Counts refusals by reason.
+    retry_after_s
+        Seconds that RetryInfo asks a refused caller to wait.
+    """
+
+    @asynccontextmanager
+    async def around(call: Call) -> AsyncIterator[None]:
+        try:
+            yield
+        except aio.AbortError:
+            raise
+        except (asyncio.CancelledError, GeneratorExit) as error:
+            call.code = answer_for(asyncio.CancelledError()).code
+            raise error
+        except Exception as error:
+            call.code, status = describe(error, retry_after_s)
+            metrics.rejected.labels(reason_of(status)).inc()
+            await call.context.abort(
+                call.code, status.message, ((STATUS_DETAILS_KEY, status.SerializeToString()),)
+            )
+
+    def layer(call: Call) -> AbstractAsyncContextManager[None]:
+        return around(call)
+
+    return layer

@@ -1,0 +1,121 @@
+"""What the gateway and the encoder say to each other.
+
+Plain data, because every object is pickled on the way: raw bytes in, numpy arrays out, one message for
+everything that waited together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One call's inputs, or one item of a stream.
+
+    Attributes
+    ----------
+    items
+        Encoded image files (bytes) and texts (str), in any order.
+    dictionary
+        Name of the dictionary whose features are wanted; None for embeddings only.
+    max_features
+        Keep so many features an item, those with the largest activations; None keeps all active ones.
+    truncate_text
+        Cut texts at the context length instead of refusing them.
+    """
+
+    items: tuple[bytes | str, ...]
+    dictionary: str | None = None
+    max_features: int | None = None
+    truncate_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The active features of one item, largest activation first.
+
+    Attributes
+    ----------
+    indices
+        int32, shape (nnz,).
+    values
+        float32, shape (nnz,).
+    """
+
+    indices: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The answer to one `Work`.
+
+    Attributes
+    ----------
+    unit
+        Embeddings of length 1, float32, shape (items, embed_dim).
+    norm
+        Their lengths before, float32, shape (items,).
+    features
+        One an item, or empty when no dictionary was asked for.
+    queue_s, inference_s
+        Seconds waited for the model, and seconds of decoding and of the batches that held the items.
+    """
+
+    unit: NDArray[np.float32]
+    norm: NDArray[np.float32]
+    features: tuple[Features, ...] = ()
+    queue_s: float = 0.0
+    inference_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """One forward that the encoder ran: its items and its seconds."""
+
+    items: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answers to one message, in order, and the forwards run since the last reply.
+
+    Attributes
+    ----------
+    answers
+        `Encoded`, or the exception that the work met. Field paths of an InvalidInput start at the item:
+        `[2].image.data`.
+    records
+        Each forward is reported exactly once, also one whose callers have gone.
+    """
+
+    answers: tuple[Encoded | Exception, ...]
+    records: tuple[BatchRecord, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInfo:
+    """What an encoder runs on, and the shape of its towers.
+
+    Attributes
+    ----------
+    backend, device, precision, threads
+        As in the contract's `Runtime`.
+    embed_dim, image_size, context_length, logit_scale, parameters
+        As in the contract's `Tower`; sizes in elements, pixels and tokens.
+    """
+
+    backend: str
+    device: str
+    precision: str
+    threads: int
+    embed_dim: int
+    image_size: int
+    context_length: int
+    logit_scale: float
+    parameters: int
