@@ -1,0 +1,1 @@
+"""What each call computes: torch and numpy, never Ray and never gRPC."""

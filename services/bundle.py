@@ -1,0 +1,403 @@
+"""A bundle on disk: load, verify, describe, write.
+
+A bundle is a directory that holds everything the service knows about its models. It is trusted only as far as
+its manifest goes: every file is hashed, none may be missing or extra, weights are safetensors and nothing
+else, and a dictionary must have been trained on the very towers it is shipped with. Pickle is never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from services.dictionaries import Dictionary, load_dictionary, read_dictionary_json
+from services.encoding.clip import ClipConfig, read_clip_config, tower_fingerprint
+from services.errors import BundleFileError, ManifestError, TowerMismatch, UnknownDictionary, UnsafeWeights
+from services.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    CardsEntry,
+    ClipEntry,
+    DictionaryEntry,
+    FileEntry,
+    Licence,
+    Manifest,
+    Sample,
+    check_references,
+    manifest_sha256,
+    parse_dataclass,
+    parse_manifest,
+)
+from services.tables import Cards, ModalityTable, read_thumbnails
+
+CLIP_CONFIG = "clip/open_clip_config.json"
+CLIP_WEIGHTS = "clip/open_clip_model.safetensors"
+DICTIONARIES = "dictionaries"
+MODALITY = "modality"
+CARDS = "cards"
+CARD_IMAGES = "cards/images.parquet"
+SAMPLES = "samples/samples.json"
+
+# Formats that run code when read, or hide such a format: refused wherever they lie in the bundle.
+UNSAFE_SUFFIXES = frozenset(
+    {
+        ".bin",
+        ".pt",
+        ".pth",
+        ".pkl",
+        ".pickle",
+        ".ckpt",
+        ".joblib",
+        ".npy",
+        ".npz",
+        ".h5",
+        ".keras",
+        ".msgpack",
+        ".onnx",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that has been read and, unless told otherwise, verified.
+
+    Attributes
+    ----------
+    path : Path
+        The directory.
+    manifest : Manifest
+        Parsed.
+    sha256 : str
+        Of the manifest's canonical JSON, hex.
+    """
+
+    path: Path
+    manifest: Manifest
+    sha256: str
+
+    @property
+    def id(self) -> str:
+        """``<name>@<12 hex digits>``: what every response carries."""
+        return f"{self.manifest.name}@{self.sha256[:12]}"
+
+    @classmethod
+    def load(cls, path: Path | str, verify: bool = True) -> Bundle:
+        """Read a bundle.
+
+        Parameters
+        ----------
+        path : Path or str
+            The directory.
+        verify : bool
+            Check every file's hash and the towers' fingerprint. Without it only presence and size are
+            checked: for a second process on a machine where the first one verified.
+
+        Raises
+        ------
+        BundleError
+            Of the kind that says what is wrong.
+        """
+        path = Path(path)
+        try:
+            text = (path / MANIFEST_NAME).read_bytes()
+        except OSError as error:
+            raise BundleFileError(f"{path.name}: no {MANIFEST_NAME} to read") from error
+        manifest = parse_manifest(text)
+        bundle = cls(path, manifest, manifest_sha256(manifest))
+        verify_files(path, manifest, hashes=verify)
+        verify_towers(path, manifest, recompute=verify)
+        return bundle
+
+    @cached_property
+    def clip_config(self) -> ClipConfig:
+        """The towers' configuration."""
+        return read_clip_config(self.path / self.manifest.clip.config)
+
+    @property
+    def clip_weights(self) -> Path:
+        """The towers' safetensors."""
+        return self.path / self.manifest.clip.weights
+
+    @property
+    def dictionary_names(self) -> tuple[str, ...]:
+        """Names of the dictionaries, sorted."""
+        return tuple(sorted(self.manifest.dictionaries))
+
+    def resolve(self, name: str) -> str:
+        """Return `name`, or the default dictionary's name where it is empty.
+
+        Raises
+        ------
+        UnknownDictionary
+            Where the bundle has no such dictionary.
+        """
+        name = name or self.manifest.default_dictionary
+        if name not in self.manifest.dictionaries:
+            raise UnknownDictionary.named(name, self.manifest.dictionaries)
+        return name
+
+    def dictionary(self, name: str = "") -> Dictionary:
+        """Load a dictionary (the default one where `name` is empty); read from disk on every call."""
+        name = self.resolve(name)
+        return load_dictionary((self.path / self.manifest.dictionaries[name].config).parent, name)
+
+    def modality(self, name: str = "") -> ModalityTable:
+        """Read the modality table of a dictionary.
+
+        Raises
+        ------
+        UnknownDictionary
+            Where the bundle has no such dictionary or no table for it.
+        """
+        name = self.resolve(name)
+        if name not in self.manifest.modality:
+            raise UnknownDictionary.named(name, self.manifest.modality)
+        table = ModalityTable.read(self.path / self.manifest.modality[name])
+        n_features = self.manifest.dictionaries[name].n_features
+        if len(table) != n_features:
+            raise BundleFileError(f"modality of {name}: {len(table)} rows for {n_features} features")
+        return table
+
+    def cards(self, name: str = "") -> Cards:
+        """Read the feature cards of a dictionary.
+
+        Raises
+        ------
+        UnknownDictionary
+            Where the bundle has no such dictionary or no cards for it.
+        """
+        name = self.resolve(name)
+        if name not in self.manifest.cards.tables:
+            raise UnknownDictionary.named(name, self.manifest.cards.tables)
+        return Cards.read(self.path / self.manifest.cards.tables[name], self.thumbnails)
+
+    @cached_property
+    def thumbnails(self) -> dict[str, bytes]:
+        """The WebP thumbnails that all cards share, by sample key."""
+        images = self.manifest.cards.images
+        return read_thumbnails(self.path / images) if images else {}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a caller may know: id, hash, licences, towers, dictionaries, metrics; no path."""
+        config = self.clip_config
+        return {
+            "id": self.id,
+            "sha256": self.sha256,
+            "name": self.manifest.name,
+            "description": self.manifest.description,
+            "licences": [dataclasses.asdict(licence) for licence in self.manifest.licences],
+            "provenance": dict(self.manifest.provenance),
+            "metrics": dict(self.manifest.metrics),
+            "towers": {
+                "fingerprint": self.manifest.clip.fingerprint,
+                "embed_dim": config.embed_dim,
+                "image_size": list(config.image_size),
+                "context_length": config.context_length,
+            },
+            "default_dictionary": self.manifest.default_dictionary,
+            "dictionaries": [
+                {
+                    "name": name,
+                    "kind": entry.kind,
+                    "n_features": entry.n_features,
+                    "embed_dim": entry.embed_dim,
+                    "has_modality": name in self.manifest.modality,
+                    "has_cards": name in self.manifest.cards.tables,
+                }
+                for name, entry in sorted(self.manifest.dictionaries.items())
+            ],
+        }
+
+
+def bundle_files(path: Path) -> list[str]:
+    """Return the relative POSIX paths of all files under `path` but the manifest, sorted.
+
+    Raises
+    ------
+    UnsafeWeights
+        Where one has a suffix of `UNSAFE_SUFFIXES`.
+    BundleFileError
+        Where one leads out of the bundle.
+    """
+    root = path.resolve()
+    found = []
+    for file in path.rglob("*"):
+        if file.is_dir() and not file.is_symlink():
+            continue
+        relative = file.relative_to(path).as_posix()
+        if file.suffix.lower() in UNSAFE_SUFFIXES:
+            raise UnsafeWeights(
+                f"{relative}: weights must be safetensors", [(relative, "not a safetensors file")]
+            )
+        if not file.resolve().is_relative_to(root) or not file.is_file():
+            raise BundleFileError(f"{relative} is not a file of the bundle", [(relative, "leads elsewhere")])
+        if relative != MANIFEST_NAME:
+            found.append(relative)
+    return sorted(found)
+
+
+def verify_files(path: Path, manifest: Manifest, hashes: bool = True) -> None:
+    """Check that the directory holds exactly the files of the manifest, with their sizes and hashes.
+
+    Raises
+    ------
+    BundleFileError
+        Naming every file at fault.
+    UnsafeWeights
+        Where weights are not safetensors.
+    """
+    for key, weights in [
+        ("clip.weights", manifest.clip.weights),
+        *((f"dictionaries.{name}.weights", entry.weights) for name, entry in manifest.dictionaries.items()),
+    ]:
+        if weights is not None and not weights.endswith(".safetensors"):
+            raise UnsafeWeights(f"{key}: weights must be safetensors", [(key, "not a safetensors file")])
+    present, listed = set(bundle_files(path)), set(manifest.files)
+    problems = [(name, "missing") for name in sorted(listed - present)]
+    problems += [(name, "not in the manifest") for name in sorted(present - listed)]
+    for name in sorted(listed & present):
+        entry, file = manifest.files[name], path / PurePosixPath(name)
+        size = file.stat().st_size
+        if size != entry.bytes:
+            problems.append((name, f"{size} bytes, the manifest says {entry.bytes}"))
+        elif hashes and file_sha256(file) != entry.sha256:
+            problems.append((name, "wrong SHA-256"))
+    if problems:
+        raise BundleFileError("; ".join(f"{name}: {what}" for name, what in problems), problems)
+
+
+def verify_towers(path: Path, manifest: Manifest, recompute: bool = True) -> None:
+    """Check that every dictionary was trained on the bundle's own towers and is as the manifest says.
+
+    Raises
+    ------
+    TowerMismatch
+        Where a fingerprint differs.
+    ManifestError
+        Where a dictionary's JSON disagrees with the manifest.
+    """
+    fingerprint = manifest.clip.fingerprint
+    if recompute:
+        actual = tower_fingerprint(path / manifest.clip.config, path / manifest.clip.weights)
+        if actual != fingerprint:
+            raise TowerMismatch(
+                "the towers are not those the manifest describes", [("clip.fingerprint", f"is {actual}")]
+            )
+    for name, entry in manifest.dictionaries.items():
+        document = read_dictionary_json(path / entry.config)
+        key = f"dictionaries.{name}.tower_fingerprint"
+        if {document["tower_fingerprint"], entry.tower_fingerprint} != {fingerprint}:
+            raise TowerMismatch(
+                f"dictionary {name} was trained on other towers", [(key, f"is not {fingerprint}")]
+            )
+        differing = [
+            field for field in ("kind", "n_features", "embed_dim") if document[field] != getattr(entry, field)
+        ]
+        if differing:
+            raise ManifestError(
+                f"dictionary {name}: {', '.join(differing)} differ from its JSON",
+                [
+                    (f"dictionaries.{name}.{field}", f"its JSON says {document[field]!r}")
+                    for field in differing
+                ],
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(
+    path: Path,
+    *,
+    name: str,
+    description: str,
+    licences: Sequence[Licence],
+    default_dictionary: str,
+    provenance: Mapping[str, Any] | None = None,
+    training_commands: Sequence[str] = (),
+    metrics: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Describe the files under `path` in its ``manifest.json``.
+
+    The layout says the rest: ``clip/``, ``dictionaries/<name>.json``, ``modality/<name>.parquet``,
+    ``cards/<name>.parquet`` with ``cards/images.parquet``, and ``samples/samples.json`` (a list of `Sample`,
+    with paths relative to the bundle).
+
+    Returns
+    -------
+    Manifest
+        As written.
+
+    Raises
+    ------
+    BundleError
+        Where the result could not be loaded: it is verified before it is written.
+    """
+    files = {
+        relative: FileEntry(file_sha256(path / relative), (path / relative).stat().st_size)
+        for relative in bundle_files(path)
+    }
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=name,
+        description=description,
+        licences=tuple(licences),
+        provenance=dict(provenance or {}),
+        training_commands=tuple(training_commands),
+        metrics=dict(metrics or {}),
+        clip=ClipEntry(CLIP_CONFIG, CLIP_WEIGHTS, tower_fingerprint(path / CLIP_CONFIG, path / CLIP_WEIGHTS)),
+        dictionaries=_dictionary_entries(path),
+        default_dictionary=default_dictionary,
+        modality=_stems(path / MODALITY, MODALITY),
+        cards=CardsEntry(
+            {stem: file for stem, file in _stems(path / CARDS, CARDS).items() if file != CARD_IMAGES},
+            CARD_IMAGES if CARD_IMAGES in files else None,
+        ),
+        samples=_samples(path),
+        files=files,
+    )
+    check_references(manifest)
+    verify_files(path, manifest, hashes=False)
+    verify_towers(path, manifest, recompute=False)
+    document = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False)
+    (path / MANIFEST_NAME).write_text(document + "\n", encoding="utf-8")
+    return manifest
+
+
+def _dictionary_entries(path: Path) -> dict[str, DictionaryEntry]:
+    entries = {}
+    for config in sorted((path / DICTIONARIES).glob("*.json")):
+        document = read_dictionary_json(config)
+        weights = config.with_suffix(".safetensors")
+        entries[config.stem] = DictionaryEntry(
+            kind=document["kind"],
+            config=f"{DICTIONARIES}/{config.name}",
+            weights=f"{DICTIONARIES}/{weights.name}" if weights.exists() else None,
+            tower_fingerprint=document["tower_fingerprint"],
+            n_features=document["n_features"],
+            embed_dim=document["embed_dim"],
+            training=document["training"],
+        )
+    return entries
+
+
+def _stems(directory: Path, prefix: str) -> dict[str, str]:
+    return {file.stem: f"{prefix}/{file.name}" for file in sorted(directory.glob("*.parquet"))}
+
+
+def _samples(path: Path) -> tuple[Sample, ...]:
+    file = path / SAMPLES
+    if not file.exists():
+        return ()
+    documents = json.loads(file.read_text(encoding="utf-8"))
+    return tuple(parse_dataclass(Sample, item, f"samples[{i}]") for i, item in enumerate(documents))

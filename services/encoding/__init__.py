@@ -1,0 +1,1 @@
+"""Image and text towers: decoding, tokenising, and backends behind one interface."""

@@ -1,0 +1,170 @@
+"""open_clip's model: its config, its fingerprint, and building it from safetensors.
+
+The config is open_clip's own JSON, ``{"model_cfg": {...}, "preprocess_cfg": {...}}``, so that another CLIP
+differs by configuration alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import safetensors
+import safetensors.torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torch import nn
+
+from services.errors import ManifestError, UnsupportedModel
+from services.manifest import canonical_json
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """What the towers and the preprocessing need to know.
+
+    Attributes
+    ----------
+    model_cfg, preprocess_cfg : dict
+        As in open_clip's JSON.
+    embed_dim : int
+        d.
+    image_size : (int, int)
+        Height and width of the image tower's input, pixels.
+    context_length : int
+        Tokens, start and end included.
+    mean, std : (float, float, float)
+        Of the RGB channels, in [0, 1].
+    interpolation : {"bicubic", "bilinear"}
+        Of the resize.
+    resize_mode : {"shortest", "longest", "squash"}
+        Which side becomes the input's size.
+    fill_color : int
+        0 to 255: padding of ``longest``.
+    """
+
+    model_cfg: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
+    embed_dim: int
+    image_size: tuple[int, int]
+    context_length: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    resize_mode: str
+    fill_color: int
+
+
+def read_clip_config(path: Path) -> ClipConfig:
+    """Read open_clip's JSON.
+
+    Raises
+    ------
+    ManifestError
+        Where it is not such a JSON.
+    UnsupportedModel
+        Where it asks for what these towers cannot run: a Hugging Face text tower or tokenizer, CoCa, another
+        vocabulary, an unknown resize.
+    """
+    try:
+        document = json.loads(path.read_text())
+        model_cfg, preprocess_cfg = document["model_cfg"], document.get("preprocess_cfg", {})
+        vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+        embed_dim = int(model_cfg["embed_dim"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{path.name} is not an open_clip config: {error!r}") from error
+    for section, key in ((text, "hf_model_name"), (text, "hf_tokenizer_name"), (model_cfg, "multimodal_cfg")):
+        if section.get(key):
+            raise UnsupportedModel(f"{path.name}: {key} is not supported")
+    if text.get("vocab_size", 49408) != 49408:
+        raise UnsupportedModel(f"{path.name}: the vocabulary must be CLIP's own, 49,408 tokens")
+    interpolation = preprocess_cfg.get("interpolation", "bicubic")
+    resize_mode = preprocess_cfg.get("resize_mode", "shortest")
+    if interpolation not in ("bicubic", "bilinear") or resize_mode not in ("shortest", "longest", "squash"):
+        raise UnsupportedModel(f"{path.name}: cannot resize by {interpolation!r}, {resize_mode!r}")
+    return ClipConfig(
+        model_cfg=model_cfg,
+        preprocess_cfg=preprocess_cfg,
+        embed_dim=embed_dim,
+        image_size=_pair(preprocess_cfg.get("size") or vision.get("image_size", 224)),
+        context_length=int(text.get("context_length", 77)),
+        mean=_triple(preprocess_cfg.get("mean") or OPENAI_DATASET_MEAN),
+        std=_triple(preprocess_cfg.get("std") or OPENAI_DATASET_STD),
+        interpolation=interpolation,
+        resize_mode=resize_mode,
+        fill_color=int(preprocess_cfg.get("fill_color", 0)),
+    )
+
+
+def build_clip(config: ClipConfig, weights: Path | None) -> nn.Module:
+    """Build open_clip's model in eval mode, float32, on the CPU.
+
+    Parameters
+    ----------
+    config : ClipConfig
+        Of the model.
+    weights : Path or None
+        Safetensors, of any float type; None leaves the weights random.
+
+    Raises
+    ------
+    UnsupportedModel
+        Where open_clip cannot build it.
+    ManifestError
+        Where the weights do not fit the config.
+    """
+    arguments = copy.deepcopy(config.model_cfg)
+    custom_text = arguments.pop("custom_text", False)
+    if "timm_model_name" in arguments["vision_cfg"]:
+        # Otherwise timm would download weights only to have them replaced.
+        arguments["vision_cfg"]["timm_model_pretrained"] = False
+    try:
+        kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+        model: nn.Module = kind(**arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UnsupportedModel(f"open_clip cannot build this model: {error}") from error
+    if weights is not None:
+        try:
+            state = safetensors.torch.load_file(str(weights))
+            floats = {
+                key: value.float() if value.is_floating_point() else value for key, value in state.items()
+            }
+            model.load_state_dict(floats)
+        except (RuntimeError, OSError, safetensors.SafetensorError) as error:
+            raise ManifestError(f"{weights.name} does not fit its config: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def tower_fingerprint(config: Path, weights: Path) -> str:
+    """Return the SHA-256 (hex) that identifies a pair of towers.
+
+    It covers the canonical JSON of model_cfg and preprocess_cfg, then, by sorted name, every tensor's name,
+    type, shape and bytes. The order of tensors in the file and its free-form metadata do not count.
+    """
+    document = json.loads(config.read_text())
+    digest = hashlib.sha256(canonical_json([document["model_cfg"], document.get("preprocess_cfg", {})]))
+    with weights.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        for name in sorted(header):
+            entry = header[name]
+            start, end = entry["data_offsets"]
+            digest.update(canonical_json([name, entry["dtype"], entry["shape"]]))
+            file.seek(8 + header_bytes + start)
+            digest.update(file.read(end - start))
+    return digest.hexdigest()
+
+
+def _pair(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _triple(value: float | list[float]) -> tuple[float, float, float]:
+    values = [float(value)] * 3 if isinstance(value, int | float) else [float(v) for v in value]
+    return values[0], values[1], values[2]

@@ -1,0 +1,295 @@
+"""The manifest of a bundle: frozen dataclasses, parsed strictly.
+
+An unknown key, a missing key and a value of the wrong type are errors that name the key, because a manifest
+that is nearly right is how the wrong weights get served.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from services.errors import ManifestError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What part of the bundle is under which licence.
+
+    Attributes
+    ----------
+    name : str
+        SPDX identifier, such as ``CC-BY-4.0``.
+    applies_to : str
+        The part: a set of drawings, the weights.
+    source : str
+        Where the part comes from, with its version.
+    """
+
+    name: str
+    applies_to: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file: SHA-256 (64 hex digits) and size in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ClipEntry:
+    """The CLIP model: paths of open_clip's config and of the weights, and the fingerprint of the towers."""
+
+    config: str
+    weights: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class DictionaryEntry:
+    """One dictionary.
+
+    Attributes
+    ----------
+    kind : str
+        A key of the registry in `services.dictionaries`.
+    config : str
+        Path of its JSON.
+    weights : str or None
+        Path of its safetensors; None for a dictionary without parameters.
+    tower_fingerprint : str
+        Fingerprint of the towers whose embeddings it was trained on.
+    n_features, embed_dim : int
+        Sizes n and d.
+    training : mapping
+        Free-form record of the training.
+    """
+
+    kind: str
+    config: str
+    weights: str | None
+    tower_fingerprint: str
+    n_features: int
+    embed_dim: int
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out image with its caption, shipped for demonstrations."""
+
+    path: str
+    caption: str
+    artist: str = ""
+
+
+@dataclass(frozen=True)
+class CardsEntry:
+    """Feature cards: one table a dictionary, and the thumbnails they share (None without thumbnails)."""
+
+    tables: Mapping[str, str]
+    images: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the service knows about a bundle before it opens the weights.
+
+    Attributes
+    ----------
+    schema_version : int
+        Always `SCHEMA_VERSION`.
+    name, description : str
+        For people; the name is the first half of the bundle's id.
+    licences : tuple of Licence
+        Of the data and of the weights.
+    provenance, metrics : mapping
+        Free-form records of where the bundle comes from and how it measured.
+    training_commands : tuple of str
+        The commands that made the bundle, in order.
+    clip : ClipEntry
+        The towers.
+    dictionaries : mapping of str to DictionaryEntry
+        By name.
+    default_dictionary : str
+        A key of `dictionaries`.
+    modality : mapping of str to str
+        Dictionary name to the path of its modality table.
+    cards : CardsEntry
+        Feature cards.
+    samples : tuple of Sample
+        Demonstration images.
+    files : mapping of str to FileEntry
+        Every file of the bundle but the manifest, by relative POSIX path.
+    """
+
+    schema_version: int
+    name: str
+    description: str
+    licences: tuple[Licence, ...]
+    provenance: Mapping[str, Any]
+    training_commands: tuple[str, ...]
+    metrics: Mapping[str, Any]
+    clip: ClipEntry
+    dictionaries: Mapping[str, DictionaryEntry]
+    default_dictionary: str
+    modality: Mapping[str, str]
+    cards: CardsEntry
+    samples: tuple[Sample, ...]
+    files: Mapping[str, FileEntry]
+
+
+def canonical_json(value: object) -> bytes:
+    """Return the one byte string that stands for `value`: sorted keys, no spaces, UTF-8, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def manifest_sha256(manifest: Manifest) -> str:
+    """Return the SHA-256 (hex) of the manifest's canonical JSON."""
+    return hashlib.sha256(canonical_json(dataclasses.asdict(manifest))).hexdigest()
+
+
+def parse_manifest(text: str | bytes) -> Manifest:
+    """Parse a manifest.
+
+    Parameters
+    ----------
+    text : str or bytes
+        The JSON document.
+
+    Returns
+    -------
+    Manifest
+        Checked against the types above and against itself: every path it names is listed in `files`.
+
+    Raises
+    ------
+    ManifestError
+        Naming the key at fault.
+    """
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise ManifestError(f"the manifest is not JSON: {error}") from error
+    if isinstance(document, dict) and document.get("schema_version") != SCHEMA_VERSION:
+        found = document.get("schema_version")
+        raise ManifestError(
+            f"schema_version is {found!r}; this server reads {SCHEMA_VERSION}",
+            [("schema_version", f"must be {SCHEMA_VERSION}")],
+        )
+    manifest = parse_dataclass(Manifest, document, "")
+    check_references(manifest)
+    return manifest
+
+
+def check_references(manifest: Manifest) -> None:
+    """Raise ManifestError where the manifest names a file or dictionary that it does not list."""
+    named: list[tuple[str, str | None]] = [
+        ("clip.config", manifest.clip.config),
+        ("clip.weights", manifest.clip.weights),
+        ("cards.images", manifest.cards.images),
+    ]
+    for name, entry in manifest.dictionaries.items():
+        named += [
+            (f"dictionaries.{name}.config", entry.config),
+            (f"dictionaries.{name}.weights", entry.weights),
+        ]
+    named += [(f"modality.{name}", path) for name, path in manifest.modality.items()]
+    named += [(f"cards.tables.{name}", path) for name, path in manifest.cards.tables.items()]
+    named += [(f"samples[{i}].path", sample.path) for i, sample in enumerate(manifest.samples)]
+    problems = [
+        (key, f"{path!r} is not listed in files")
+        for key, path in named
+        if path is not None and path not in manifest.files
+    ]
+    for section, names in (("modality", manifest.modality), ("cards.tables", manifest.cards.tables)):
+        problems += [
+            (f"{section}.{name}", f"{name!r} is not a dictionary of this bundle")
+            for name in names
+            if name not in manifest.dictionaries
+        ]
+    if manifest.default_dictionary not in manifest.dictionaries:
+        problems.append(("default_dictionary", f"{manifest.default_dictionary!r} is not in dictionaries"))
+    if problems:
+        raise ManifestError("; ".join(f"{key}: {what}" for key, what in problems), problems)
+
+
+T = TypeVar("T")
+
+
+def parse_dataclass(kind: type[T], value: object, where: str) -> T:
+    """Build the frozen dataclass `kind` from parsed JSON, strictly.
+
+    Parameters
+    ----------
+    kind : type
+        A dataclass whose fields are JSON scalars, mappings, tuples or other such dataclasses.
+    value : object
+        What `json.loads` returned.
+    where : str
+        Dotted path of `value` in the document, for the error.
+
+    Raises
+    ------
+    ManifestError
+        On an unknown key, a missing key or a value of the wrong type.
+    """
+    if not isinstance(value, dict):
+        raise _wrong_type(where, "an object", value)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
+    problems = [(_join(where, key), "unknown key") for key in value if key not in fields]
+    problems += [
+        (_join(where, name), "missing key")
+        for name, f in fields.items()
+        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if problems:
+        raise ManifestError("; ".join(f"{key}: {what}" for key, what in problems), problems)
+    return kind(**{key: _parse(hints[key], item, _join(where, key)) for key, item in value.items()})
+
+
+def _parse(hint: Any, value: object, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin is types.UnionType:
+        if value is None and type(None) in arguments:
+            return None
+        return _parse(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _wrong_type(where, "a list", value)
+        return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise _wrong_type(where, "an object", value)
+        return {key: _parse(arguments[1], item, _join(where, key)) for key, item in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return parse_dataclass(hint, value, where)
+    # bool is an int in Python; a manifest that says `true` where a size belongs is wrong.
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise _wrong_type(where, f"a value of type {hint.__name__}", value)
+    return value
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _wrong_type(where: str, expected: str, value: object) -> ManifestError:
+    what = f"must be {expected}, not {type(value).__name__}"
+    return ManifestError(f"{where or 'manifest'}: {what}", [(where, what)])
