@@ -61,7 +61,7 @@ class Augment:
         self.settings = settings
         self.generator = generator
 
-    def uniform(self, count: int, low: float = 0.0, high: float = 1.0) -> Float[Tensor, count]:
+    def uniform(self, count: int, low: float = 0.0, high: float = 1.0) -> Float[Tensor, " count"]:
         """Draw `count` numbers from [low, high)."""
         return torch.rand(count, generator=self.generator) * (high - low) + low
 

@@ -1,7 +1,7 @@
 """Train the embedded CLIP from scratch on the emoji corpus.
 
-``python -m training.clip --steps 5000`` trains, ``--resume`` goes on from the last checkpoint, and the result is an
-open_clip model: a config JSON and safetensors. Loss and choices:
+``python -m training.clip`` trains, ``--resume`` goes on from the last checkpoint, and the result is an open_clip
+model: a config JSON and safetensors. Loss and choices:
 
 - image to text: cross-entropy over the captions of the batch (fresh) and all other emoji captions (a bank of
   embeddings that is refreshed now and then), so that a small batch still meets every hard negative;
@@ -81,8 +81,8 @@ def build_model(config: dict) -> open_clip.CLIP:
 def encode_text(model: open_clip.CLIP, tokens: Tensor) -> Float[Tensor, "batch d"]:
     """Return unit text embeddings of tokenised texts, int64 [batch, context].
 
-    Texts are encoded in two groups, short and long, each cut to its longest text: causal attention makes that exact,
-    and most captions are a third of the longest.
+    Texts are encoded in two groups, short and long, each cut to its longest text: causal attention makes that
+    exact, and most captions are a third of the longest.
     """
     ends = tokens.argmax(1)
     order = ends.argsort()
@@ -229,7 +229,7 @@ class ClipTrainer:
             ~np.isin(self.bank.captions, captions) if uses_bank else np.zeros(len(self.bank.captions), bool)
         )
         all_captions = np.concatenate([captions, self.bank.captions[others]])
-        first = {caption: concept for caption, concept in zip(batch.captions, batch.concepts, strict=True)}
+        first = dict(zip(batch.captions, batch.concepts, strict=True))
         all_concepts = np.concatenate([[first[c] for c in captions], self.bank.concepts[others]])
         ignore = (
             batch.toneless[:, None]

@@ -121,9 +121,9 @@ def assign_splits(rows: list[dict[str, object]], share: float = VALIDATION_SHARE
     """Hold out a share of the (concept, set) pairs of the training sets, in place.
 
     A pair is held out with all its skin tones, and only when another set goes on drawing the concept, so that
-    validation asks for a seen concept by a seen artist in an unseen drawing. The choice is a hash of the pair: it
-    does not change when other rows come or go. ``sibling`` marks a held-out drawing whose family (the flat and
-    the shaded version of one picture) was trained on.
+    validation asks for a seen concept by a seen artist in an unseen drawing. The choice is a hash of the pair:
+    it does not change when other rows come or go. ``sibling`` marks a held-out drawing whose family (the flat
+    and the shaded version of one picture) was trained on.
     """
     trained = [r for r in rows if r["role"] == Role.TRAIN.value]
     drawn_by: dict[object, list[str]] = {}

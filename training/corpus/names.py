@@ -1,9 +1,9 @@
 """Names of drawings, parsed to captions and attributes.
 
-Every artist names the same concept in their own way: CLDR's words (``man-firefighter-medium-skin-tone``), CLDR's
-words with short tones (``man-firefighter-medium``), older words (``bear-face``), or words run together
-(``blacktouchtonetelephone``). The captions of all artists must agree where the concept agrees, since the towers
-and the retrieval figures count two drawings as one concept only then.
+Every artist names the same concept in their own way: CLDR's words (``man-firefighter-medium-skin-tone``),
+CLDR's words with short tones (``man-firefighter-medium``), older words (``bear-face``), or words run together
+(``blacktouchtonetelephone``). The captions of all artists must agree where the concept agrees, since the
+towers and the retrieval figures count two drawings as one concept only then.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def describe(slug: str) -> Name:
 def lengthen_tone(slug: str, siblings: frozenset[str] | set[str]) -> str:
     """Write a short tone in CLDR's long form: ``cook-medium`` becomes ``cook-medium-skin-tone``.
 
-    A trailing ``-light`` is a tone only when the same set also draws the slug without it and in ``-medium-dark``
-    (``traffic-light`` is not a tone of traffic).
+    A trailing ``-light`` is a tone only when the same set also draws the slug without it and in
+    ``-medium-dark`` (``traffic-light`` is not a tone of traffic).
     """
     for tone in sorted(TONES, key=len, reverse=True):
         base = slug.removesuffix(f"-{tone}")
@@ -196,7 +196,7 @@ class Segmenter:
 
     @classmethod
     def from_slugs(cls, slugs: Iterable[str]) -> Segmenter:
-        """Count the words of hyphenated slugs; single letters (buttons, keycaps) would cut words to pieces."""
+        """Count the words of hyphenated slugs, single letters (keycaps) apart: they would cut words to bits."""
         return cls(Counter(word for slug in slugs for word in slug.split("-") if len(word) > 1))
 
     def _cost(self, word: str) -> float:
@@ -255,8 +255,19 @@ class JoinedNames:
     """The names of a set that runs its words together (fxemoji)."""
 
     _CLOCK = re.compile(r"^clock(\d+)(oclock|thirty)$")
-    _NUMBERS = tuple(
-        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    _NUMBERS = (
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
     )
 
     def __init__(self, canon: Canon, other_words: Iterable[str] = ()) -> None:

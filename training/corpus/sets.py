@@ -1,7 +1,7 @@
 """Which sets the corpus has, what each is for, and where they lie after ``npm ci``.
 
-Versions are pinned in ``package.json`` beside this file and nowhere else; licences are read from the installed
-packages, so that NOTICE and the bundle's manifest say what was really used.
+Versions are pinned in ``package.json`` beside this file and nowhere else; licences are read from the
+installed packages, so that NOTICE and the bundle's manifest say what was really used.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class IconSet:
     role : Role
         What the set may be used for.
     family : str
-        Sets of one family share drawings (a flat and a shaded version of the same picture), so that a held-out
-        drawing whose sibling was trained on can be counted apart.
+        Sets of one family share drawings (a flat and a shaded version of the same picture), so that a
+        held-out drawing whose sibling was trained on can be counted apart.
     """
 
     name: str
@@ -78,7 +78,7 @@ def pinned_versions() -> dict[str, str]:
 
 
 def licences() -> list[dict[str, str]]:
-    """Return name, version, role, author and SPDX licence of every set, as the packages themselves state them."""
+    """Return name, version, role, author and SPDX licence of every set, as its package states them."""
     versions = pinned_versions()
     rows = []
     for icon_set in ALL_SETS:

@@ -1,7 +1,7 @@
 """SVG documents from iconify JSON, restyled and rasterised.
 
-Restyling draws the same picture with another pen: an outline around every shape, its fills kept or turned white.
-It teaches the image tower that colour and shading are the artist's, and the shape is the concept's.
+Restyling draws the same picture with another pen: an outline around every shape, its fills kept or turned
+white. It teaches the image tower that colour and shading are the artist's, and the shape is the concept's.
 """
 
 from __future__ import annotations
