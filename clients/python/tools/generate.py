@@ -1,7 +1,7 @@
 """Generate the Python stubs from the contract: ``python clients/python/tools/generate.py [OUT]``.
 
-The stubs are committed, so that installing the client needs no compiler; a test generates them again and compares.
-``OUT`` is the directory that holds the ``monofacet`` package, by default ``clients/python``.
+The stubs are committed, so that installing the client needs no compiler; a test generates them again and
+compares. ``OUT`` is the directory that holds the ``monofacet`` package, by default ``clients/python``.
 """
 
 from __future__ import annotations
@@ -53,31 +53,47 @@ def compile_protos(out: Path) -> None:
 def install(generated: Path, package: Path) -> None:
     """Move what protoc wrote into the package.
 
-    The rules' module does not go to ``buf/validate``: a second wheel with that top-level package would overwrite ours
-    or be overwritten. It becomes ``monofacet/_rules``, which steps aside for an installed ``buf.validate``.
+    The rules' module does not go to ``buf/validate``: a second wheel with that top-level package would
+    overwrite ours or be overwritten. It becomes ``monofacet/v1/_validate_pb2``; ``monofacet/_rules`` chooses
+    between the two.
 
     Parameters
     ----------
     generated
         What `compile_protos` wrote.
     package
-        The ``monofacet`` package; its ``v1`` and ``_rules`` are replaced.
+        The ``monofacet`` package; the stubs in its ``v1`` are replaced.
     """
-    for source, target, prefix in (
-        (generated / CONTRACT, package / "v1", ""),
-        (generated / Path(RULES).parent, package / "_rules", "_"),
-    ):
-        target.mkdir(parents=True, exist_ok=True)
-        for old in [*target.glob("*_pb2*.py"), *target.glob("*_pb2*.pyi")]:
-            old.unlink()
-        for path in sorted(source.iterdir()):
-            # A grpc module for a file without services holds nothing but a version check.
-            if "_grpc" in path.name and not (PROTOS / CONTRACT / f"{path.name.split('_pb2')[0]}.proto").read_text(
-                encoding="utf-8"
-            ).count("\nservice "):
-                continue
-            text = path.read_text(encoding="utf-8").replace("from buf.validate import", "from monofacet._rules import")
-            (target / f"{prefix}{path.name}").write_text(text, encoding="utf-8")
+    target = package / "v1"
+    target.mkdir(parents=True, exist_ok=True)
+    for old in [*target.glob("*_pb2*.py"), *target.glob("*_pb2*.pyi")]:
+        old.unlink()
+    rules = sorted((generated / RULES).parent.iterdir())
+    for path in [*rules, *sorted((generated / CONTRACT).iterdir())]:
+        # A grpc module for a file without services holds nothing but a version check.
+        if "_grpc" in path.name and not has_services(path.name.partition("_pb2")[0]):
+            continue
+        text = path.read_text(encoding="utf-8").replace(
+            "from buf.validate import", "from monofacet._rules import"
+        )
+        name = f"_{path.name}" if path in rules else path.name
+        (target / name).write_text(text, encoding="utf-8")
+
+
+def has_services(stem: str) -> bool:
+    """Tell whether a file of the contract declares a service.
+
+    Parameters
+    ----------
+    stem
+        Its name without the suffix.
+
+    Returns
+    -------
+    bool
+        True if it does.
+    """
+    return "\nservice " in (PROTOS / CONTRACT / f"{stem}.proto").read_text(encoding="utf-8")
 
 
 def main() -> None:

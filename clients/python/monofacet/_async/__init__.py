@@ -1,0 +1,1 @@
+"""The calls of the asyncio client, a module a service."""

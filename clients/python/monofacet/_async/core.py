@@ -1,0 +1,161 @@
+"""What all calls of the asyncio client go through."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+import stamina
+
+from monofacet import _exceptions as exceptions
+from monofacet import _responses as responses
+from monofacet import _types as types
+from monofacet._base import BaseClient, Deadline, is_small, split_within
+from monofacet._config import TLS, Retry, Timeout
+from monofacet._inputs import Input, to_inputs
+from monofacet._status import error_from_rpc, shift_violations
+from monofacet.v1 import common_pb2, model_service_pb2, model_service_pb2_grpc
+
+Item = TypeVar("Item")
+Response = TypeVar("Response")
+
+
+class AsyncCore(BaseClient):
+    """The channel, and a call with its deadline and retries."""
+
+    def __init__(
+        self,
+        target: str = "localhost:9000",
+        *,
+        token: str | None = None,
+        tls: TLS | bool | None = None,
+        timeout: Timeout | float | None = None,
+        retry: Retry | None = None,
+        channel: grpc.aio.Channel | None = None,
+    ) -> None:
+        super().__init__(target, token=token, tls=tls, timeout=timeout, retry=retry, channel=channel)
+        # Read now, so that a wrong path fails here and not in the first call.
+        self._credentials = self._connection.credentials()
+        self._channel = channel
+        self._stubs: dict[type[Any], Any] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection. Calls in progress fail."""
+        if self._channel is not None and self._given_channel is None:
+            await self._channel.close()
+
+    def _open(self) -> grpc.aio.Channel:
+        options = self._connection.options()
+        if self._credentials is None:
+            return grpc.aio.insecure_channel(self.target, options=options)
+        return grpc.aio.secure_channel(self.target, self._credentials, options=options)
+
+    # The stubs' types are those of a synchronous channel: that they are awaited is known here only.
+    def _stub(self, kind: type[Any]) -> Any:
+        if self._channel is None:
+            # A channel belongs to the loop that it is made in: the first call's, not the constructor's.
+            self._channel = self._open()
+        if kind not in self._stubs:
+            self._stubs[kind] = kind(self._channel)
+        return self._stubs[kind]
+
+    async def _call(self, method: Callable[..., Awaitable[Any]], request: Any, timeout: float | None) -> Any:
+        deadline = Deadline(timeout or self._timeout.call)
+        async for attempt in stamina.retry_context(**self._retrying(deadline)):
+            with attempt:
+                try:
+                    return await method(request, timeout=deadline.left(), metadata=self._metadata)
+                except grpc.RpcError as error:
+                    raise error_from_rpc(error) from error
+        raise exceptions.ServerError("no try was made", code="UNKNOWN")  # unreachable: attempts is at least 1
+
+    async def _in_parts(
+        self,
+        inputs: Input | Iterable[Input],
+        call: Callable[[Sequence[common_pb2.Input]], Awaitable[Response]],
+    ) -> tuple[list[Response], list[int]]:
+        # Files are read and images encoded in a thread: both would hold up the loop.
+        batch = await asyncio.to_thread(to_inputs, inputs)
+        parts = [batch] if is_small(batch) else split_within(batch, await self._server_limits())
+        answers = []
+        offset = 0
+        for part in parts:
+            try:
+                answers.append(await call(part))
+            except exceptions.CallError as error:
+                raise shift_violations(error, "inputs", offset) from error.__cause__
+            offset += len(part)
+        return answers, [len(part) for part in parts]
+
+    async def _server_limits(self) -> types.Limits | None:
+        if self._limits is None:
+            method = self._stub(model_service_pb2_grpc.ModelServiceStub).GetModel
+            try:
+                response = await self._call(method, model_service_pb2.GetModelRequest(), None)
+            except exceptions.UnsupportedError:
+                return None
+            self._limits = responses.limits(response.model.limits)
+        return self._limits
+
+
+async def iterate(items: Iterable[Item] | AsyncIterable[Item]) -> AsyncIterator[Item]:
+    """Go over either kind of iterable.
+
+    Parameters
+    ----------
+    items
+        Asynchronous, or not; then each step runs in a thread, since it may read files.
+
+    Yields
+    ------
+    object
+        The items.
+    """
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+        return
+    iterator = iter(items)
+    # A StopIteration cannot cross a future, so the end is a value.
+    end = object()
+    while (item := await asyncio.to_thread(_step, iterator, end)) is not end:
+        yield item
+
+
+def _step(iterator: Iterator[Any], end: object) -> Any:
+    return next(iterator, end)
+
+
+class Upload:
+    """Runs the caller's iterable as gRPC asks for it, and brings what it raises back to the caller.
+
+    gRPC would cancel the call, which looks like a cancellation of the caller.
+    """
+
+    def __init__(self, messages: AsyncIterator[Any]) -> None:
+        self._messages = messages
+        self._failure: BaseException | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        try:
+            async for message in self._messages:
+                yield message
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def check(self) -> None:
+        """Raise what the iterable raised, if anything."""
+        if self._failure is not None:
+            raise self._failure

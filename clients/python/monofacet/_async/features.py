@@ -1,0 +1,88 @@
+"""Calls of FeatureService."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+
+import grpc
+
+from monofacet import _requests as requests
+from monofacet import _responses as responses
+from monofacet import _types as types
+from monofacet._async.core import AsyncCore, Upload, iterate
+from monofacet._base import Deadline
+from monofacet._inputs import Input
+from monofacet._status import error_from_rpc
+from monofacet._streaming import Ledger
+from monofacet.v1 import feature_service_pb2, feature_service_pb2_grpc
+
+
+class FeatureCalls(AsyncCore):
+    """Images and texts to embeddings and sparse features."""
+
+    async def encode(
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        dictionary: str | None = None,
+        max_features: int | None = None,
+        truncate: bool = False,
+        embeddings: bool = True,
+        timeout: float | None = None,
+    ) -> types.EncodeResult:
+        """Encode a batch of images and texts; see `Client.encode`."""
+        options = requests.encode_options(dictionary, max_features, truncate, embeddings)
+        stub = self._stub(feature_service_pb2_grpc.FeatureServiceStub)
+        answers, sizes = await self._in_parts(
+            inputs, lambda part: self._call(stub.Encode, requests.encode(part, options), timeout)
+        )
+        return responses.encode(answers, sizes, embeddings)
+
+    def stream_encode(
+        self,
+        items: Iterable[Input | tuple[str, Input]] | AsyncIterable[Input | tuple[str, Input]],
+        *,
+        dictionary: str | None = None,
+        max_features: int | None = None,
+        truncate: bool = False,
+        embeddings: bool = True,
+        timeout: float | None = None,
+    ) -> AsyncIterator[types.StreamResult]:
+        """Encode a corpus, item by item; see `Client.stream_encode`. The items may be asynchronous."""
+        options = requests.encode_options(dictionary, max_features, truncate, embeddings)
+        return self._stream(items, options, Deadline(timeout or self._timeout.stream))
+
+    async def _stream(
+        self,
+        items: Iterable[Input | tuple[str, Input]] | AsyncIterable[Input | tuple[str, Input]],
+        options: feature_service_pb2.EncodeOptions,
+        deadline: Deadline,
+    ) -> AsyncIterator[types.StreamResult]:
+        ledger = Ledger()
+
+        async def messages() -> AsyncIterator[feature_service_pb2.StreamEncodeRequest]:
+            yield feature_service_pb2.StreamEncodeRequest(options=options)
+            async for item in iterate(items):
+                message = await asyncio.to_thread(ledger.take, item)
+                if message is not None:
+                    yield message
+
+        upload = Upload(messages())
+        stub = self._stub(feature_service_pb2_grpc.FeatureServiceStub)
+        call = stub.StreamEncode(aiter(upload), timeout=deadline.left(), metadata=self._metadata)
+        try:
+            async for response in call:
+                for result in ledger.answer(response):
+                    yield result
+            upload.check()
+            for result in ledger.close():
+                yield result
+        except grpc.RpcError as error:
+            upload.check()
+            raise error_from_rpc(error) from error
+        except asyncio.CancelledError:
+            upload.check()
+            raise
+        finally:
+            call.cancel()

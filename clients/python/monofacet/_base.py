@@ -1,0 +1,164 @@
+"""What the two clients share: settings, retries, and how a batch is split."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from monofacet import _exceptions as exceptions
+from monofacet._config import TLS, Connection, Retry, Timeout
+from monofacet._inputs import MAX_INPUTS, MAX_REQUEST_BYTES, split
+from monofacet._types import Limits
+from monofacet.v1 import common_pb2
+
+# A batch under both needs no question about the server's limits: any sensible server takes it.
+SMALL_INPUTS = 32
+SMALL_BYTES = 1024 * 1024
+
+# The services whose health is asked for, and the empty name for the server as a whole.
+SERVICES = ("", "monofacet.v1.FeatureService", "monofacet.v1.ModalityService", "monofacet.v1.ModelService")
+
+
+class Deadline:
+    """A budget of time over all tries of a call.
+
+    Parameters
+    ----------
+    seconds
+        From now.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        if not 0 < seconds < float("inf"):
+            raise exceptions.InputError(f"a timeout is a positive, finite number of seconds, not {seconds}")
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        """Say how much is left.
+
+        Returns
+        -------
+        float
+            Seconds, at least a millisecond: gRPC takes 0 for an error of the caller.
+        """
+        return max(self._end - time.monotonic(), 0.001)
+
+
+def backoff(retry: Retry, deadline: Deadline) -> Callable[[Exception], bool | float]:
+    """Decide about another try.
+
+    Parameters
+    ----------
+    retry
+        Waits and jitter.
+    deadline
+        No wait goes past it: the caller gets the real error, not a late DEADLINE_EXCEEDED.
+
+    Returns
+    -------
+    callable
+        For `stamina.retry_context`: False to give up, or the seconds to wait.
+    """
+    failures = 0
+
+    def decide(error: Exception) -> bool | float:
+        nonlocal failures
+        failures += 1
+        if not isinstance(error, exceptions.CallError):
+            return False
+        wait = error.retry_after
+        if wait is None:
+            if not isinstance(error, exceptions.UnavailableError):
+                return False
+            wait = min(retry.wait_initial * 2 ** (failures - 1), retry.wait_max)
+        elif not isinstance(error, exceptions.UnavailableError | exceptions.OverloadedError):
+            return False
+        wait += random.uniform(0, retry.wait_jitter)
+        return wait if wait < deadline.left() else False
+
+    return decide
+
+
+class BaseClient:
+    """Settings of a client; see `Client` for the parameters."""
+
+    def __init__(
+        self,
+        target: str,
+        *,
+        token: str | None,
+        tls: TLS | bool | None,
+        timeout: Timeout | float | None,
+        retry: Retry | None,
+        channel: Any,
+    ) -> None:
+        self._connection = Connection(target, token, tls)
+        self._timeout = (
+            timeout if isinstance(timeout, Timeout) else Timeout(call=timeout) if timeout else Timeout()
+        )
+        self._retry = retry or Retry()
+        self._metadata = self._connection.metadata()
+        self._given_channel = channel
+        self._limits: Limits | None = None
+
+    @property
+    def target(self) -> str:
+        """Where the server is, as ``host:port``."""
+        return self._connection.target
+
+    def __repr__(self) -> str:
+        # The token stays out: representations end up in logs.
+        return f"<{type(self).__name__} {self.target}>"
+
+    def _retrying(self, deadline: Deadline) -> dict[str, Any]:
+        return {
+            "on": backoff(self._retry, deadline),
+            "attempts": self._retry.attempts,
+            "timeout": deadline.seconds,
+        }
+
+
+def is_small(inputs: Sequence[common_pb2.Input]) -> bool:
+    """Tell whether a batch fits any server.
+
+    Parameters
+    ----------
+    inputs
+        The whole batch.
+
+    Returns
+    -------
+    bool
+        True if it can be sent without knowing the server's limits.
+    """
+    return len(inputs) <= SMALL_INPUTS and sum(item.ByteSize() for item in inputs) <= SMALL_BYTES
+
+
+def split_within(
+    inputs: Sequence[common_pb2.Input], limits: Limits | None
+) -> list[Sequence[common_pb2.Input]]:
+    """Split a batch within the server's limits.
+
+    Parameters
+    ----------
+    inputs
+        The whole batch.
+    limits
+        Of the server, or None for the contract's ceilings.
+
+    Returns
+    -------
+    list of sequences
+        Parts, in order.
+    """
+    if limits is None:
+        return split(inputs)
+    # 0 is a field that the server did not set.
+    return split(
+        inputs,
+        min(limits.max_inputs or MAX_INPUTS, MAX_INPUTS),
+        min(limits.max_request_bytes or MAX_REQUEST_BYTES, MAX_REQUEST_BYTES),
+    )

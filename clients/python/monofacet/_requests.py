@@ -1,0 +1,332 @@
+"""From Python values to the contract's requests. Pure: no channel is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from monofacet import _exceptions as exceptions
+from monofacet._inputs import MAX_REQUEST_BYTES, Image, Input, image_bytes, to_input
+from monofacet._types import FeatureQuery, ModalityLabel, ScoreSettings
+from monofacet.v1 import common_pb2, feature_service_pb2, modality_service_pb2
+
+DEFAULT_PAGE_SIZE = 200
+
+
+def encode_options(
+    dictionary: str | None, max_features: int | None, truncate: bool, embeddings: bool
+) -> feature_service_pb2.EncodeOptions:
+    """Make the options of Encode and StreamEncode.
+
+    Parameters
+    ----------
+    dictionary
+        None for no features, an empty string for the default dictionary.
+    max_features
+        Features kept an input, or None for all active ones.
+    truncate
+        Whether long texts are cut.
+    embeddings
+        Whether embeddings are returned.
+
+    Returns
+    -------
+    EncodeOptions
+        What is None stays unset.
+    """
+    options = feature_service_pb2.EncodeOptions(truncate_text=truncate)
+    if dictionary is not None:
+        options.dictionary = dictionary
+    if max_features is not None:
+        options.max_features = _unsigned("max_features", max_features)
+    if not embeddings:
+        options.include_embeddings = False
+    return options
+
+
+def encode(
+    inputs: Sequence[common_pb2.Input], options: feature_service_pb2.EncodeOptions
+) -> feature_service_pb2.EncodeRequest:
+    """Make an Encode request.
+
+    Parameters
+    ----------
+    inputs
+        A part of the batch.
+    options
+        The same for all parts.
+
+    Returns
+    -------
+    EncodeRequest
+        For one call.
+    """
+    return feature_service_pb2.EncodeRequest(inputs=inputs, options=options)
+
+
+def stream_item(position: int, value: Input | tuple[str, Input]) -> tuple[str, Input]:
+    """Find the id of an item of a stream.
+
+    Parameters
+    ----------
+    position
+        Of the item, from 0: its id if it has none of its own.
+    value
+        An input, or a pair of id and input.
+
+    Returns
+    -------
+    tuple
+        Id and input.
+    """
+    if isinstance(value, tuple):
+        name, item = value
+        return str(name), item
+    return str(position), value
+
+
+def stream_encode(name: str, value: Input) -> feature_service_pb2.StreamEncodeRequest:
+    """Make the message for one item of a stream.
+
+    Parameters
+    ----------
+    name
+        The item's id.
+    value
+        The text or image.
+
+    Returns
+    -------
+    StreamEncodeRequest
+        With the item set.
+
+    Raises
+    ------
+    InputError
+        If the value cannot be sent.
+    """
+    return feature_service_pb2.StreamEncodeRequest(
+        item=feature_service_pb2.StreamItem(id=name, input=to_input(value))
+    )
+
+
+def list_features(
+    query: FeatureQuery, page_size: int, page_token: str
+) -> modality_service_pb2.ListFeaturesRequest:
+    """Make a ListFeatures request.
+
+    Parameters
+    ----------
+    query
+        Which features, and in which order.
+    page_size
+        Features a page.
+    page_token
+        Of the page before, or empty.
+
+    Returns
+    -------
+    ListFeaturesRequest
+        For one page.
+
+    Raises
+    ------
+    InputError
+        If a label, the order or a condition is none of the contract's.
+    """
+    unknown = set(query) - FeatureQuery.__annotations__.keys()
+    if unknown:
+        raise exceptions.InputError(f"features cannot be asked for by {', '.join(sorted(unknown))}")
+    feature_filter = modality_service_pb2.FeatureFilter(name_contains=query.get("name_contains", ""))
+    labels = query.get("labels", ())
+    for label in [labels] if isinstance(labels, str) else labels:
+        feature_filter.labels.append(label_value(label))
+    for field in ("min_mds", "max_mds", "min_firing_rate", "max_firing_rate", "coactivation_significant"):
+        value = query.get(field)
+        if value is not None:
+            setattr(feature_filter, field, value)
+    order_by = query.get("order_by", "feature")
+    try:
+        order = modality_service_pb2.FeatureOrder.Value(f"FEATURE_ORDER_{order_by.upper()}")
+    except ValueError as error:
+        raise exceptions.InputError(f"features cannot be ordered by {order_by!r}") from error
+    return modality_service_pb2.ListFeaturesRequest(
+        dictionary=query.get("dictionary", ""),
+        filter=feature_filter,
+        order_by=order,
+        descending=query.get("descending", False),
+        page_size=_unsigned("page_size", page_size),
+        page_token=page_token,
+    )
+
+
+def get_feature(
+    feature: int, dictionary: str, max_images: int | None, max_texts: int | None
+) -> modality_service_pb2.GetFeatureRequest:
+    """Make a GetFeature request.
+
+    Parameters
+    ----------
+    feature
+        Feature id.
+    dictionary
+        Its dictionary; empty for the default one.
+    max_images, max_texts
+        At most so many, or None for all.
+
+    Returns
+    -------
+    GetFeatureRequest
+        For one call.
+    """
+    request = modality_service_pb2.GetFeatureRequest(
+        dictionary=dictionary, feature=_unsigned("feature", feature)
+    )
+    if max_images is not None:
+        request.max_images = _unsigned("max_images", max_images)
+    if max_texts is not None:
+        request.max_texts = _unsigned("max_texts", max_texts)
+    return request
+
+
+def classify_modality(
+    inputs: Sequence[common_pb2.Input], dictionary: str, truncate: bool, top_features: int
+) -> modality_service_pb2.ClassifyModalityRequest:
+    """Make a ClassifyModality request.
+
+    Parameters
+    ----------
+    inputs
+        A part of the batch.
+    dictionary
+        Its name; empty for the default one.
+    truncate
+        Whether long texts are cut.
+    top_features
+        Features listed an input.
+
+    Returns
+    -------
+    ClassifyModalityRequest
+        For one call.
+    """
+    return modality_service_pb2.ClassifyModalityRequest(
+        inputs=inputs,
+        dictionary=dictionary,
+        truncate_text=truncate,
+        top_features=_unsigned("top_features", top_features),
+    )
+
+
+def score_settings(settings: ScoreSettings) -> modality_service_pb2.ScoreModalityRequest:
+    """Make the first message of ScoreModality.
+
+    Parameters
+    ----------
+    settings
+        What is None stays unset.
+
+    Returns
+    -------
+    ScoreModalityRequest
+        With the settings set.
+    """
+    message = modality_service_pb2.ScoreSettings(
+        dictionary=settings.dictionary, truncate_text=settings.truncate_text
+    )
+    for field in ("delta", "bootstrap_samples", "shuffles", "false_discovery_rate", "seed"):
+        value = getattr(settings, field)
+        if value is not None:
+            setattr(message, field, value)
+    return modality_service_pb2.ScoreModalityRequest(settings=message)
+
+
+class PairBatcher:
+    """Gathers pairs into messages.
+
+    Parameters
+    ----------
+    batch_size
+        Pairs a message, at most 256.
+    max_bytes
+        Bytes a message; a message with one pair may be larger.
+    """
+
+    def __init__(self, batch_size: int = 32, max_bytes: int = MAX_REQUEST_BYTES // 4) -> None:
+        self._batch_size = batch_size
+        self._max_bytes = max_bytes
+        self._batch = modality_service_pb2.PairBatch()
+        self._bytes = 0
+        self._taken = 0
+
+    def add(self, pair: tuple[Image, str]) -> list[modality_service_pb2.ScoreModalityRequest]:
+        """Take a pair.
+
+        Parameters
+        ----------
+        pair
+            An image and its text.
+
+        Returns
+        -------
+        list of ScoreModalityRequest
+            The batch before it, if it is full; else nothing.
+
+        Raises
+        ------
+        InputError
+            If the pair cannot be sent; the message says which.
+        """
+        try:
+            image, text = pair
+            data = image_bytes(image)
+        except (exceptions.InputError, TypeError, ValueError) as error:
+            raise exceptions.InputError(f"pairs[{self._taken}]: {error}") from error
+        self._taken += 1
+        full = len(self._batch.pairs) == self._batch_size or self._bytes + len(data) > self._max_bytes
+        messages = self.rest() if full else []
+        self._batch.pairs.add(image=common_pb2.Image(data=data), text=text)
+        self._bytes += len(data) + len(text)
+        return messages
+
+    def rest(self) -> list[modality_service_pb2.ScoreModalityRequest]:
+        """Give what was gathered.
+
+        Returns
+        -------
+        list of ScoreModalityRequest
+            One message, or none if there is nothing.
+        """
+        batch, self._batch, self._bytes = self._batch, modality_service_pb2.PairBatch(), 0
+        return [modality_service_pb2.ScoreModalityRequest(batch=batch)] if batch.pairs else []
+
+
+def label_value(label: ModalityLabel | str) -> common_pb2.ModalityLabel.ValueType:
+    """Find the contract's value of a label.
+
+    Parameters
+    ----------
+    label
+        In any case.
+
+    Returns
+    -------
+    common_pb2.ModalityLabel.ValueType
+        Never UNSPECIFIED.
+
+    Raises
+    ------
+    InputError
+        If there is no such label.
+    """
+    try:
+        return common_pb2.ModalityLabel.Value(f"MODALITY_LABEL_{ModalityLabel(label.upper()).value}")
+    except ValueError as error:
+        raise exceptions.InputError(
+            f"{label!r} is no label: choose from {', '.join(ModalityLabel)}"
+        ) from error
+
+
+def _unsigned(name: str, value: int) -> int:
+    if not 0 <= value < 2**32:
+        raise exceptions.InputError(f"{name} is a number from 0 to {2**32 - 1}, not {value}")
+    return value

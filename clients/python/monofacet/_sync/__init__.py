@@ -1,0 +1,1 @@
+"""The calls of the synchronous client, a module a service."""

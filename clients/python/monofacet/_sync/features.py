@@ -1,0 +1,146 @@
+"""Calls of FeatureService."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import grpc
+
+from monofacet import _requests as requests
+from monofacet import _responses as responses
+from monofacet import _types as types
+from monofacet._base import Deadline
+from monofacet._inputs import Input
+from monofacet._status import error_from_rpc
+from monofacet._streaming import Ledger
+from monofacet._sync.core import SyncCore, Upload
+from monofacet.v1 import feature_service_pb2, feature_service_pb2_grpc
+
+
+class FeatureCalls(SyncCore):
+    """Images and texts to embeddings and sparse features."""
+
+    def encode(
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        dictionary: str | None = None,
+        max_features: int | None = None,
+        truncate: bool = False,
+        embeddings: bool = True,
+        timeout: float | None = None,
+    ) -> types.EncodeResult:
+        """Encode a batch of images and texts.
+
+        A batch past the server's limits (256 inputs, 32 MiB) is split into several calls, one after the
+        other; the result is that of the whole batch. If one input is bad the whole batch fails, and the error
+        names every bad input of the call that it was in.
+
+        Parameters
+        ----------
+        inputs
+            Strings are texts; path objects, bytes, PIL images and uint8 arrays are images. One alone is a
+            batch of one.
+        dictionary
+            The dictionary whose features are wanted; an empty string is the default one; None for no
+            features.
+        max_features
+            Keep only this many features an input, the largest. Default all active ones.
+        truncate
+            Cut texts at the tower's context length instead of refusing them.
+        embeddings
+            False to leave the embeddings out of the answer.
+        timeout
+            Seconds for each call, all its tries included. Default `Timeout.call`.
+
+        Returns
+        -------
+        EncodeResult
+            In the order of the inputs.
+
+        Raises
+        ------
+        InputError
+            If an input cannot be sent.
+        CallError
+            If the call fails.
+        """
+        options = requests.encode_options(dictionary, max_features, truncate, embeddings)
+        answers, sizes = self._in_parts(
+            inputs,
+            lambda part: self._call(
+                self._stub(feature_service_pb2_grpc.FeatureServiceStub).Encode,
+                requests.encode(part, options),
+                timeout,
+            ),
+        )
+        return responses.encode(answers, sizes, embeddings)
+
+    def stream_encode(
+        self,
+        items: Iterable[Input | tuple[str, Input]],
+        *,
+        dictionary: str | None = None,
+        max_features: int | None = None,
+        truncate: bool = False,
+        embeddings: bool = True,
+        timeout: float | None = None,
+    ) -> Iterator[types.StreamResult]:
+        """Encode a corpus, item by item.
+
+        The items are read as the server takes them, in another thread, so that a corpus need not fit the
+        memory. A bad item is its own result and does not end the stream. Leaving the loop early ends the
+        call.
+
+        Parameters
+        ----------
+        items
+            Inputs as `encode` takes them, or pairs of an id and an input. Ids are positions by default.
+        dictionary, max_features, truncate, embeddings
+            As for `encode`.
+        timeout
+            Seconds for the whole stream. Default `Timeout.stream`.
+
+        Yields
+        ------
+        StreamResult
+            One an item, in order.
+
+        Raises
+        ------
+        CallError
+            If the stream fails. What was yielded before is good.
+        """
+        options = requests.encode_options(dictionary, max_features, truncate, embeddings)
+        return self._stream(items, options, Deadline(timeout or self._timeout.stream))
+
+    def _stream(
+        self,
+        items: Iterable[Input | tuple[str, Input]],
+        options: feature_service_pb2.EncodeOptions,
+        deadline: Deadline,
+    ) -> Iterator[types.StreamResult]:
+        ledger = Ledger()
+
+        def messages() -> Iterator[feature_service_pb2.StreamEncodeRequest]:
+            yield feature_service_pb2.StreamEncodeRequest(options=options)
+            for item in items:
+                message = ledger.take(item)
+                if message is not None:
+                    yield message
+
+        upload = Upload(messages())
+        call = self._stub(feature_service_pb2_grpc.FeatureServiceStub).StreamEncode(
+            iter(upload), timeout=deadline.left(), metadata=self._metadata
+        )
+        upload.started(call)
+        try:
+            for response in call:
+                yield from ledger.answer(response)
+            upload.check()
+            yield from ledger.close()
+        except grpc.RpcError as error:
+            upload.check()
+            raise error_from_rpc(error) from error
+        finally:
+            call.cancel()

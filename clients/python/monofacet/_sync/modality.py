@@ -1,0 +1,209 @@
+"""Calls of ModalityService."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Unpack
+
+import grpc
+
+from monofacet import _requests as requests
+from monofacet import _responses as responses
+from monofacet import _types as types
+from monofacet._base import Deadline
+from monofacet._inputs import Image, Input
+from monofacet._status import error_from_rpc
+from monofacet._sync.core import SyncCore, Upload
+from monofacet.v1 import modality_service_pb2, modality_service_pb2_grpc
+
+
+class ModalityCalls(SyncCore):
+    """Which features are about images, which about texts, and which about both."""
+
+    def features(
+        self, *, timeout: float | None = None, **query: Unpack[types.FeatureQuery]
+    ) -> Iterator[types.FeatureCard]:
+        """Iterate over the features of a dictionary; pages are fetched as they are needed.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for each page.
+        **query
+            Which features, and in which order: see `FeatureQuery`. Default all, by feature id.
+
+        Yields
+        ------
+        FeatureCard
+            In order.
+        """
+        token = ""
+        while True:
+            page = self.features_page(page_token=token, timeout=timeout, **query)
+            yield from page.cards
+            token = page.next_page_token
+            if not token:
+                return
+
+    def features_page(
+        self,
+        *,
+        page_size: int = requests.DEFAULT_PAGE_SIZE,
+        page_token: str = "",
+        timeout: float | None = None,
+        **query: Unpack[types.FeatureQuery],
+    ) -> types.FeaturePage:
+        """Get one page of features, with their total. `features` fetches all pages.
+
+        Parameters
+        ----------
+        page_size
+            Features a page, 1 to 1,000.
+        page_token
+            `FeaturePage.next_page_token` of the page before. Default the first page.
+        timeout
+            Seconds for the call, all its tries included.
+        **query
+            As for `features`.
+
+        Returns
+        -------
+        FeaturePage
+            In order.
+        """
+        request = requests.list_features(query, page_size, page_token)
+        return responses.feature_page(
+            self._call(
+                self._stub(modality_service_pb2_grpc.ModalityServiceStub).ListFeatures, request, timeout
+            )
+        )
+
+    def feature(
+        self,
+        feature: int,
+        *,
+        dictionary: str = "",
+        max_images: int | None = None,
+        max_texts: int | None = None,
+        timeout: float | None = None,
+    ) -> types.FeatureDetail:
+        """Get one feature, with the images and texts that activate it most.
+
+        Parameters
+        ----------
+        feature
+            Feature id.
+        dictionary
+            Its name; empty for the default one.
+        max_images, max_texts
+            At most so many, 0 to 100. Default all that the bundle has.
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        FeatureDetail
+            With PIL images.
+
+        Raises
+        ------
+        NotFoundError
+            If there is no such feature or dictionary.
+        """
+        request = requests.get_feature(feature, dictionary, max_images, max_texts)
+        return responses.feature_detail(
+            self._call(self._stub(modality_service_pb2_grpc.ModalityServiceStub).GetFeature, request, timeout)
+        )
+
+    def classify_modality(
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        dictionary: str = "",
+        top_features: int = 10,
+        truncate: bool = False,
+        timeout: float | None = None,
+    ) -> types.ClassificationResult:
+        """Tell how the energy of each input is spread over features about images, texts and both.
+
+        Parameters
+        ----------
+        inputs
+            As for `encode`; split in the same way.
+        dictionary
+            Its name; empty for the default one.
+        top_features
+            Features listed an input, 0 to 100.
+        truncate
+            Cut texts at the tower's context length instead of refusing them.
+        timeout
+            Seconds for each call, all its tries included.
+
+        Returns
+        -------
+        ClassificationResult
+            In the order of the inputs.
+        """
+        answers, sizes = self._in_parts(
+            inputs,
+            lambda part: self._call(
+                self._stub(modality_service_pb2_grpc.ModalityServiceStub).ClassifyModality,
+                requests.classify_modality(part, dictionary, truncate, top_features),
+                timeout,
+            ),
+        )
+        return responses.classification(answers, sizes)
+
+    def score_modality(
+        self,
+        pairs: Iterable[tuple[Image, str]],
+        settings: types.ScoreSettings | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> types.ModalityTable:
+        """Score the features of a dictionary on image-text pairs of your own.
+
+        Parameters
+        ----------
+        pairs
+            Images as `encode` takes them, with their texts. They are read as they are sent.
+        settings
+            Dictionary, band, intervals and seed. Default the server's.
+        timeout
+            Seconds for the whole call. Default `Timeout.stream`.
+
+        Returns
+        -------
+        ModalityTable
+            One card a feature, with the settings as used.
+
+        Raises
+        ------
+        InputError
+            If a pair cannot be sent; the call is ended.
+        CallError
+            If the call fails. It is not tried again.
+        """
+        deadline = Deadline(timeout or self._timeout.stream)
+
+        def messages() -> Iterator[modality_service_pb2.ScoreModalityRequest]:
+            yield requests.score_settings(settings or types.ScoreSettings())
+            batcher = requests.PairBatcher()
+            for pair in pairs:
+                yield from batcher.add(pair)
+            yield from batcher.rest()
+
+        upload = Upload(messages())
+        call = self._stub(modality_service_pb2_grpc.ModalityServiceStub).ScoreModality.future(
+            iter(upload), timeout=deadline.left(), metadata=self._metadata
+        )
+        upload.started(call)
+        try:
+            table = call.result()
+            upload.check()
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            upload.check()
+            raise error_from_rpc(error) from error
+        finally:
+            call.cancel()
+        return responses.modality_table(table)

@@ -1,0 +1,90 @@
+"""Calls of ModelService and of the standard health service."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from monofacet import _exceptions as exceptions
+from monofacet import _responses as responses
+from monofacet import _types as types
+from monofacet._base import Deadline
+from monofacet._status import error_from_rpc
+from monofacet._sync.core import SyncCore
+from monofacet.v1 import model_service_pb2, model_service_pb2_grpc
+
+
+class ModelCalls(SyncCore):
+    """What the server serves, within which limits, and whether it is ready."""
+
+    def model(self, bundle: str = "", *, timeout: float | None = None) -> types.Model:
+        """Describe one bundle.
+
+        Parameters
+        ----------
+        bundle
+            Its id or name; empty for the one that answers requests.
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        Model
+            With its files and every limit of the server.
+        """
+        request = model_service_pb2.GetModelRequest(bundle=bundle)
+        response = self._call(self._stub(model_service_pb2_grpc.ModelServiceStub).GetModel, request, timeout)
+        return responses.model(response.model, response.server_version)
+
+    def models(self, *, timeout: float | None = None) -> tuple[types.Model, ...]:
+        """Describe every bundle that the server serves.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        tuple of Model
+            Without their files.
+        """
+        response = self._call(
+            self._stub(model_service_pb2_grpc.ModelServiceStub).ListModels,
+            model_service_pb2.ListModelsRequest(),
+            timeout,
+        )
+        return tuple(responses.model(message, response.server_version) for message in response.models)
+
+    def health(self, service: str = "", *, timeout: float = 5.0) -> str:
+        """Ask whether the server, or one service of it, is ready. Never tried again: the answer is about now.
+
+        Parameters
+        ----------
+        service
+            Full name such as ``monofacet.v1.FeatureService``; empty for the whole server.
+        timeout
+            Seconds.
+
+        Returns
+        -------
+        str
+            ``SERVING``, ``NOT_SERVING``, or ``SERVICE_UNKNOWN``.
+
+        Raises
+        ------
+        UnavailableError
+            If nothing answers.
+        """
+        deadline = Deadline(timeout)
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            response = self._stub(health_pb2_grpc.HealthStub).Check(
+                request, timeout=deadline.left(), metadata=self._metadata
+            )
+        except grpc.RpcError as error:
+            failure = error_from_rpc(error)
+            if isinstance(failure, exceptions.NotFoundError):
+                return "SERVICE_UNKNOWN"
+            raise failure from error
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
