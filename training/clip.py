@@ -1,6 +1,6 @@
 """Train the embedded CLIP from scratch on the emoji corpus.
 
-``python -m training.clip`` trains, ``--resume`` goes on from the last checkpoint, and the result is an open_clip
+``python -m training.clip`` trains, ``--resume`` goes on from the last checkpoint; the result is an open_clip
 model: a config JSON and safetensors. Loss and choices:
 
 - image to text: cross-entropy over the captions of the batch (fresh) and all other emoji captions (a bank of

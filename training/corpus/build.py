@@ -121,8 +121,8 @@ def assign_splits(rows: list[dict[str, object]], share: float = VALIDATION_SHARE
     """Hold out a share of the (concept, set) pairs of the training sets, in place.
 
     A pair is held out with all its skin tones, and only when another set goes on drawing the concept, so that
-    validation asks for a seen concept by a seen artist in an unseen drawing. The choice is a hash of the pair:
-    it does not change when other rows come or go. ``sibling`` marks a held-out drawing whose family (the flat
+    validation asks for a seen concept by a seen artist in an unseen drawing. The choice is a hash of a pair:
+    other rows that come or go do not change it. ``sibling`` marks a held-out drawing whose family (the flat
     and the shaded version of one picture) was trained on.
     """
     trained = [r for r in rows if r["role"] == Role.TRAIN.value]

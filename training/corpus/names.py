@@ -196,7 +196,7 @@ class Segmenter:
 
     @classmethod
     def from_slugs(cls, slugs: Iterable[str]) -> Segmenter:
-        """Count the words of hyphenated slugs, single letters (keycaps) apart: they would cut words to bits."""
+        """Count the words of hyphenated slugs; single letters (keycaps) would cut words to bits."""
         return cls(Counter(word for slug in slugs for word in slug.split("-") if len(word) > 1))
 
     def _cost(self, word: str) -> float:

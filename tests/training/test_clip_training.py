@@ -1,0 +1,129 @@
+"""The loss and the retrieval figures against plain loops, and a tiny training that resumes exactly."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from training.clip import CONFIG, ClipSettings, ClipTrainer, contrastive_loss, encode_text
+from training.pairs import Corpus
+from training.retrieval import bootstrap_mean, ranks, retrieval
+
+
+def _unit(*shape):
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def test_the_loss_equals_a_plain_loop_over_positives_and_negatives():
+    torch.manual_seed(0)
+    images, texts, bank = _unit(5, 8), _unit(3, 8), _unit(4, 8)
+    target = torch.tensor([0, 1, 1, 2, 0])
+    ignore = torch.zeros(5, 7, dtype=torch.bool)
+    ignore[0, 5] = ignore[3, 1] = True
+    got = contrastive_loss(images, texts, bank, target, ignore, torch.tensor(10.0))
+
+    logits = 10 * (images @ torch.cat([texts, bank]).T).double()
+    to_text = 0.0
+    for i in range(5):
+        allowed = [j for j in range(7) if not ignore[i, j]]
+        to_text -= logits[i, target[i]] - torch.logsumexp(logits[i, allowed], 0)
+    to_image = 0.0
+    for j in range(3):
+        allowed = [i for i in range(5) if not ignore[i, j]]
+        own = [i for i in range(5) if target[i] == j]
+        to_image -= sum(logits[i, j] - torch.logsumexp(logits[allowed, j], 0) for i in own) / len(own)
+    # float32 against float64 at logits up to 10
+    assert float(got) == pytest.approx(float((to_text / 5 + to_image / 3) / 2), abs=1e-5)
+
+
+def test_ranks_count_ties_against_the_query_and_any_right_answer_for_it():
+    answers = np.eye(3, dtype=np.float32)
+    queries = np.array([[1, 0, 0], [0.6, 0.8, 0], [0.7, 0.7, 0]], dtype=np.float32)
+    labels = np.array(["a", "b", "c"])
+    assert ranks(queries, answers, np.array(["a", "a", "b"]), labels).tolist() == [0, 1, 1]
+
+
+def test_perfect_towers_retrieve_everything_in_both_directions():
+    embeddings = np.eye(6, dtype=np.float32)
+    captions = np.array(list("abcdef"))
+    result = retrieval(embeddings, captions, embeddings, captions)
+    assert result.image_to_text[1].value == result.text_to_image[1].value == 1.0
+
+
+def test_the_bootstrap_interval_covers_the_mean_at_about_its_level():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for seed in range(200):
+        interval = bootstrap_mean((rng.random(100) < 0.3).astype(float), resamples=300, seed=seed)
+        covered += interval.low <= 0.3 <= interval.high
+    # 95% nominal; a binomial with n = 200 stays above 88% with p > 0.999
+    assert covered >= 176
+
+
+@pytest.fixture
+def tiny_trainer(tmp_path):
+    rng = np.random.default_rng(0)
+    n = 24
+    captions = np.array([f"thing {i % 8}" for i in range(n)])
+    columns = {
+        "set": np.array(["a"] * n),
+        "split": np.array(["train"] * 12 + ["auxiliary"] * 6 + ["validation"] * 6),
+        "caption": captions,
+        "concept": captions,
+        "gender": np.array(["man", "woman"] * 12),
+        "sibling": np.zeros(n, dtype=bool),
+        "restyled": np.array([*range(12), *[-1] * 12]),
+    }
+    pixels = rng.integers(0, 255, (n, 32, 32, 3), dtype=np.uint8)
+    corpus = Corpus(columns, pixels, pixels[:12], pixels[:12])
+    config = json.loads(CONFIG.read_text())
+    config["model_cfg"]["vision_cfg"] = {
+        "image_size": 32,
+        "layers": 1,
+        "width": 16,
+        "patch_size": 16,
+        "head_width": 8,
+    }
+    config["model_cfg"]["text_cfg"] |= {"width": 16, "heads": 2, "layers": 1}
+    config["model_cfg"]["embed_dim"] = 16
+
+    def make(folder):
+        settings = ClipSettings(steps=6, batch=8, low_share=0.0, bank_from=0.3, bank_every=2, seed=1)
+        return ClipTrainer(config, corpus, settings, tmp_path / folder)
+
+    return make
+
+
+def test_training_that_was_cut_and_resumed_ends_like_one_that_was_not(tiny_trainer):
+    whole = tiny_trainer("whole")
+    losses = [whole.train_step() for _ in range(6)]
+    first = tiny_trainer("cut")
+    assert [first.train_step() for _ in range(3)] == losses[:3]
+    first.save()
+    second = tiny_trainer("cut")
+    second.resume()
+    assert [second.train_step() for _ in range(3)] == losses[3:]
+
+
+def test_text_cut_to_its_length_embeds_like_open_clip_itself(tiny_trainer):
+    model = tiny_trainer("text").model.eval()
+    tokens = tiny_trainer("text").tokenizer(["a cat", "a drawing of a man firefighter medium skin tone", "x"])
+    with torch.inference_mode():
+        expected = F.normalize(model.encode_text(tokens), dim=-1)
+        # fp32 sums in another order
+        assert torch.allclose(encode_text(model, tokens), expected, atol=1e-5)
+
+
+def test_the_exported_model_loads_in_open_clip(tiny_trainer, tmp_path):
+    trainer = tiny_trainer("export")
+    trainer.run(validate_every=6, save_every=6)
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "export" / "open_clip_model.safetensors")
+    assert set(weights) == set(trainer.model.state_dict())
+    assert all(t.dtype == torch.float16 for t in weights.values() if t.is_floating_point())
+    assert json.loads((tmp_path / "export" / "log.jsonl").read_text())["step"] == 6

@@ -1,0 +1,45 @@
+"""Write a training checkpoint as the towers a bundle takes, before the training has ended.
+
+``python -m training.export --out work/interim/clip`` lets everything after the towers be tried on interim weights;
+the final ones are written by ``training.clip`` itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from training.clip import CONFIG
+from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
+
+
+def export_checkpoint(checkpoint: Path, config: Path, out: Path) -> int:
+    """Write open_clip's config and half-precision safetensors; returns the checkpoint's step."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(config, out / CONFIG_FILE)
+    weights = {
+        name: tensor.contiguous().half() if tensor.is_floating_point() else tensor
+        for name, tensor in state["model"].items()
+    }
+    save_file(weights, out / WEIGHTS_FILE)
+    return int(state["step"])
+
+
+def main() -> None:
+    """Export from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, default=Path("work/clip/checkpoint.pt"))
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--out", type=Path, default=Path("work/interim/clip"))
+    arguments = parser.parse_args()
+    step = export_checkpoint(arguments.checkpoint, arguments.config, arguments.out)
+    print(f"step {step} -> {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
