@@ -31,7 +31,7 @@ class TextLimits:
     Attributes
     ----------
     max_characters : int
-        Even where truncation is allowed: the tail of a longer text cannot matter, but would have to be read.
+        Read of one text. Where truncation is allowed the rest is cut off unread.
     """
 
     max_characters: int = 8_192
@@ -99,14 +99,26 @@ class Tokeniser:
     def encode(self, text: str, truncate: bool = False) -> list[int]:
         """Return the tokens of one text, start and end included, unpadded; see `tokenise`."""
         if len(text) > self.limits.max_characters:
-            raise TextTooLong(f"{len(text)} characters; at most {self.limits.max_characters} are read")
+            if not truncate:
+                raise TextTooLong(f"{len(text)} characters; at most {self.limits.max_characters} are read")
+            text = text[: self.limits.max_characters]
+        room = self.context_length - 2
+        words = self._words(text, room + 1)
+        if len(words) > room and not truncate:
+            raise TextTooLong(f"more tokens than the {self.context_length} that the context holds")
+        return [self._tokenizer.sot_token_id, *words[:room], self._tokenizer.eot_token_id]
+
+    def _words(self, text: str, wanted: int) -> list[int]:
+        """Return the tokens of the words, stopping soon after `wanted`: the rest is not worth the time."""
         tokenizer = self._tokenizer
         if len(tokenizer.cache) > MAX_REMEMBERED_WORDS:
             tokenizer.cache = {word: word for word in ("<start_of_text>", "<end_of_text>")}
-        plain = LONG_WORD.sub(r"\1 ", SPECIAL.sub(r"< \1_of_text>", text))
-        tokens = [tokenizer.sot_token_id, *tokenizer.encode(plain), tokenizer.eot_token_id]
-        if len(tokens) > self.context_length:
-            if not truncate:
-                raise TextTooLong(f"{len(tokens)} tokens; the context holds {self.context_length}")
-            tokens = [*tokens[: self.context_length - 1], tokenizer.eot_token_id]
+        clean = tokenizer.clean_fn(text)
+        plain = LONG_WORD.sub(r"\1 ", SPECIAL.sub(r"< \1_of_text>", clean))
+        tokens: list[int] = []
+        for match in tokenizer.pat.finditer(plain):
+            encoded = "".join(tokenizer.byte_encoder[byte] for byte in match.group().encode())
+            tokens += (tokenizer.encoder[piece] for piece in tokenizer.bpe(encoded).split(" "))
+            if len(tokens) >= wanted:
+                break
         return tokens

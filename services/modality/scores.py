@@ -1,0 +1,183 @@
+"""The Modality Dominance Score, in the paper's form and as a share of energy, with a bootstrap interval.
+
+Notation: zI and zT are the activations of N image-text pairs, shape (N, n); row i of both is one pair. They
+may be dense or, as TopK makes them, sparse.
+
+Source: "Multi-Faceted Multimodal Monosemanticity" (arXiv 2502.14888), section 3, for the paper's form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from services.dictionaries.base import SparseRow
+
+# A float32 array or a scipy.sparse.csr_array, shape (samples, n): they share the operators used here, but no
+# type.
+Activations: TypeAlias = Any
+Floats = NDArray[np.float64]
+
+# Above this share of non-zeros a dense product is faster than a sparse one.
+SPARSE_BELOW = 0.1
+
+# Resamples drawn at once: bounds the memory of their weights (block x pairs).
+RESAMPLE_BLOCK = 50
+
+
+def stack_rows(rows: Sequence[SparseRow], n_features: int) -> sp.csr_array:
+    """Return the activations of many inputs as one sparse matrix, shape (len(rows), n_features)."""
+    starts = np.concatenate([[0], np.cumsum([len(row.indices) for row in rows], dtype=np.int64)])
+    indices = np.concatenate([np.empty(0, np.int32), *(row.indices for row in rows)])
+    values = np.concatenate([np.empty(0, np.float32), *(row.values for row in rows)])
+    return sp.csr_array((values, indices, starts), shape=(len(rows), n_features))
+
+
+def compact(z: Activations) -> Activations:
+    """Return the activations in the form that is faster to work with, dense or sparse."""
+    if sp.issparse(z):
+        csr = z.tocsr()
+        return csr if csr.nnz < SPARSE_BELOW * csr.shape[0] * csr.shape[1] else csr.toarray()
+    dense = np.asarray(z, dtype=np.float32)
+    return sp.csr_array(dense) if np.count_nonzero(dense) < SPARSE_BELOW * dense.size else dense
+
+
+def column_sums(x: Activations) -> Floats:
+    """Return the sum over rows, in float64."""
+    return np.asarray(x.sum(axis=0, dtype=np.float64)).ravel()
+
+
+def firing_rates(z: Activations) -> Floats:
+    """Return the share of samples in which each feature is not zero."""
+    counts = z.tocsc().count_nonzero(axis=0) if sp.issparse(z) else np.count_nonzero(z, axis=0)
+    rates: Floats = np.asarray(counts) / z.shape[0]
+    return rates
+
+
+def energies(z: Activations) -> Floats:
+    """Return E_j = mean_i a_ij^2 with a = z / sqrt(mean over samples and features of z^2).
+
+    The mean over features is 1, so that a modality whose activations are larger throughout does not dominate.
+    Zeros where nothing fires at all.
+    """
+    sums = column_sums(z * z)
+    mean = float(sums.mean())
+    return np.divide(sums, mean) if mean > 0 else sums
+
+
+def energy_mds(energy_image: Floats, energy_text: Floats) -> Floats:
+    """Return MDS_j = E_I,j / (E_I,j + E_T,j): 1 is all image, 0 is all text, NaN where neither fires."""
+    total = energy_image + energy_text
+    mds: Floats = np.divide(energy_image, total, out=np.full(total.shape, np.nan), where=total > 0)
+    return mds
+
+
+def paper_mds(z_image: Activations, z_text: Activations) -> tuple[Floats, NDArray[np.int64]]:
+    """Return the paper's MDS_j = mean_i |zI_ij| / (|zI_ij| + |zT_ij|).
+
+    The mean is over the pairs in which at least one side fires: under TopK most pairs are 0/0.
+
+    Returns
+    -------
+    mds : float64 array, shape (n,)
+        NaN where a feature never fires.
+    pairs : int64 array, shape (n,)
+        How many pairs each mean is over.
+    """
+    image, text = abs(z_image), abs(z_text)
+    if sp.issparse(image) or sp.issparse(text):
+        image, text = sp.csr_array(image), sp.csr_array(text)
+        total = image + text
+        total.eliminate_zeros()
+        pairs = np.asarray(total.tocsc().count_nonzero(axis=0))
+        inverse = sp.csr_array(
+            (1.0 / total.data.astype(np.float64), total.indices, total.indptr), total.shape
+        )
+        shares = column_sums(image.multiply(inverse))
+    else:
+        total = image + text
+        pairs = np.count_nonzero(total, axis=0)
+        shares = np.divide(image, total, out=np.zeros_like(total), where=total > 0).sum(0, dtype=np.float64)
+    mds = np.divide(shares, pairs, out=np.full(shares.shape, np.nan), where=pairs > 0)
+    return mds, pairs.astype(np.int64)
+
+
+def resampling_weights(n: int, resamples: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Return how often each of n units is drawn when n are drawn with replacement, shape (resamples, n)."""
+    draws = (np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(resamples))
+    return np.stack(list(draws)).astype(np.float32)
+
+
+def group_sums(x: Activations, groups: NDArray[np.int64] | None) -> Activations:
+    """Return the sum of the rows of each group, or `x` itself without groups."""
+    if groups is None:
+        return x
+    _, codes = np.unique(groups, return_inverse=True)
+    members = sp.csr_array((np.ones(len(codes), np.float32), (codes, np.arange(len(codes)))))
+    sums: Activations = members @ x
+    return sums
+
+
+def bootstrap_mds(
+    z_image: Activations,
+    z_text: Activations,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    groups: NDArray[np.int64] | None = None,
+) -> tuple[Floats, Floats]:
+    """Return the bootstrap interval of the energy MDS over pairs.
+
+    A resample gives pair i the weight w_i, and energies are linear in weights: E_j = sum_i w_i z_ij^2 /
+    mean_j(same). So all resamples are one matrix product.
+
+    A resample in which a feature does not fire says nothing of it and counts as 0.5. A feature that fires in
+    three pairs or fewer is missed by more than 2.5% of resamples, so its interval reaches 0.5 and it gets no
+    label from such thin evidence.
+
+    Parameters
+    ----------
+    z_image, z_text : activations, shape (N, n)
+        Of true pairs.
+    resamples : int
+        Number of bootstrap resamples.
+    level : float
+        Coverage of the interval.
+    seed : int
+        Of the resampling.
+    groups : int array, shape (N,), or None
+        Pairs that are not independent (several drawings of one concept) share a number, and are resampled
+        together.
+
+    Returns
+    -------
+    low, high : float64 arrays, shape (n,)
+        NaN where a feature never fires.
+    """
+    rng = np.random.default_rng(seed)
+    squares = [group_sums(z * z, groups) for z in (z_image, z_text)]
+    transposed = [x.T.tocsr() if sp.issparse(x) else np.ascontiguousarray(x.T) for x in squares]
+    n_units, n_features = squares[0].shape
+    replicates = np.empty((resamples, n_features), np.float32)
+    for start in range(0, resamples, RESAMPLE_BLOCK):
+        stop = min(start + RESAMPLE_BLOCK, resamples)
+        weights = resampling_weights(n_units, stop - start, rng)
+        image, text = (normalised((x @ weights.T).T.astype(np.float64)) for x in transposed)
+        mds = energy_mds(image, text)
+        replicates[start:stop] = np.where(np.isnan(mds), 0.5, mds)
+    tail = (1 - level) / 2
+    low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
+    alive = (column_sums(squares[0]) + column_sums(squares[1])) > 0
+    return np.where(alive, low, np.nan), np.where(alive, high, np.nan)
+
+
+def normalised(energy: Floats) -> Floats:
+    """Divide each row of energies, shape (resamples, n), by its mean over features (zero rows stay zero)."""
+    mean = energy.mean(axis=1, keepdims=True)
+    relative: Floats = np.divide(energy, mean, out=np.zeros_like(energy), where=mean > 0)
+    return relative
