@@ -75,6 +75,11 @@ def bootstrap_auc(score: np.ndarray, positive: np.ndarray, resamples: int = 1000
     return Interval(float(roc_auc_score(positive, score)), float(low), float(high))
 
 
+def summarise(rank: np.ndarray, ks: tuple[int, ...] = (1, 5)) -> dict[int, Interval]:
+    """Return R@k with its interval for each `k`."""
+    return {k: bootstrap_mean(recall(rank, k)) for k in ks}
+
+
 @dataclass(frozen=True)
 class Retrieval:
     """Recall in both directions."""
@@ -90,7 +95,6 @@ def retrieval(
     captions: np.ndarray,
     texts: Embeddings,
     text_captions: np.ndarray,
-    ks: tuple[int, ...] = (1, 5),
 ) -> Retrieval:
     """Return R@k from image to caption and from caption to image.
 
@@ -109,10 +113,7 @@ def retrieval(
     drawn = np.isin(text_captions, captions)
     backward = ranks(texts[drawn], images, text_captions[drawn], captions)
     return Retrieval(
-        {k: bootstrap_mean(recall(forward, k)) for k in ks},
-        {k: bootstrap_mean(recall(backward, k)) for k in ks},
-        candidates=len(text_captions),
-        queries=len(images),
+        summarise(forward), summarise(backward), candidates=len(text_captions), queries=len(images)
     )
 
 
