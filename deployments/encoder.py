@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from deployments.batching import DeadlineExpired, GreedyBatcher, QueueFull
 from deployments.settings import Settings
-from deployments.work import BatchRecord, Encoded, EncoderInfo, Features, Reply, Work
+from deployments.work import BatchRecord, Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work, dense
 from services.dictionaries.base import Dictionary, Modality, SparseRow, sparse_rows
 from services.errors import InvalidInput
+from services.tables import ModalityTable
 
 log = logging.getLogger("monofacet.encoder")
 
@@ -97,6 +98,8 @@ class Encoder:
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         # One thread: two forwards at once would only share the same cores.
         self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="forward")
+        # One thread here too: it bounds the dense activations in memory to those of one call.
+        self._score_thread = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._batcher: GreedyBatcher[_Prepared, _Row] = GreedyBatcher(
             self._run, max_batch=settings.max_batch_items, max_queued=settings.max_queued_items
         )
@@ -124,11 +127,42 @@ class Encoder:
         records, self._records = tuple(self._records), []
         return Reply(tuple(answers), records)
 
+    async def score(self, request: ScoreRequest) -> ModalityTable | InvalidInput:
+        """Score pairs in a thread; bootstraps and shuffles take seconds.
+
+        Returns
+        -------
+        The table, or what is wrong with the pairs.
+        """
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._score_thread, self._score, request
+            )
+        except InvalidInput as error:
+            return error
+
+    def _score(self, request: ScoreRequest) -> ModalityTable:
+        from services.modality import ScoreSettings, score_pairs
+
+        n_features = self._dictionaries[request.dictionary].n_features
+        return score_pairs(
+            dense(request.images, n_features),
+            dense(request.texts, n_features),
+            ScoreSettings(
+                delta=request.delta,
+                bootstrap_samples=request.bootstrap_samples,
+                shuffles=request.shuffles,
+                false_discovery_rate=request.false_discovery_rate,
+                seed=request.seed,
+            ),
+        )
+
     async def close(self) -> None:
         """Finish what is queued and free the towers."""
         await self._batcher.close()
         self._decoders.shutdown(wait=False, cancel_futures=True)
         self._forward_thread.shutdown()
+        self._score_thread.shutdown(cancel_futures=True)
         self._model.close()
 
     async def _answer(self, work: Work, deadline: float | None) -> Encoded | Exception:

@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 MIB = 1024 * 1024
 EMBEDDED_BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "emoji"
 
-Backend = Literal["torch", "openvino"]
+Backend = Literal["auto", "torch", "openvino"]
 
 
 def _usable_cores() -> int:
@@ -35,12 +35,12 @@ class Settings(BaseSettings):
         description="Directory of the bundle. Default: the small real one that ships with the repository.",
     )
     backend: Backend = Field(
-        "openvino",
-        description="What runs the towers. OpenVINO is the faster on a CPU; torch is the reference.",
+        "auto",
+        description="What runs the towers. auto: torch on a GPU, OpenVINO on a CPU where it is installed.",
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32",
-        description="Arithmetic of the towers. fp32 by default: bf16 is only faster where the CPU has it.",
+    precision: Literal["auto", "f32", "bf16", "f16"] = Field(
+        "auto",
+        description="Arithmetic of the towers. auto: bf16 for OpenVINO on a CPU that has it, else f32.",
     )
     threads: int = Field(
         default_factory=_usable_cores,
@@ -66,10 +66,13 @@ class Settings(BaseSettings):
     max_request_bytes: int = Field(
         32 * MIB, ge=1, description="Bytes of one request message: 256 photographs of 128 KiB."
     )
-    max_items: int = Field(
-        256, ge=1, description="Items of one unary request. More is what the streams are for."
+    max_response_bytes: int = Field(
+        64 * MIB, ge=1, description="Bytes of one response message: dense features of a full request."
     )
-    max_image_bytes: int = Field(16 * MIB, ge=1, description="Encoded bytes of one image.")
+    max_items: int = Field(
+        256, ge=1, le=256, description="Items of one unary request. More is what the streams are for."
+    )
+    max_image_bytes: int = Field(16 * MIB, ge=1, le=16 * MIB, description="Encoded bytes of one image.")
     max_image_pixels: int = Field(
         40_000_000,
         ge=1,
@@ -77,15 +80,19 @@ class Settings(BaseSettings):
         "unpack to gigabytes.",
     )
     max_text_bytes: int = Field(
-        16 * 1024, ge=1, description="UTF-8 bytes of one text; CLIP reads 77 tokens, about 400 bytes."
+        8 * 1024,
+        ge=1,
+        le=64 * 1024,
+        description="UTF-8 bytes of one text. CLIP reads 77 tokens, about 400 bytes; the tail of a longer "
+        "text changes nothing and costs time to read.",
     )
     max_score_pairs: int = Field(
-        20_000,
-        ge=1,
-        description="Pairs of one ScoreModality stream. Bounds what the stream keeps: about 0.5 KiB a pair "
-        "for a dictionary with 32 active features.",
+        4_096,
+        ge=2,
+        description="Pairs of one ScoreModality stream. Bounds the dense activations that are scored: twice "
+        "128 MiB for 8,192 features.",
     )
-    max_page_size: int = Field(1_000, ge=1, description="Feature cards of one page of ListFeatures.")
+    max_page_size: int = Field(1_000, ge=1, le=1_000, description="Feature cards of one page.")
 
     # Overload and time.
     max_concurrent_calls: int = Field(

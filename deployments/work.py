@@ -6,6 +6,7 @@ everything that waited together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -119,3 +120,35 @@ class EncoderInfo:
     context_length: int
     logit_scale: float
     parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Pairs to score, as the features of their two sides.
+
+    Attributes
+    ----------
+    dictionary
+        Name of the dictionary that the features belong to.
+    images, texts
+        Active features of the two sides, pair by pair.
+    delta, bootstrap_samples, shuffles, false_discovery_rate, seed
+        As in the contract's `ScoreSettings`, every one set.
+    """
+
+    dictionary: str
+    images: tuple[Features, ...]
+    texts: tuple[Features, ...]
+    delta: float = 0.25
+    bootstrap_samples: int = 1_000
+    shuffles: int = 1_000
+    false_discovery_rate: float = 0.05
+    seed: int = 0
+
+
+def dense(rows: Sequence[Features], n_features: int) -> NDArray[np.float32]:
+    """Return activations as one array, float32, shape (rows, n_features)."""
+    z = np.zeros((len(rows), n_features), np.float32)
+    for i, row in enumerate(rows):
+        z[i, row.indices] = row.values
+    return z

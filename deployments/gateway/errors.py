@@ -54,6 +54,12 @@ class Draining(GatewayError):
     """The server is stopping and takes no new calls."""
 
 
+class UnknownModel(MonofacetError):
+    """The server does not serve that bundle."""
+
+    default_reason = "UNKNOWN_MODEL"
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """How one kind of exception is told.
@@ -82,6 +88,7 @@ _Code = grpc.StatusCode
 TABLE: tuple[tuple[type[BaseException], Answer], ...] = (
     (UnknownDictionary, Answer(_Code.NOT_FOUND, None)),
     (UnknownFeature, Answer(_Code.NOT_FOUND, None)),
+    (UnknownModel, Answer(_Code.NOT_FOUND, None)),
     (InvalidInput, Answer(_Code.INVALID_ARGUMENT, None)),
     (BundleError, Answer(_Code.FAILED_PRECONDITION, None, "the bundle cannot be served")),
     (MalformedRequest, Answer(_Code.INVALID_ARGUMENT, "REQUEST_MALFORMED")),
@@ -135,7 +142,7 @@ def describe(error: BaseException, retry_after_s: float) -> tuple[grpc.StatusCod
     own = error.reason if isinstance(error, MonofacetError) else "INTERNAL"
     status = status_pb2.Status(code=answer.code.value[0], message=message)
     _pack(status, error_details_pb2.ErrorInfo(reason=answer.reason or own, domain=DOMAIN))
-    if isinstance(error, InvalidInput) and error.violations:
+    if isinstance(error, InvalidInput | UnknownModel) and error.violations:
         bad = error_details_pb2.BadRequest()
         for field, description in error.violations:
             bad.field_violations.add(field=field, description=description)

@@ -1,0 +1,51 @@
+"""One input's features against a modality table, as the contract's message."""
+
+from __future__ import annotations
+
+import numpy as np
+from monofacet.v1 import common_pb2
+from monofacet.v1 import modality_service_pb2 as pb
+
+from deployments.gateway.cards import LABELS, label_value
+from deployments.work import Features
+from services.tables import ModalityTable
+
+
+def classify(features: Features, table: ModalityTable, top: int) -> pb.ModalityClassification:
+    """Say how the energy of one input is spread over the labels.
+
+    Parameters
+    ----------
+    features
+        Every active feature of the input.
+    table
+        Labels and names of the dictionary's features.
+    top
+        Features to list, strongest first.
+    """
+    energy = features.values.astype(np.float64) ** 2
+    total = float(energy.sum())
+    share = energy / total if total > 0 else energy
+    labels = table.label[features.indices]
+    shares = [float(share[labels == label].sum()) for label in LABELS]
+    strongest = np.argsort(-share, kind="stable")[:top]
+    return pb.ModalityClassification(
+        shares=[
+            pb.LabelShare(label=label_value(label), share=value)
+            for label, value in zip(LABELS, shares, strict=True)
+        ],
+        dominant_label=label_value(LABELS[int(np.argmax(shares))])
+        if total > 0
+        else common_pb2.MODALITY_LABEL_UNSPECIFIED,
+        top_features=[
+            pb.ActiveFeature(
+                feature=int(features.indices[i]),
+                activation=float(features.values[i]),
+                share=float(share[i]),
+                label=label_value(str(labels[i])),
+                name=str(table.name[features.indices[i]]),
+            )
+            for i in strongest
+        ],
+        active_features=len(features.indices),
+    )

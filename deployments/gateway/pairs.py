@@ -1,0 +1,122 @@
+"""What one ScoreModality stream keeps, and where its pairs stand in the stream."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from monofacet.v1 import modality_service_pb2 as pb
+
+from deployments.work import Encoded, Features, ScoreRequest
+from services.errors import InvalidInput, Violation
+
+_ITEM = re.compile(r"\[(\d+)\]\.(.*)")
+_BATCH = re.compile(r"batch\.pairs\[(\d+)\](.*)")
+
+
+def score_settings(asked: pb.ScoreSettings, dictionary: str) -> pb.ScoreSettings:
+    """Return the settings with every field set: the contract's defaults where the caller set none."""
+    used = pb.ScoreSettings(
+        dictionary=dictionary,
+        delta=0.25,
+        bootstrap_samples=1_000,
+        shuffles=1_000,
+        false_discovery_rate=0.05,
+        seed=0,
+        truncate_text=asked.truncate_text,
+    )
+    for name in ("delta", "bootstrap_samples", "shuffles", "false_discovery_rate", "seed"):
+        if asked.HasField(name):
+            setattr(used, name, getattr(asked, name))
+    return used
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a batch begins in the stream: pairs before it."""
+
+    start: int
+
+    def relocated(self, error: InvalidInput, pairs: int) -> InvalidInput:
+        """Return `error` with paths that count the pairs over the stream: `pairs[41].image.data`.
+
+        Parameters
+        ----------
+        error
+            With paths of the work (`[2].image.data`, images first, then texts) or of the message
+            (`batch.pairs[2].text`).
+        pairs
+            Pairs of the batch.
+        """
+
+        def move(violation: Violation) -> Violation:
+            path, description = violation
+            if (match := _BATCH.fullmatch(path)) is not None:
+                return f"pairs[{self.start + int(match.group(1))}]{match.group(2)}", description
+            if (match := _ITEM.fullmatch(path)) is not None:
+                return f"pairs[{self.start + int(match.group(1)) % pairs}].{match.group(2)}", description
+            return violation
+
+        return type(error)(error.message, map(move, error.violations), reason=error.reason)
+
+
+@dataclass(slots=True)
+class PairScores:
+    """The active features of the pairs so far.
+
+    Attributes
+    ----------
+    dictionary
+        Name of the dictionary.
+    settings
+        As used.
+    max_pairs
+        Pairs that the stream may hold.
+    queue_s, inference_s
+        The longest wait and the sum of inference over the batches, seconds.
+    """
+
+    dictionary: str
+    settings: pb.ScoreSettings
+    max_pairs: int
+    queue_s: float = 0.0
+    inference_s: float = 0.0
+    _images: list[Features] = field(default_factory=list)
+    _texts: list[Features] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs so far."""
+        return len(self._images)
+
+    def place_of_next_batch(self) -> Place:
+        """Return where the next batch begins."""
+        return Place(self.pairs)
+
+    def check_room(self, more: int) -> None:
+        """Raise InvalidInput when `more` pairs would pass the limit; before anything of them is encoded."""
+        if self.pairs + more > self.max_pairs:
+            message = f"more than {self.max_pairs} pairs"
+            raise InvalidInput(message, [(f"pairs[{self.max_pairs}]", message)], reason="TOO_MANY_PAIRS")
+
+    def add(self, encoded: Encoded) -> None:
+        """Keep the features of one batch: images first, then texts."""
+        half = len(encoded.features) // 2
+        self._images.extend(encoded.features[:half])
+        self._texts.extend(encoded.features[half:])
+        self.queue_s = max(self.queue_s, encoded.queue_s)
+        self.inference_s += encoded.inference_s
+
+    def request(self) -> ScoreRequest:
+        """Return what is to be scored."""
+        s = self.settings
+        return ScoreRequest(
+            self.dictionary,
+            tuple(self._images),
+            tuple(self._texts),
+            s.delta,
+            s.bootstrap_samples,
+            s.shuffles,
+            s.false_discovery_rate,
+            s.seed,
+        )

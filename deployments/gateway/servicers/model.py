@@ -1,0 +1,148 @@
+"""ModelService: what is served, on what, and within which limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from monofacet.v1 import model_service_pb2 as pb
+from monofacet.v1 import model_service_pb2_grpc
+
+from deployments.gateway.catalogue import Catalogue
+from deployments.gateway.errors import UnknownModel
+from deployments.gateway.messages import duration, timings
+from deployments.settings import Settings
+from deployments.work import EncoderInfo
+
+
+def server_version() -> str:
+    """Return the installed server's version, or `0` when it runs from a bare checkout."""
+    try:
+        return version("monofacet-server")
+    except PackageNotFoundError:
+        return "0"
+
+
+def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the numbers of a nested record by dotted name; what is not a number is left out."""
+    flat: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat |= flat_metrics(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            flat[f"{prefix}{key}"] = float(value)
+    return flat
+
+
+def limits(settings: Settings) -> pb.Limits:
+    """Return every limit in force."""
+    return pb.Limits(
+        max_inputs=settings.max_items,
+        max_request_bytes=settings.max_request_bytes,
+        max_response_bytes=settings.max_response_bytes,
+        max_image_bytes=settings.max_image_bytes,
+        max_image_pixels=settings.max_image_pixels,
+        image_formats=["PNG", "JPEG", "WEBP"],
+        max_text_bytes=settings.max_text_bytes,
+        max_queued_inputs=settings.max_queued_items,
+        max_stream_in_flight=settings.stream_window,
+        max_score_pairs=settings.max_score_pairs,
+        max_page_size=settings.max_page_size,
+        max_call_duration=duration(settings.max_call_s),
+        max_concurrent_calls=settings.max_concurrent_calls,
+    )
+
+
+def _dictionaries(catalogue: Catalogue) -> list[pb.DictionaryInfo]:
+    manifest = catalogue.bundle.manifest
+    measured = manifest.metrics.get("dictionaries", {})
+    infos = []
+    for name, entry in sorted(manifest.dictionaries.items()):
+        metrics = flat_metrics(measured.get(name, {}))
+        infos.append(
+            pb.DictionaryInfo(
+                name=name,
+                kind=entry.kind,
+                n_features=entry.n_features,
+                embed_dim=entry.embed_dim,
+                l0=metrics.get("l0"),
+                is_default=name == manifest.default_dictionary,
+                has_modality=name in manifest.modality,
+                has_cards=name in manifest.cards.tables,
+                sha256=manifest.files[entry.weights].sha256 if entry.weights else "",
+                metrics=metrics,
+            )
+        )
+    return infos
+
+
+def model(catalogue: Catalogue, info: EncoderInfo, settings: Settings) -> pb.Model:
+    """Describe the bundle that is served; without its files."""
+    bundle = catalogue.bundle
+    manifest = bundle.manifest
+    metrics = {key: value for key, value in manifest.metrics.items() if key != "dictionaries"}
+    return pb.Model(
+        bundle=bundle.id,
+        name=manifest.name,
+        description=manifest.description,
+        sha256=bundle.sha256,
+        licences=sorted({licence.name for licence in manifest.licences}),
+        tower=pb.Tower(
+            architecture=str(manifest.provenance.get("architecture", "")) or "CLIP",
+            embed_dim=info.embed_dim,
+            image_size=info.image_size,
+            context_length=info.context_length,
+            logit_scale=info.logit_scale,
+            parameters=info.parameters,
+            fingerprint=manifest.clip.fingerprint,
+        ),
+        dictionaries=_dictionaries(catalogue),
+        runtime=pb.Runtime(
+            backend=info.backend,
+            device=info.device,
+            precision=info.precision,
+            threads=info.threads,
+            replicas=settings.encoder_replicas,
+        ),
+        limits=limits(settings),
+        metrics=flat_metrics(metrics),
+    )
+
+
+class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
+    """Answers ModelService.
+
+    Parameters
+    ----------
+    catalogue
+        The bundle.
+    info
+        What the encoder runs on.
+    settings
+        Of the server.
+    """
+
+    def __init__(self, catalogue: Catalogue, info: EncoderInfo, settings: Settings) -> None:
+        self._bundle = catalogue.bundle
+        self._model = model(catalogue, info, settings)
+        self._version = server_version()
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
+        """Describe one bundle, with its files."""
+        if request.bundle not in ("", self._bundle.id, self._bundle.manifest.name):
+            message = f"no bundle {request.bundle!r}; this server serves {self._bundle.id}"
+            raise UnknownModel(message, [("bundle", message)])
+        described = pb.Model()
+        described.CopyFrom(self._model)
+        for path, entry in sorted(self._bundle.manifest.files.items()):
+            described.files.add(path=path, sha256=entry.sha256, bytes=entry.bytes)
+        return pb.GetModelResponse(
+            model=described, server_version=self._version, timings=timings(), bundle=self._bundle.id
+        )
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
+        """Describe every bundle; there is one."""
+        return pb.ListModelsResponse(
+            models=[self._model], server_version=self._version, timings=timings(), bundle=self._bundle.id
+        )

@@ -1,0 +1,95 @@
+"""A bundle's towers and dictionaries as the encoder wants them: one item at a time in, batches through."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+
+from deployments.settings import Settings
+from deployments.work import EncoderInfo
+from services.bundle import Bundle
+from services.dictionaries.base import Dictionary
+from services.encoding.images import ImageLimits, ImagePreprocess, decode_image
+from services.encoding.load import load_towers
+from services.encoding.texts import TextLimits, Tokeniser
+
+
+def count_parameters(weights: Path) -> int:
+    """Return the number of values in a safetensors file, from its header alone."""
+    with safetensors.safe_open(str(weights), framework="numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+class TowerModel:
+    """The towers of a bundle with their preprocessing; implements `deployments.encoder.Model`.
+
+    Parameters
+    ----------
+    bundle
+        Already verified.
+    settings
+        Backend, threads and limits.
+    """
+
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        config = bundle.clip_config
+        self._preprocess = ImagePreprocess(config)
+        self._image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        # The gateway counts bytes, of which a text never has fewer than characters.
+        self._tokeniser = Tokeniser(config, TextLimits(settings.max_text_bytes))
+        self._threads = settings.threads
+        self._towers = load_towers(
+            bundle, settings.backend, threads=settings.threads, precision=settings.precision
+        )
+        self._parameters = count_parameters(bundle.clip_weights)
+
+    def warm_up(self, max_batch: int) -> None:
+        """Run every batch size once, so that no caller pays for a first time."""
+        self._towers.warm_up(max_batch)
+
+    def prepare(self, item: bytes | str, truncate_text: bool) -> NDArray[Any]:
+        """Return pixels float32 (3, H, W) of an image file, or tokens int64 (context,) of a text."""
+        if isinstance(item, bytes):
+            return self._preprocess(decode_image(item, self._image_limits))
+        tokens: NDArray[Any] = self._tokeniser.tokenise([item], truncate_text)[0]
+        return tokens
+
+    def encode_images(self, pixels: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return unit embeddings (batch, d) and norms (batch,) of pixels (batch, 3, H, W)."""
+        embeddings = self._towers.encode_images(pixels)
+        return embeddings.unit, embeddings.norm
+
+    def encode_texts(self, tokens: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return unit embeddings (batch, d) and norms (batch,) of tokens (batch, context)."""
+        embeddings = self._towers.encode_texts(tokens)
+        return embeddings.unit, embeddings.norm
+
+    def info(self) -> EncoderInfo:
+        """Describe the towers and what they run on."""
+        towers = self._towers
+        return EncoderInfo(
+            backend=towers.backend,
+            device=towers.device,
+            # The contract's words for what the towers call f32, bf16 and f16.
+            precision={"f32": "fp32", "f16": "fp16"}.get(towers.precision, towers.precision),
+            threads=self._threads,
+            embed_dim=towers.embed_dim,
+            image_size=towers.image_size[0],
+            context_length=towers.context_length,
+            logit_scale=towers.logit_scale,
+            parameters=self._parameters,
+        )
+
+    def close(self) -> None:
+        """Free the towers."""
+        self._towers.close()
+
+
+def load_dictionaries(bundle: Bundle) -> dict[str, Dictionary]:
+    """Load every dictionary of `bundle`, by name."""
+    return {name: bundle.dictionary(name) for name in bundle.dictionary_names}
