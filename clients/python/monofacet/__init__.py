@@ -43,7 +43,7 @@ from monofacet._exceptions import (
     UnsupportedError,
     Violation,
 )
-from monofacet._inputs import Image, Input
+from monofacet._inputs import Image, Input, Pair
 from monofacet._types import (
     ActiveFeature,
     ClassificationResult,
@@ -99,6 +99,7 @@ __all__ = [
     "MonofacetError",
     "NotFoundError",
     "OverloadedError",
+    "Pair",
     "ResponseError",
     "Retry",
     "Runtime",

@@ -14,13 +14,16 @@ import PIL.Image
 from monofacet import _exceptions as exceptions
 from monofacet.v1 import common_pb2
 
-__all__ = ["Image", "Input"]
+__all__ = ["Image", "Input", "Pair"]
 
 # Anything that is an image: a path object, a whole PNG, JPEG or WebP file, a PIL image, or pixels.
 Image: TypeAlias = os.PathLike[str] | bytes | PIL.Image.Image | npt.NDArray[Any]
 
 # Anything that can be encoded. A `str` is always a text, never a path.
 Input: TypeAlias = str | Image
+
+# An image and its text; the third is the group, of pairs that are not independent.
+Pair: TypeAlias = tuple[Image, str] | tuple[Image, str, str]
 
 # The contract's own ceilings; a server may be set lower and says so in `Limits`.
 MAX_INPUTS = 256
@@ -88,8 +91,8 @@ def _from_array(pixels: npt.NDArray[Any]) -> PIL.Image.Image:
         or 0 in pixels.shape
     ):
         raise exceptions.InputError(
-            f"an array of {pixels.dtype} with shape {list(pixels.shape)} is no image: it takes uint8 in [0, 255] "
-            "of shape [height, width], [height, width, 3] or [height, width, 4]"
+            f"an array of {pixels.dtype} with shape {list(pixels.shape)} is no image: it takes uint8 "
+            "in [0, 255] of shape [height, width], [height, width, 3] or [height, width, 4]"
         )
     return PIL.Image.fromarray(
         np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels)

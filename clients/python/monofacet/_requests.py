@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from monofacet import _exceptions as exceptions
-from monofacet._inputs import MAX_REQUEST_BYTES, Image, Input, image_bytes, to_input
+from monofacet._inputs import MAX_REQUEST_BYTES, Input, Pair, image_bytes, to_input
 from monofacet._types import FeatureQuery, ModalityLabel, ScoreSettings
 from monofacet.v1 import common_pb2, feature_service_pb2, modality_service_pb2
 
@@ -258,13 +258,13 @@ class PairBatcher:
         self._bytes = 0
         self._taken = 0
 
-    def add(self, pair: tuple[Image, str]) -> list[modality_service_pb2.ScoreModalityRequest]:
+    def add(self, pair: Pair) -> list[modality_service_pb2.ScoreModalityRequest]:
         """Take a pair.
 
         Parameters
         ----------
         pair
-            An image and its text.
+            An image and its text, and optionally a group.
 
         Returns
         -------
@@ -277,14 +277,17 @@ class PairBatcher:
             If the pair cannot be sent; the message says which.
         """
         try:
-            image, text = pair
+            image, text, *rest = pair
+            group = str(rest.pop()) if rest else ""
+            if rest:
+                raise exceptions.InputError("a pair is an image, a text and optionally a group")
             data = image_bytes(image)
         except (exceptions.InputError, TypeError, ValueError) as error:
             raise exceptions.InputError(f"pairs[{self._taken}]: {error}") from error
         self._taken += 1
         full = len(self._batch.pairs) == self._batch_size or self._bytes + len(data) > self._max_bytes
         messages = self.rest() if full else []
-        self._batch.pairs.add(image=common_pb2.Image(data=data), text=text)
+        self._batch.pairs.add(image=common_pb2.Image(data=data), text=text, group=group)
         self._bytes += len(data) + len(text)
         return messages
 

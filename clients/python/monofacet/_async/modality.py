@@ -13,7 +13,7 @@ from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._async.core import AsyncCore, Upload, iterate
 from monofacet._base import Deadline
-from monofacet._inputs import Image, Input
+from monofacet._inputs import Input, Pair
 from monofacet._status import error_from_rpc
 from monofacet.v1 import modality_service_pb2, modality_service_pb2_grpc
 
@@ -84,7 +84,7 @@ class ModalityCalls(AsyncCore):
 
     async def score_modality(
         self,
-        pairs: Iterable[tuple[Image, str]] | AsyncIterable[tuple[Image, str]],
+        pairs: Iterable[Pair] | AsyncIterable[Pair],
         settings: types.ScoreSettings | None = None,
         *,
         timeout: float | None = None,

@@ -11,7 +11,7 @@ from monofacet import _requests as requests
 from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._base import Deadline
-from monofacet._inputs import Image, Input
+from monofacet._inputs import Input, Pair
 from monofacet._status import error_from_rpc
 from monofacet._sync.core import SyncCore, Upload
 from monofacet.v1 import modality_service_pb2, modality_service_pb2_grpc
@@ -156,7 +156,7 @@ class ModalityCalls(SyncCore):
 
     def score_modality(
         self,
-        pairs: Iterable[tuple[Image, str]],
+        pairs: Iterable[Pair],
         settings: types.ScoreSettings | None = None,
         *,
         timeout: float | None = None,
@@ -166,7 +166,8 @@ class ModalityCalls(SyncCore):
         Parameters
         ----------
         pairs
-            Images as `encode` takes them, with their texts. They are read as they are sent.
+            Images as `encode` takes them, with their texts, and optionally a group: pairs of one group, such
+            as several pictures of one concept, are not independent. They are read as they are sent.
         settings
             Dictionary, band, intervals and seed. Default the server's.
         timeout

@@ -97,7 +97,7 @@ class Limits:
     ----------
     max_inputs, max_request_bytes, max_response_bytes
         Of one request and its answer.
-    max_image_bytes, max_image_pixels, image_formats, max_text_bytes
+    max_image_bytes, max_image_pixels, min_image_side, max_image_aspect_ratio, image_formats, max_text_bytes
         Of one input.
     max_queued_inputs, max_concurrent_calls
         Past these the server sheds load.
@@ -120,6 +120,8 @@ class Limits:
     max_page_size: int
     max_call_duration: float
     max_concurrent_calls: int
+    min_image_side: int
+    max_image_aspect_ratio: int
 
 
 @dataclass(frozen=True, slots=True)

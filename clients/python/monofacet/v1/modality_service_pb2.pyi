@@ -806,8 +806,13 @@ class ImageTextPair(_message.Message):
 
     IMAGE_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Its text, 1 to 65,536 bytes of UTF-8."""
+    group: _builtins.str
+    """Pairs of one group, such as several pictures of one concept, are not independent: they are resampled and shuffled
+    together. At most 256 characters. Empty: the pair is a group of its own.
+    """
     @_builtins.property
     def image(self) -> _common_pb2.Image:
         """The image."""
@@ -817,10 +822,11 @@ class ImageTextPair(_message.Message):
         *,
         image: _common_pb2.Image | None = ...,
         text: _builtins.str = ...,
+        group: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image", b"image", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "image", b"image", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
