@@ -30,6 +30,26 @@ _GONE = (
 )
 
 
+def confine_to_loopback(settings: Settings) -> None:
+    """Keep this replica's own port, where Serve unpickles what it gets, off the network.
+
+    Serve binds it to every interface and has no setting for it. It is opened after the replica's
+    constructor, which is where this is called.
+    """
+    if not settings.loopback_only:
+        return
+    from ray.serve._private import replica as module
+
+    replica: Any = module
+    bind = replica.add_port_to_grpc_server
+
+    def bind_to_loopback(server: Any, address: str) -> int:
+        port: int = bind(server, address.replace("[::]", "127.0.0.1"))
+        return port
+
+    replica.add_port_to_grpc_server = bind_to_loopback
+
+
 class EncoderReplica:
     """A replica of the encoder; ready once it is warm.
 
@@ -40,6 +60,7 @@ class EncoderReplica:
     """
 
     def __init__(self, settings: Settings) -> None:
+        confine_to_loopback(settings)
         # Imported in the replica: the process that only builds the application needs no torch.
         from deployments.encoder import Encoder
         from deployments.model import TowerModel, load_dictionaries
@@ -85,6 +106,7 @@ class GatewayReplica:
         from deployments.gateway.server import GatewayServer
         from services.bundle import Bundle
 
+        confine_to_loopback(settings)
         self._encoder = encoder
         catalogue = Catalogue.read(Bundle.load(settings.bundle, verify=False))
         self._server = GatewayServer(settings, catalogue)

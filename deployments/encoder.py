@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from deployments.batching import DeadlineExpired, GreedyBatcher, QueueFull
 from deployments.settings import Settings
-from deployments.work import BatchRecord, Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work, dense
+from deployments.work import BatchRecord, Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work
 from services.dictionaries.base import Dictionary, Modality, SparseRow, sparse_rows
 from services.errors import InvalidInput
+from services.modality import ModalitySettings, score_pairs, stack_rows
 from services.tables import ModalityTable
 
 log = logging.getLogger("monofacet.encoder")
@@ -75,6 +76,12 @@ def strongest(row: SparseRow, limit: int | None) -> Features:
     """Return the active features of one input, largest activation first, at most `limit` of them."""
     order = np.argsort(-row.values, kind="stable")[:limit]
     return Features(row.indices[order], row.values[order])
+
+
+def ascending(row: Features) -> SparseRow:
+    """Return the active features of one input by feature id, as sparse matrices want them."""
+    order = np.argsort(row.indices)
+    return SparseRow(row.indices[order], row.values[order])
 
 
 class Encoder:
@@ -142,20 +149,19 @@ class Encoder:
             return error
 
     def _score(self, request: ScoreRequest) -> ModalityTable:
-        from services.modality import ScoreSettings, score_pairs
-
         n_features = self._dictionaries[request.dictionary].n_features
-        return score_pairs(
-            dense(request.images, n_features),
-            dense(request.texts, n_features),
-            ScoreSettings(
-                delta=request.delta,
-                bootstrap_samples=request.bootstrap_samples,
-                shuffles=request.shuffles,
-                false_discovery_rate=request.false_discovery_rate,
-                seed=request.seed,
-            ),
+        images, texts = (
+            stack_rows([ascending(row) for row in rows], n_features)
+            for rows in (request.images, request.texts)
         )
+        settings = ModalitySettings(
+            delta=request.delta,
+            resamples=request.bootstrap_samples,
+            shuffles=request.shuffles,
+            fdr=request.false_discovery_rate,
+            seed=request.seed,
+        )
+        return score_pairs(images, texts, settings)
 
     async def close(self) -> None:
         """Finish what is queued and free the towers."""

@@ -28,6 +28,8 @@ ENVIRONMENT = {
     # Two idle workers would be started and never used.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
+    # A start on a busy machine is slow, not wrong.
+    "SERVE_SLOW_STARTUP_WARNING_S": "120",
     # Libraries that fork would have gRPC write a line for each fork.
     "GRPC_ENABLE_FORK_SUPPORT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -195,6 +197,9 @@ def _run(settings: Settings) -> tuple[Any, tuple[int, int]]:
 def _stop(settings: Settings, gateway: Any) -> None:
     from ray import serve as ray_serve
 
+    from deployments.app import APP_NAME
+
     if not gateway.drain.remote().result(timeout_s=settings.drain_s + 10):
         typer.echo("monofacet: some calls were cut off", err=True)
-    ray_serve.shutdown()  # type: ignore[no-untyped-call]
+    # Not serve.shutdown(): it kills Serve's controller while Ray still watches it, and Ray says so at length.
+    ray_serve.delete(APP_NAME)

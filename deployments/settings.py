@@ -61,6 +61,10 @@ class Settings(BaseSettings):
     )
     port: int = Field(9000, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
     metrics_port: int = Field(9100, ge=0, le=65535, description="Prometheus port; 0 takes a free one.")
+    loopback_only: bool = Field(
+        True,
+        description="Keep Ray's own ports on loopback. Off on a cluster, whose nodes must reach each other.",
+    )
 
     # Limits of one request. GetModel answers all of them.
     max_request_bytes: int = Field(

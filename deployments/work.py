@@ -6,7 +6,6 @@ everything that waited together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -144,11 +143,3 @@ class ScoreRequest:
     shuffles: int = 1_000
     false_discovery_rate: float = 0.05
     seed: int = 0
-
-
-def dense(rows: Sequence[Features], n_features: int) -> NDArray[np.float32]:
-    """Return activations as one array, float32, shape (rows, n_features)."""
-    z = np.zeros((len(rows), n_features), np.float32)
-    for i, row in enumerate(rows):
-        z[i, row.indices] = row.values
-    return z

@@ -1,0 +1,110 @@
+"""Walks the whole error table: every row's status, reason and details, and that nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+import services.errors
+from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
+from deployments.gateway import errors
+from deployments.gateway.errors import DOMAIN, TABLE, describe
+from services.errors import BundleError, InvalidInput, MonofacetError
+
+CODE = grpc.StatusCode
+
+
+def details(status: status_pb2.Status) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for packed in status.details:
+        for kind in (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo):
+            message = kind()
+            if packed.Is(kind.DESCRIPTOR):
+                packed.Unpack(message)
+                found[kind.DESCRIPTOR.name] = message
+    return found
+
+
+def make(kind: type[BaseException]) -> BaseException:
+    if issubclass(kind, MonofacetError):
+        return kind("what is wrong", [("inputs[2].image.data", "what is wrong")])
+    return kind("what is wrong")
+
+
+EXPECTED = {
+    services.errors.UnknownDictionary: (CODE.NOT_FOUND, "UNKNOWN_DICTIONARY"),
+    services.errors.UnknownFeature: (CODE.NOT_FOUND, "UNKNOWN_FEATURE"),
+    errors.UnknownModel: (CODE.NOT_FOUND, "UNKNOWN_MODEL"),
+    InvalidInput: (CODE.INVALID_ARGUMENT, "INVALID_INPUT"),
+    BundleError: (CODE.FAILED_PRECONDITION, "BUNDLE_INVALID"),
+    errors.MalformedRequest: (CODE.INVALID_ARGUMENT, "REQUEST_MALFORMED"),
+    errors.RequestTooLarge: (CODE.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE"),
+    errors.TooManyCalls: (CODE.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS"),
+    QueueFull: (CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    DeadlineExpired: (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    TimeoutError: (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    errors.EncoderUnavailable: (CODE.UNAVAILABLE, "MODEL_UNAVAILABLE"),
+    errors.Draining: (CODE.UNAVAILABLE, "DRAINING"),
+    BatcherClosed: (CODE.UNAVAILABLE, "DRAINING"),
+    asyncio.CancelledError: (CODE.CANCELLED, "CANCELLED"),
+}
+
+
+def test_the_walk_covers_the_table() -> None:
+    assert {kind for kind, _ in TABLE} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("kind", EXPECTED, ids=lambda kind: kind.__name__)
+def test_each_row_gives_its_status_and_reason(kind: type[BaseException]) -> None:
+    code, status = describe(make(kind), 0.5)
+    info = details(status)["ErrorInfo"]
+    assert (code, info.reason) == EXPECTED[kind]  # type: ignore[attr-defined]
+    assert info.domain == DOMAIN  # type: ignore[attr-defined]
+    assert status.code == code.value[0]
+    assert status.message
+
+
+@pytest.mark.parametrize("kind", EXPECTED, ids=lambda kind: kind.__name__)
+def test_retry_info_comes_with_shedding_and_with_nothing_else(kind: type[BaseException]) -> None:
+    code, status = describe(make(kind), 1.25)
+    retry = details(status).get("RetryInfo")
+    may_retry = code is CODE.UNAVAILABLE or kind in (QueueFull, errors.TooManyCalls)
+    assert (retry is not None) == may_retry
+    if retry is not None:
+        assert retry.retry_delay.ToTimedelta().total_seconds() == 1.25  # type: ignore[attr-defined]
+
+
+def domain_errors() -> list[type[MonofacetError]]:
+    return [
+        kind
+        for _, kind in inspect.getmembers(services.errors, inspect.isclass)
+        if issubclass(kind, InvalidInput)
+    ]
+
+
+@pytest.mark.parametrize("kind", domain_errors(), ids=lambda kind: kind.__name__)
+def test_every_error_of_input_names_its_field(kind: type[MonofacetError]) -> None:
+    code, status = describe(make(kind), 0.5)
+    found = details(status)
+    assert code in (CODE.INVALID_ARGUMENT, CODE.NOT_FOUND)
+    assert found["ErrorInfo"].reason == kind.default_reason  # type: ignore[attr-defined]
+    (violation,) = found["BadRequest"].field_violations  # type: ignore[attr-defined]
+    assert violation.field == "inputs[2].image.data"
+
+
+def test_what_nobody_foresaw_leaves_no_trace_and_no_path(caplog: pytest.LogCaptureFixture) -> None:
+    code, status = describe(OSError("/home/someone/secret.safetensors"), 0.5)
+    assert code is CODE.INTERNAL
+    assert b"secret" not in status.SerializeToString()
+    assert "OSError" not in status.message
+    reference = status.message.rsplit(" ", 1)[1]
+    assert reference in caplog.text
+
+
+def test_an_unservable_bundle_keeps_its_path_to_itself() -> None:
+    _, status = describe(BundleError("/srv/bundles/emoji: wrong hash"), 0.5)
+    assert b"/srv" not in status.SerializeToString()

@@ -1,0 +1,122 @@
+"""Starts `monofacet serve` as a process of its own and ends it by its id."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Ray and three Python processes that import torch, on a machine that may be busy with something else.
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 90.0
+READY = re.compile(r"monofacet: ready: (?P<bundle>\S+) on (?P<target>\S+), metrics on (?P<metrics>\S+),")
+
+
+@dataclass
+class Service:
+    """A running service.
+
+    Attributes
+    ----------
+    target
+        `host:port` of the gRPC server.
+    metrics_url
+        Where Prometheus would scrape.
+    bundle
+        Id of the bundle it serves.
+    process
+        The `monofacet serve` process.
+    log
+        What it printed.
+    """
+
+    target: str
+    metrics_url: str
+    bundle: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def stop(self) -> int:
+        """Send SIGTERM, wait, and return the exit code; SIGKILL only when it does not end."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def descendants(self) -> set[int]:
+        """Return the ids of the processes below the service's own, at this moment."""
+        return descendants(self.process.pid)
+
+
+def start_service(
+    bundle: Path, log: Path, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> Service:
+    """Start a service and wait until it says that it is ready.
+
+    Parameters
+    ----------
+    bundle
+        Directory of the bundle.
+    log
+        File for what it prints.
+    arguments
+        More arguments of `monofacet serve`.
+    environment
+        More environment variables.
+
+    Raises
+    ------
+    RuntimeError
+        With its output, when it ends or does not become ready in time.
+    """
+    command = [
+        sys.executable, "-c", "from monofacet.cli import main; main()",
+        "serve", "--bundle", str(bundle), "--port", "0", "--metrics-port", "0", *arguments,
+    ]  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **(environment or {})},
+            # A Ctrl-C at the test runner must not reach it: the fixture stops it in order.
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        match = READY.search(log.read_text(errors="replace"))
+        if match:
+            return Service(match["target"], match["metrics"], match["bundle"], process, log)
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    raise RuntimeError(f"the service did not become ready:\n{log.read_text(errors='replace')}")
+
+
+def descendants(pid: int) -> set[int]:
+    """Return the ids of all processes below `pid`."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(stat.rsplit(")", 1)[1].split()[1])
+    found: set[int] = set()
+    frontier = {pid}
+    while frontier:
+        frontier = {child for child, parent in parents.items() if parent in frontier} - found
+        found |= frontier
+    return found
