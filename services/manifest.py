@@ -215,6 +215,16 @@ def check_references(manifest: Manifest) -> None:
         for key, path in named
         if path is not None and path not in manifest.files
     ]
+    # A dictionary is loaded by name from its folder.
+    problems += [
+        (f"dictionaries.{name}.{key}", f"must be dictionaries/{name}{suffix}")
+        for name, entry in manifest.dictionaries.items()
+        for key, path, suffix in (
+            ("config", entry.config, ".json"),
+            ("weights", entry.weights, ".safetensors"),
+        )
+        if path not in (None, f"dictionaries/{name}{suffix}")
+    ]
     for section, names in (("modality", manifest.modality), ("cards.tables", manifest.cards.tables)):
         problems += [
             (f"{section}.{name}", f"{name!r} is not a dictionary of this bundle")
