@@ -1,0 +1,91 @@
+"""What is given on the command line: files, folders and texts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from monofacet import _exceptions as exceptions
+from monofacet._inputs import Input
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def read_inputs(arguments: Iterable[str], texts: Iterable[str]) -> list[tuple[str, Input]]:
+    """Tell images from texts.
+
+    Parameters
+    ----------
+    arguments
+        Each an image file, a folder of images, ``-`` for texts on standard input, one a line, or a text. What
+        ends like an image file is one, so that a misspelt name is an error and not a text.
+    texts
+        Texts whatever they look like.
+
+    Returns
+    -------
+    list of tuple
+        Label and input, in order.
+
+    Raises
+    ------
+    InputError
+        If a file is missing, a folder holds no images, or there is nothing at all.
+    """
+    inputs: list[tuple[str, Input]] = []
+    for argument in arguments:
+        path = Path(argument)
+        if argument == "-":
+            lines = (line.rstrip("\r\n") for line in sys.stdin)
+            inputs.extend((line, line) for line in lines if line)
+        elif _is_directory(path):
+            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            if not images:
+                raise exceptions.InputError(f"{argument} holds no {', '.join(SUFFIXES)} files")
+            inputs.extend((str(image), image) for image in images)
+        elif _is_file(path):
+            inputs.append((argument, path))
+        elif path.suffix.lower() in SUFFIXES:
+            raise exceptions.InputError(f"no such file: {argument} (use --text if it is a text)")
+        else:
+            inputs.append((argument, argument))
+    inputs.extend((text, text) for text in texts)
+    if not inputs:
+        raise exceptions.InputError("nothing to do: give image files, folders or texts")
+    return inputs
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        # A long text is no valid file name.
+        return False
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def shorten(label: str, width: int = 40) -> str:
+    """Cut a label for a table.
+
+    Parameters
+    ----------
+    label
+        A path or a text.
+    width
+        Characters at most.
+
+    Returns
+    -------
+    str
+        Its end for a path, its start for a text.
+    """
+    if len(label) <= width:
+        return label
+    return "…" + label[1 - width :] if label.lower().endswith(SUFFIXES) else label[: width - 1] + "…"
