@@ -33,17 +33,26 @@ class AugmentSettings:
         Largest shift, share of the side.
     grey, hue, invert, erase, noise : float
         Probabilities of each.
+    restyle : float
+        Share of the emoji that are redrawn with another pen, half of them without their fills.
     """
 
-    rotate: float = 15.0
-    scale: tuple[float, float] = (0.75, 1.15)
-    stretch: float = 0.12
-    translate: float = 0.08
-    grey: float = 0.25
-    hue: float = 0.2
-    invert: float = 0.05
-    erase: float = 0.15
-    noise: float = 0.2
+    rotate: float = 12.0
+    scale: tuple[float, float] = (0.8, 1.15)
+    stretch: float = 0.1
+    translate: float = 0.06
+    grey: float = 0.2
+    hue: float = 0.15
+    invert: float = 0.03
+    erase: float = 0.1
+    noise: float = 0.15
+    restyle: float = 0.5
+
+    def scaled(self, strength: float) -> AugmentSettings:
+        """Return these settings weakened to `strength` of themselves, 0 to 1."""
+        low, high = self.scale
+        weakened = {name: value * strength for name, value in vars(self).items() if name != "scale"}
+        return AugmentSettings(scale=(low**strength, high**strength), **weakened)
 
 
 class Augment:

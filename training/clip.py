@@ -8,7 +8,9 @@ model: a config JSON and safetensors. Loss and choices:
 - text to image: cross-entropy over the batch's images, shared evenly by all images of the caption;
 - the same caption twice is never its own negative, and a picture that lost its colour is not held against the
   captions of its concept that name a skin tone;
-- warm-up, constant rate, then linear decay; the first part at a lower resolution, which costs half as much.
+- warm-up, constant rate, then linear decay; the first part at a lower resolution, which costs half as much;
+- a curriculum: augmentation grows from weak to full, since with few samples the towers must first find out what a
+  caption means at all (at full strength from the start, 500 steps taught them next to nothing).
 """
 
 from __future__ import annotations
@@ -51,24 +53,28 @@ class ClipSettings:
         Shares of the steps with a rising and a falling rate.
     low_resolution : int
         Pixels a side during the first `low_share` of the steps.
+    weak, full_from : float
+        Strength of the augmentation at the start, and the share of the steps after which it is full.
     bank_from : float
         Share of the steps after which the caption bank joins the negatives.
     bank_every : int
         Steps between two full refreshes of the bank.
     """
 
-    steps: int = 3000
-    batch: int = 192
+    steps: int = 3600
+    batch: int = 128
     image_lr: float = 2e-3
     text_lr: float = 1e-3
     weight_decay: float = 0.05
     warm_up: float = 0.04
     decay: float = 0.35
     low_resolution: int = 48
-    low_share: float = 0.6
-    bank_from: float = 0.12
+    low_share: float = 0.65
+    weak: float = 0.15
+    full_from: float = 0.7
+    bank_from: float = 0.5
     bank_every: int = 150
-    emoji_share: float = 0.65
+    emoji_share: float = 0.75
     without: str = ""
     seed: int = 0
 
@@ -174,7 +180,8 @@ class ClipTrainer:
             context_length=config["model_cfg"]["text_cfg"]["context_length"]
         )
         self.generator = torch.Generator().manual_seed(settings.seed)
-        augment = Augment(AugmentSettings(), self.generator)
+        self.augmentation = AugmentSettings()
+        augment = Augment(self.augmentation, self.generator)
         self.sampler = PairSampler(corpus, augment, settings.emoji_share, settings.without)
         self.optimiser = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), eps=1e-6)
         emoji = self.sampler.emoji
@@ -201,6 +208,11 @@ class ClipTrainer:
             }
             for (visual, decays), parameters in groups.items()
         ]
+
+    def resolution(self) -> int:
+        """Return the pixels a side that this step trains at."""
+        s = self.settings
+        return s.low_resolution if self.step < s.low_share * s.steps else self.size
 
     def rate(self) -> float:
         """Return the share of the peak learning rate at this step."""
@@ -252,8 +264,10 @@ class ClipTrainer:
         """Take one optimiser step and return the loss."""
         s = self.settings
         self.model.train()
-        low = self.step < s.low_share * s.steps
-        batch = self.sampler.batch(s.batch, s.low_resolution if low else self.size)
+        progress = self.step / s.steps
+        strength = min(1.0, s.weak + (1 - s.weak) * progress / s.full_from)
+        self.sampler.augment.settings = self.augmentation.scaled(strength)
+        batch = self.sampler.batch(s.batch, self.resolution())
         if self.step >= s.bank_from * s.steps and self.step % s.bank_every == 0:
             self.bank.refresh(self)
             self.model.train()

@@ -43,12 +43,15 @@ class EmbeddingSettings:
         Augmented views of each training drawing.
     held_out : float
         Share of the training drawings that no dictionary sees.
+    test : bool
+        Whether the test artist's drawings are embedded: not while designing.
     seed : int
         Of the augmentation and of the share.
     """
 
     views: int = 1
     held_out: float = 0.15
+    test: bool = True
     seed: int = 0
 
 
@@ -237,7 +240,8 @@ def split_parts(split: np.ndarray, held_out: float, seed: int) -> np.ndarray:
 def embed_corpus(embedder: Embedder, corpus: Corpus, settings: EmbeddingSettings) -> EmbeddingSet:
     """Embed all drawings of the emoji sets and their captions."""
     columns = corpus.columns
-    rows = np.flatnonzero(np.isin(columns["split"], ["train", "validation", "test"]))
+    splits = ["train", "validation", "test"] if settings.test else ["train", "validation"]
+    rows = np.flatnonzero(np.isin(columns["split"], splits))
     part = split_parts(columns["split"][rows], settings.held_out, settings.seed)
     fit = rows[part == "fit"]
     captions = np.unique(np.concatenate([columns["caption"][rows], columns["concept"][rows]]))
@@ -280,8 +284,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--views", type=int, default=EmbeddingSettings.views)
+    parser.add_argument("--without-test", action="store_true")
     arguments = parser.parse_args()
-    settings = EmbeddingSettings(views=arguments.views)
+    settings = EmbeddingSettings(views=arguments.views, test=not arguments.without_test)
     embedder = Embedder(arguments.clip, arguments.threads)
     if is_current(arguments.out, embedder.fingerprint, settings):
         print(f"{arguments.out} is current")

@@ -171,8 +171,8 @@ class PairSampler:
             ]
         )
         is_icon = torch.arange(size) >= n_emoji
-        coin = augment.uniform(size).numpy()
-        restyle = np.where(coin < 0.5, 0, np.where(coin < 0.75, 1, 2))
+        coin, share = augment.uniform(size).numpy(), augment.settings.restyle
+        restyle = np.where(coin >= share, 0, np.where(coin >= share / 2, 1, 2))
         # Line art has its style; a drawing known by its colour keeps its fills.
         matters = self.colour_matters[rows]
         restyle = np.where(is_icon.numpy(), 0, np.where(matters & (restyle == 2), 1, restyle))

@@ -1,0 +1,247 @@
+"""Fit TopK sparse autoencoders on embeddings of both modalities.
+
+    loss = ||e_I - e_I_hat||^2 + ||e_T - e_T_hat||^2  (as shares of the variance)
+         + aux / 32 * (residual explained by dead features)
+         + group * sum_j sqrt(zI_j^2 + zT_j^2) / sqrt(2 k)
+         + align * InfoNCE(zI, zT)
+
+Source: Gao et al., "Scaling and evaluating sparse autoencoders" (2024), for TopK and AuxK. The last two terms, and a
+random mask of features shared by both sides of a pair, are what makes one concept one feature in both modalities
+("group" dictionaries); without them it is a plain autoencoder.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from services.dictionaries import SAE, Modality
+
+IMAGE, TEXT = Modality.IMAGE, Modality.TEXT
+
+
+@dataclass(frozen=True)
+class SAESettings:
+    """Hyperparameters of one autoencoder.
+
+    Parameters
+    ----------
+    n_features, k : int
+        n, and features kept for one embedding.
+    steps, batch : int
+        Optimiser steps, and pairs a step.
+    lr : float
+        Peak rate of Adam; falls linearly to zero over the last `decay` of the steps.
+    aux : float
+        Weight of AuxK.
+    aux_k : int
+        Dead features that may explain the residual of one embedding.
+    dead_after : int
+        Steps without firing after which a feature counts as dead.
+    group : float
+        Weight of the group sparsity over a pair.
+    align : float
+        Weight of the contrastive term on activations.
+    temperature : float
+        Of the contrastive term, on cosines.
+    align_batch : int
+        Pairs of a batch that the contrastive term compares.
+    mask : float
+        Probability that a feature is hidden from both sides of a pair.
+    modalities : tuple of str
+        Whose reconstruction counts: both, or one for a half of `sae-pair`.
+    seed : int
+        Of initialisation and batches.
+    """
+
+    n_features: int = 2048
+    k: int = 32
+    steps: int = 600
+    batch: int = 512
+    lr: float = 1e-3
+    decay: float = 0.4
+    aux: float = 1 / 32
+    aux_k: int = 64
+    dead_after: int = 60
+    group: float = 0.0
+    align: float = 0.0
+    temperature: float = 0.1
+    align_batch: int = 256
+    mask: float = 0.0
+    modalities: tuple[str, ...] = ("image", "text")
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Training pairs, texts drawn afresh in every batch.
+
+    Attributes
+    ----------
+    images : Tensor
+        Unit embeddings, float32 [n, d].
+    caption : Tensor
+        Row of `texts`, int64 [n].
+    texts : Tensor
+        Unit embeddings of the captions in several wordings, float32 [wordings, t, d].
+    """
+
+    images: Float[Tensor, "n d"]
+    caption: Int[Tensor, " n"]
+    texts: Float[Tensor, "wordings t d"]
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw pairs: images [size, d] and their captions [size, d], each in a wording drawn at random."""
+        rows = torch.randint(len(self.images), (size,), generator=generator)
+        wording = torch.randint(len(self.texts), (size,), generator=generator)
+        return self.images[rows], self.texts[wording, self.caption[rows]]
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Return all images [n, d] and, beside each, the mean wording of its caption [n, d]."""
+        return self.images, F.normalize(self.texts.mean(0), dim=-1)[self.caption]
+
+
+def info_nce(a: Float[Tensor, "b n"], b: Float[Tensor, "b n"], temperature: float, same: Bool[Tensor, "b b"]):
+    """Return the symmetric InfoNCE of two activations of the same pairs.
+
+    Parameters
+    ----------
+    a, b : Tensor
+        Non-negative activations.
+    temperature : float
+        On cosines.
+    same : Tensor
+        Pairs off the diagonal that share a caption and are no negatives.
+    """
+    logits = F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T / temperature
+    logits = logits.masked_fill(same, float("-inf"))
+    target = torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def same_rows(x: Float[Tensor, "b d"]) -> Bool[Tensor, "b b"]:
+    """Return which rows are (nearly) the same unit vector, without the diagonal."""
+    same = x @ x.T > 0.999
+    return same.fill_diagonal_(False)
+
+
+class SAETrainer:
+    """Fits one autoencoder.
+
+    Parameters
+    ----------
+    pairs : Pairs
+        Training pairs.
+    settings : SAESettings
+        Hyperparameters.
+    """
+
+    def __init__(self, pairs: Pairs, settings: SAESettings) -> None:
+        self.pairs, self.settings = pairs, settings
+        torch.manual_seed(settings.seed)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.sae = SAE(pairs.images.shape[1], settings.n_features, settings.k)
+        self._initialise()
+        trained = [self.sae.encoder, self.sae.encoder_bias, self.sae.decoder]
+        self.optimiser = torch.optim.Adam(trained, lr=settings.lr, betas=(0.9, 0.99))
+        self.idle = torch.zeros(settings.n_features, dtype=torch.int64)
+        self.step = 0
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Centre each modality on its mean, and point the features at training data."""
+        sae, s = self.sae, self.settings
+        images, texts = self.pairs.sides()
+        sae.pre_bias_image.copy_(images.mean(0)).requires_grad_(False)
+        sae.pre_bias_text.copy_(texts.mean(0)).requires_grad_(False)
+        image, text = self.pairs.batch(s.n_features, self.generator)
+        image, text = image - sae.pre_bias_image, text - sae.pre_bias_text
+        if s.group > 0 or s.align > 0:
+            # What both sides of a pair have in common.
+            rows = F.normalize(image, dim=-1) + F.normalize(text, dim=-1)
+        else:
+            share = float("image" in s.modalities) / len(s.modalities)
+            rows = torch.where(torch.rand(s.n_features, 1, generator=self.generator) < share, image, text)
+        noise = torch.randn(rows.shape, generator=self.generator) * 0.5 / rows.shape[1] ** 0.5
+        sae.decoder.copy_(F.normalize(F.normalize(rows, dim=-1) + noise, dim=-1))
+        sae.encoder.copy_(sae.decoder.T)
+
+    def rate(self) -> float:
+        """Return the share of the peak learning rate at this step."""
+        s = self.settings
+        progress = self.step / s.steps
+        return min(1.0, (self.step + 1) / (0.05 * s.steps), (1.0 - progress) / s.decay)
+
+    def _aux_loss(self, pre: Tensor, residual: Tensor) -> Tensor:
+        """Return the share of the residual that dead features leave unexplained (AuxK)."""
+        dead = (self.idle > self.settings.dead_after).nonzero().squeeze(1)
+        if len(dead) == 0:
+            return residual.new_zeros(())
+        values, indices = pre[:, dead].topk(min(self.settings.aux_k, len(dead)), dim=-1)
+        z = torch.zeros(len(pre), len(dead)).scatter(-1, indices, values.relu())
+        error = residual - z @ self.sae.decoder[dead]
+        return (error**2).sum() / (residual**2).sum().clamp_min(1e-9)
+
+    def loss(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return the loss of one batch of pairs and note which features fired."""
+        s, sae = self.settings, self.sae
+        hidden = torch.rand(len(image), s.n_features, generator=self.generator) < s.mask if s.mask else None
+        total = image.new_zeros(())
+        activations = []
+        fired = torch.zeros(s.n_features, dtype=torch.bool)
+        for e, modality in ((image, IMAGE), (text, TEXT)):
+            if modality.value not in s.modalities:
+                continue
+            x = e - sae.pre_bias(modality)
+            pre = torch.addmm(sae.encoder_bias, x, sae.encoder)
+            values, indices = (pre if hidden is None else pre.masked_fill(hidden, -1.0)).topk(s.k, dim=-1)
+            values = values.relu()
+            # The same as `SAE.decode` on the dense activations, at half the cost of a step.
+            residual = x - F.embedding_bag(indices, sae.decoder, per_sample_weights=values, mode="sum")
+            total = total + (residual**2).sum() / (x**2).sum()
+            if s.aux:
+                total = total + s.aux * self._aux_loss(pre, residual.detach())
+            fired[indices[values.detach() > 0]] = True
+            few = slice(s.align_batch)
+            dense = torch.zeros(len(values[few]), s.n_features).scatter(-1, indices[few], values[few])
+            activations.append(dense)
+        self.idle = torch.where(fired, 0, self.idle + 1)
+        if len(activations) == 2 and s.group:
+            both = torch.sqrt(activations[0] ** 2 + activations[1] ** 2 + 1e-8) - 1e-4
+            total = total + s.group * both.sum(1).mean() / (2 * s.k) ** 0.5
+        if len(activations) == 2 and s.align:
+            same = same_rows(text[: s.align_batch])
+            total = total + s.align * info_nce(*activations, s.temperature, same)
+        return total
+
+    def train_step(self) -> float:
+        """Take one optimiser step and return the loss."""
+        loss = self.loss(*self.pairs.batch(self.settings.batch, self.generator))
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        decoder = self.sae.decoder
+        # Only the part across a unit row turns it; along it Adam would waste its scale.
+        decoder.grad -= (decoder.grad * decoder.data).sum(1, keepdim=True) * decoder.data
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.lr * self.rate()
+        self.optimiser.step()
+        self.sae.normalise_decoder()
+        self.step += 1
+        return float(loss.detach())
+
+    def run(self, label: str = "") -> SAE:
+        """Train to the end with progress; returns the autoencoder in eval mode."""
+        started = time.monotonic()
+        every = max(1, self.settings.steps // 4)
+        while self.step < self.settings.steps:
+            loss = self.train_step()
+            if self.step % every == 0:
+                dead = int((self.idle > self.settings.dead_after).sum())
+                seconds = time.monotonic() - started
+                print(f"{label} step {self.step} loss {loss:.4f} dead {dead} {seconds:.0f} s", flush=True)
+        return self.sae.eval().requires_grad_(False)
