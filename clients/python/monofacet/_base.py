@@ -96,9 +96,9 @@ class BaseClient:
         channel: Any,
     ) -> None:
         self._connection = Connection(target, token, tls)
-        self._timeout = (
-            timeout if isinstance(timeout, Timeout) else Timeout(call=timeout) if timeout else Timeout()
-        )
+        if timeout is None:
+            timeout = Timeout()
+        self._timeout = timeout if isinstance(timeout, Timeout) else Timeout(call=timeout)
         self._retry = retry or Retry()
         self._metadata = self._connection.metadata()
         self._given_channel = channel

@@ -71,7 +71,7 @@ class AsyncCore(BaseClient):
         return self._stubs[kind]
 
     async def _call(self, method: Callable[..., Awaitable[Any]], request: Any, timeout: float | None) -> Any:
-        deadline = Deadline(timeout or self._timeout.call)
+        deadline = Deadline(self._timeout.call if timeout is None else timeout)
         async for attempt in stamina.retry_context(**self._retrying(deadline)):
             with attempt:
                 try:

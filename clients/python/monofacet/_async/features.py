@@ -51,7 +51,7 @@ class FeatureCalls(AsyncCore):
     ) -> AsyncIterator[types.StreamResult]:
         """Encode a corpus, item by item; see `Client.stream_encode`. The items may be asynchronous."""
         options = requests.encode_options(dictionary, max_features, truncate, embeddings)
-        return self._stream(items, options, Deadline(timeout or self._timeout.stream))
+        return self._stream(items, options, Deadline(self._timeout.stream if timeout is None else timeout))
 
     async def _stream(
         self,

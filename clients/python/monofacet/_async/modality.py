@@ -93,7 +93,7 @@ class ModalityCalls(AsyncCore):
 
         The pairs may be asynchronous.
         """
-        deadline = Deadline(timeout or self._timeout.stream)
+        deadline = Deadline(self._timeout.stream if timeout is None else timeout)
 
         async def messages() -> AsyncIterator[modality_service_pb2.ScoreModalityRequest]:
             yield requests.score_settings(settings or types.ScoreSettings())

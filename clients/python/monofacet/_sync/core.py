@@ -61,7 +61,7 @@ class SyncCore(BaseClient):
             self._channel.close()
 
     def _call(self, method: Callable[..., Response], request: Any, timeout: float | None) -> Response:
-        deadline = Deadline(timeout or self._timeout.call)
+        deadline = Deadline(self._timeout.call if timeout is None else timeout)
         for attempt in stamina.retry_context(**self._retrying(deadline)):
             with attempt:
                 try:

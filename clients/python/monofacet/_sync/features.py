@@ -112,7 +112,7 @@ class FeatureCalls(SyncCore):
             If the stream fails. What was yielded before is good.
         """
         options = requests.encode_options(dictionary, max_features, truncate, embeddings)
-        return self._stream(items, options, Deadline(timeout or self._timeout.stream))
+        return self._stream(items, options, Deadline(self._timeout.stream if timeout is None else timeout))
 
     def _stream(
         self,

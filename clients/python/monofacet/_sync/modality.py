@@ -185,7 +185,7 @@ class ModalityCalls(SyncCore):
         CallError
             If the call fails. It is not tried again.
         """
-        deadline = Deadline(timeout or self._timeout.stream)
+        deadline = Deadline(self._timeout.stream if timeout is None else timeout)
 
         def messages() -> Iterator[modality_service_pb2.ScoreModalityRequest]:
             yield requests.score_settings(settings or types.ScoreSettings())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,8 +47,9 @@ def encode(
     labelled = read_inputs(inputs or (), text or ())
     if out is not None and not out.parent.is_dir():
         raise exceptions.InputError(f"there is no folder {out.parent}")
+    # Ids are positions: a text may be longer than an id, and given twice.
     stream = session.client.stream_encode(
-        labelled, dictionary=dictionary, max_features=max_features, truncate=truncate
+        [value for _, value in labelled], dictionary=dictionary, max_features=max_features, truncate=truncate
     )
     results = []
     for result in track(
@@ -58,6 +60,7 @@ def encode(
         transient=True,
         disable=session.as_json or len(labelled) == 1,
     ):
+        result = dataclasses.replace(result, id=labelled[int(result.id)][0])
         # Printed as it comes, so that a program can start on the first.
         if session.as_json:
             print_json(_as_dict(result))
@@ -88,7 +91,7 @@ def _show(session: Session, results: list[StreamResult]) -> None:
     table = Table("input", "norm", "embedding", "features", highlight=True)
     for result in results:
         if result.error is not None:
-            message = getattr(result.error, "message", str(result.error))
+            message = _reason(result.error)
             table.add_row(escape(shorten(result.id)), "", f"[red]{escape(message)}[/]", "")
             continue
         head = " ".join(f"{value:+.3f}" for value in result.embedding[:4])
@@ -109,6 +112,12 @@ def _show(session: Session, results: list[StreamResult]) -> None:
                 f"{position} {escape(shorten(result.id, 30))}", *(f"{value:.2f}" for value in row)
             )
         session.console.print(cosines)
+
+
+def _reason(error: exceptions.MonofacetError) -> str:
+    if isinstance(error, exceptions.CallError):
+        return "; ".join(violation.description for violation in error.violations) or error.message
+    return str(error)
 
 
 def _save(path: Path, results: list[StreamResult]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator
-from typing import Any, NoReturn
+from typing import Any
 
 from monofacet.testing._calls import Mock
 
@@ -94,11 +94,24 @@ class MockAioChannel(Mock):
 
         return call
 
-    def unary_stream(self, method: str, *_: Any, **__: Any) -> Callable[..., Any]:
-        """Make a call that is refused when it is used: the contract has none of this kind yet."""
+    def unary_stream(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        *_: Any,
+        **__: Any,
+    ) -> Callable[..., _AioStream]:
+        """Make a call with one request and many answers."""
 
-        def call(*_: Any, **__: Any) -> NoReturn:
-            raise NotImplementedError(method)
+        async def answers(request: Any, timeout: float | None, metadata: Any) -> AsyncIterator[Any]:
+            handler, context = self.begin(method, metadata, timeout)
+            received = self.receive(method, handler, request_serializer(request))
+            for answer in handler.unary_stream(received, context):
+                yield response_deserializer(handler.response_serializer(answer))
+
+        def call(request: Any, timeout: float | None = None, metadata: Any = None, **_: Any) -> _AioStream:
+            return _AioStream(answers(request, timeout, metadata))
 
         return call
 

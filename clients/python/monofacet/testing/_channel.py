@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import grpc
 
@@ -90,9 +90,26 @@ class MockChannel(Mock, grpc.Channel):  # type: ignore[misc]
 
         return _StreamUnary(call)
 
-    def unary_stream(self, method: str, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: the contract has no such call yet."""
-        raise NotImplementedError(method)
+    def unary_stream(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        *_: Any,
+        **__: Any,
+    ) -> Callable[..., _Stream]:
+        """Make a call with one request and many answers."""
+
+        def answers(request: Any, timeout: float | None, metadata: Any) -> Iterator[Any]:
+            handler, context = self.begin(method, metadata, timeout)
+            received = self.receive(method, handler, request_serializer(request))
+            for answer in handler.unary_stream(received, context):
+                yield response_deserializer(handler.response_serializer(answer))
+
+        def call(request: Any, timeout: float | None = None, metadata: Any = None, **_: Any) -> _Stream:
+            return _Stream(answers(request, timeout, metadata))
+
+        return call
 
     def subscribe(self, callback: Any, try_to_connect: bool = False) -> None:
         """Do nothing: a mock is always connected."""
