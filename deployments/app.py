@@ -165,14 +165,17 @@ def build(settings: Settings) -> serve.Application:
         "health_check_timeout_s": 60,
         "graceful_shutdown_timeout_s": grace_s,
     }
-    encoder = _deployment(EncoderReplica).options(
-        name="encoder",
-        num_replicas=settings.encoder_replicas,
-        # The batcher's queue is the bound; Serve's own would hold messages back from it.
-        max_ongoing_requests=settings.max_queued_items,
-        **common,
-    ).bind(settings)
+    encoder = (
+        _deployment(EncoderReplica)
+        .options(
+            name="encoder",
+            num_replicas=settings.encoder_replicas,
+            # The batcher's queue is the bound; Serve's own would hold messages back from it.
+            max_ongoing_requests=settings.max_queued_items,
+            **common,
+        )
+        .bind(settings)
+    )
     gateway = _deployment(GatewayReplica).options(name="gateway", num_replicas=1, **common)
     application: serve.Application = gateway.bind(settings, encoder)
     return application
-

@@ -84,6 +84,16 @@ def ascending(row: Features) -> SparseRow:
     return SparseRow(row.indices[order], row.values[order])
 
 
+def group_numbers(names: Sequence[str]) -> NDArray[np.int64] | None:
+    """Return one number a pair, the same for pairs of one group; None when every pair stands alone."""
+    if not any(names):
+        return None
+    numbers: dict[object, int] = {}
+    # A pair without a group gets a key that no name can be.
+    keys = [name or i for i, name in enumerate(names)]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+
+
 class Encoder:
     """Encodes messages of work; one per replica.
 
@@ -142,9 +152,7 @@ class Encoder:
         The table, or what is wrong with the pairs.
         """
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._score_thread, self._score, request
-            )
+            return await asyncio.get_running_loop().run_in_executor(self._score_thread, self._score, request)
         except InvalidInput as error:
             return error
 
@@ -161,7 +169,7 @@ class Encoder:
             fdr=request.false_discovery_rate,
             seed=request.seed,
         )
-        return score_pairs(images, texts, settings)
+        return score_pairs(images, texts, settings, group_numbers(request.groups))
 
     async def close(self) -> None:
         """Finish what is queued and free the towers."""

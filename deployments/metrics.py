@@ -45,23 +45,27 @@ class Metrics:
         self.request_duration = Histogram(
             "monofacet_request_duration_seconds",
             "From the first byte of a call to its status.",
-            ["method", "code"], buckets=SECONDS, registry=r,
+            ["method", "code"],
+            buckets=SECONDS,
+            registry=r,
         )
         self.requests_in_flight = Gauge(
             "monofacet_requests_in_flight", "Calls in progress.", ["method"], registry=r
         )
-        self.items = Counter(
-            "monofacet_items", "Images and texts answered.", ["method"], registry=r
-        )
+        self.items = Counter("monofacet_items", "Images and texts answered.", ["method"], registry=r)
         self.queue_duration = Histogram(
             "monofacet_queue_duration_seconds",
             "From arrival at the gateway to the start of the first forward that holds the request.",
-            ["deployment"], buckets=SECONDS, registry=r,
+            ["deployment"],
+            buckets=SECONDS,
+            registry=r,
         )
         self.inference_duration = Histogram(
             "monofacet_inference_duration_seconds",
             "One forward of the towers and the dictionaries.",
-            ["deployment", "backend"], buckets=SECONDS, registry=r,
+            ["deployment", "backend"],
+            buckets=SECONDS,
+            registry=r,
         )
         self.batch_size = Histogram(
             "monofacet_batch_size", "Items of one forward.", ["deployment"], buckets=ITEMS, registry=r
@@ -70,6 +74,8 @@ class Metrics:
             "monofacet_rejected", "Calls and stream items refused, by reason.", ["reason"], registry=r
         )
         self.model_info = Gauge(
-            "monofacet_model_info", "Always 1; the labels say what is served.",
-            ["bundle", "sha256", "device"], registry=r,
+            "monofacet_model_info",
+            "Always 1; the labels say what is served.",
+            ["bundle", "sha256", "device"],
+            registry=r,
         )

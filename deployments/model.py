@@ -39,7 +39,12 @@ class TowerModel:
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         config = bundle.clip_config
         self._preprocess = ImagePreprocess(config)
-        self._image_limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        self._image_limits = ImageLimits(
+            settings.max_image_bytes,
+            settings.max_image_pixels,
+            settings.min_image_side,
+            settings.max_image_aspect_ratio,
+        )
         # The gateway counts bytes, of which a text never has fewer than characters.
         self._tokeniser = Tokeniser(config, TextLimits(settings.max_text_bytes))
         self._threads = settings.threads

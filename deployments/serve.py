@@ -79,9 +79,7 @@ def serve(
     metrics_port: Annotated[
         int | None, typer.Option(help="Prometheus port; 0 takes a free one. Default: 9100.")
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="auto, torch or openvino. Default: auto.")
-    ] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, torch or openvino. Default: auto.")] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of one forward. Default: the usable cores.")
     ] = None,

@@ -83,6 +83,13 @@ class Settings(BaseSettings):
         description="Pixels of one image, checked in its header before it is decoded: a small file can "
         "unpack to gigabytes.",
     )
+    min_image_side: int = Field(4, ge=1, description="Pixels of the shorter side of one image, at least.")
+    max_image_aspect_ratio: int = Field(
+        32,
+        ge=1,
+        description="Longer side of one image over its shorter one: resizing a sliver by its short side "
+        "would make its long side enormous.",
+    )
     max_text_bytes: int = Field(
         8 * 1024,
         ge=1,

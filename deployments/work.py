@@ -131,6 +131,8 @@ class ScoreRequest:
         Name of the dictionary that the features belong to.
     images, texts
         Active features of the two sides, pair by pair.
+    groups
+        Name of each pair's group; empty for a pair that is a group of its own.
     delta, bootstrap_samples, shuffles, false_discovery_rate, seed
         As in the contract's `ScoreSettings`, every one set.
     """
@@ -138,6 +140,7 @@ class ScoreRequest:
     dictionary: str
     images: tuple[Features, ...]
     texts: tuple[Features, ...]
+    groups: tuple[str, ...]
     delta: float = 0.25
     bootstrap_samples: int = 1_000
     shuffles: int = 1_000

@@ -49,8 +49,7 @@ def ordered(
 ) -> NDArray[np.int64]:
     """Return `features` in the order asked for; what is undefined or unnamed comes last both ways."""
     column = pb.FeatureOrder.Name(order).removeprefix(_ORDER_PREFIX).lower()
-    if column == "unspecified":
-        column = "feature"
+    column = {"unspecified": "feature", "mds": "mds_energy"}.get(column, column)
     values = getattr(table, column)[features]
     missing = values == "" if values.dtype.kind == "U" else np.isnan(values.astype(np.float64))
     defined, undefined = features[~missing], features[missing]

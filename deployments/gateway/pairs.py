@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from monofacet.v1 import modality_service_pb2 as pb
@@ -83,6 +84,7 @@ class PairScores:
     inference_s: float = 0.0
     _images: list[Features] = field(default_factory=list)
     _texts: list[Features] = field(default_factory=list)
+    _groups: list[str] = field(default_factory=list)
 
     @property
     def pairs(self) -> int:
@@ -99,11 +101,12 @@ class PairScores:
             message = f"more than {self.max_pairs} pairs"
             raise InvalidInput(message, [(f"pairs[{self.max_pairs}]", message)], reason="TOO_MANY_PAIRS")
 
-    def add(self, encoded: Encoded) -> None:
-        """Keep the features of one batch: images first, then texts."""
+    def add(self, encoded: Encoded, groups: Iterable[str]) -> None:
+        """Keep the features of one batch (images first, then texts) and the groups of its pairs."""
         half = len(encoded.features) // 2
         self._images.extend(encoded.features[:half])
         self._texts.extend(encoded.features[half:])
+        self._groups.extend(groups)
         self.queue_s = max(self.queue_s, encoded.queue_s)
         self.inference_s += encoded.inference_s
 
@@ -114,6 +117,7 @@ class PairScores:
             self.dictionary,
             tuple(self._images),
             tuple(self._texts),
+            tuple(self._groups),
             s.delta,
             s.bootstrap_samples,
             s.shuffles,

@@ -21,7 +21,7 @@ from prometheus_client import start_http_server
 
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.encoder_client import EncoderClient, Send
-from deployments.gateway.interceptors.chain import Chain
+from deployments.gateway.interceptors.chain import Chain, decoded_layer
 from deployments.gateway.interceptors.deadlines import deadlines_layer
 from deployments.gateway.interceptors.errors import errors_layer
 from deployments.gateway.interceptors.limits import Admission
@@ -75,6 +75,7 @@ class GatewayServer:
                         errors_layer(self.metrics, settings.retry_after_s),
                         self._admission.layer,
                         deadlines_layer(settings.default_deadline_s, settings.max_call_s),
+                        decoded_layer,
                         validation_layer,
                     ],
                     settings.max_request_bytes,
@@ -113,13 +114,21 @@ class GatewayServer:
         await self._set_health(_NOT_SERVING)
         port = self._server.add_insecure_port(f"{settings.host}:{settings.port}")
         await self._server.start()
-        http, _ = start_http_server(
-            settings.metrics_port, addr=settings.host, registry=self.metrics.registry
-        )
+        http, _ = start_http_server(settings.metrics_port, addr=settings.host, registry=self.metrics.registry)
         self._metrics_server = http
         self.metrics.model_info.labels(catalogue.bundle.id, catalogue.bundle.sha256, info.device).set(1)
         await self._set_health(_SERVING)
-        return port, http.server_port
+        return port, self.metrics_port
+
+    @property
+    def bundle_id(self) -> str:
+        """Id of the bundle that is served."""
+        return self._catalogue.bundle.id
+
+    @property
+    def metrics_port(self) -> int:
+        """Port of the metrics, once started."""
+        return int(self._metrics_server.server_port)
 
     async def drain(self) -> bool:
         """Say NOT_SERVING, refuse new calls, wait for those in flight, and stop.

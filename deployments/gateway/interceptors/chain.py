@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,14 @@ def checked_deserializer(decode: Callable[[bytes], Any], max_bytes: int) -> Call
     return deserialize
 
 
+@asynccontextmanager
+async def decoded_layer(call: Call) -> AsyncIterator[None]:
+    """End a call whose request was refused before it was decoded; the layers within see messages only."""
+    if isinstance(call.request, _Undecoded):
+        raise call.request.error
+    yield
+
+
 async def _decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
         if isinstance(request, _Undecoded):
@@ -113,8 +121,6 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
             async with AsyncExitStack() as stack:
                 for layer in self._layers:
                     await stack.enter_async_context(layer(call))
-                if isinstance(request, _Undecoded):
-                    raise request.error
                 argument = _decoded(request) if handler.request_streaming else request
                 if not inspect.isasyncgenfunction(inner):
                     return await inner(argument, context)

@@ -178,7 +178,7 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
         except InvalidInput as error:
             raise place.relocated(error, len(message.batch.pairs)) from error
         self._metrics.items.labels(_SCORE).inc(len(work.items))
-        scores.add(encoded)
+        scores.add(encoded, [pair.group for pair in message.batch.pairs])
 
     async def _patiently(self, work: Work, context: Any) -> Encoded:
         # As in StreamEncode: a stream waits where a unary call would be refused.

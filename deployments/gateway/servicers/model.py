@@ -51,6 +51,8 @@ def limits(settings: Settings) -> pb.Limits:
         max_page_size=settings.max_page_size,
         max_call_duration=duration(settings.max_call_s),
         max_concurrent_calls=settings.max_concurrent_calls,
+        min_image_side=settings.min_image_side,
+        max_image_aspect_ratio=settings.max_image_aspect_ratio,
     )
 
 

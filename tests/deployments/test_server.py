@@ -1,0 +1,93 @@
+"""Health, reflection, metrics and draining of the gateway's server."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.request
+
+import grpc
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from monofacet.v1 import common_pb2 as common
+from monofacet.v1 import feature_service_pb2 as pb
+
+from deployments.gateway.server import SERVICES
+from tests.deployments.conftest import Open, error_details
+
+ENCODE = "monofacet.v1.FeatureService/Encode"
+REQUEST = pb.EncodeRequest(inputs=[common.Input(text="a")])
+
+
+async def test_health_is_answered_per_service(open_gateway: Open) -> None:
+    async with open_gateway() as gateway:
+        health = health_pb2_grpc.HealthStub(gateway.channel)
+        for name in ("", *SERVICES):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(aio.AioRpcError) as caught:
+            await health.Check(health_pb2.HealthCheckRequest(service="monofacet.v1.BiasService"))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_reflection_lists_the_services(open_gateway: Open) -> None:
+    async with open_gateway() as gateway:
+        stub = reflection_pb2_grpc.ServerReflectionStub(gateway.channel)
+        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        answer = await call.read()
+        call.cancel()
+    assert set(SERVICES) <= {s.name for s in answer.list_services_response.service}
+
+
+async def test_draining_says_so_finishes_what_runs_and_refuses_the_rest(open_gateway: Open) -> None:
+    async with open_gateway() as gateway:
+        health = health_pb2_grpc.HealthStub(gateway.channel)
+        gateway.model.hold()
+        running = asyncio.ensure_future(gateway.features.Encode(REQUEST))
+        await asyncio.to_thread(gateway.model.entered.acquire)
+        draining = asyncio.ensure_future(gateway.server.drain())
+        await asyncio.sleep(0.05)
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICES[0]))
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with pytest.raises(aio.AioRpcError) as caught:
+            await gateway.features.Encode(REQUEST)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert error_details(caught.value) == ("DRAINING", [], 0.25)
+        gateway.model.release()
+        assert (await running).norms
+        assert await draining
+
+
+async def test_a_call_that_outlasts_the_drain_is_cut_off(open_gateway: Open) -> None:
+    async with open_gateway(drain_s=0.1) as gateway:
+        gateway.model.hold()
+        running = asyncio.ensure_future(gateway.features.Encode(REQUEST))
+        await asyncio.to_thread(gateway.model.entered.acquire)
+        assert not await gateway.server.drain()
+        with pytest.raises(aio.AioRpcError):
+            await running
+
+
+async def test_every_metric_is_served_on_one_port(open_gateway: Open) -> None:
+    async with open_gateway() as gateway:
+        await gateway.features.Encode(REQUEST)
+        with pytest.raises(aio.AioRpcError):
+            await gateway.features.Encode(pb.EncodeRequest())
+        port = gateway.server.metrics_port
+        page = await asyncio.to_thread(
+            lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+        )
+        bundle = gateway.server.bundle_id
+    for line in (
+        f'monofacet_request_duration_seconds_count{{code="OK",method="{ENCODE}"}} 1.0',
+        f'monofacet_request_duration_seconds_count{{code="INVALID_ARGUMENT",method="{ENCODE}"}} 1.0',
+        f'monofacet_requests_in_flight{{method="{ENCODE}"}} 0.0',
+        f'monofacet_items_total{{method="{ENCODE}"}} 1.0',
+        'monofacet_queue_duration_seconds_count{deployment="encoder"} 1.0',
+        'monofacet_inference_duration_seconds_count{backend="debug",deployment="encoder"} 1.0',
+        'monofacet_batch_size_sum{deployment="encoder"} 1.0',
+        'monofacet_rejected_total{reason="INVALID_INPUT"} 1.0',
+        f'monofacet_model_info{{bundle="{bundle}",device="cpu"',
+    ):
+        assert line in page
