@@ -115,7 +115,7 @@ def draw_retrieval(retrieved: list[Retrieved], path: Path, columns: int = 6) -> 
                 fontweight="bold" if right else "normal",
             )  # fmt: skip
     figure.subplots_adjust(left=0.01, right=0.99, top=0.98, bottom=0.09, hspace=0.6, wspace=0.1)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
