@@ -115,7 +115,7 @@ async def iterate(items: Iterable[Item] | AsyncIterable[Item]) -> AsyncIterator[
     Parameters
     ----------
     items
-        Asynchronous, or not; then each step runs in a thread, since it may read files.
+        Asynchronous, or not; then, unless it is a sequence, each step runs in a thread, since it may read files.
 
     Yields
     ------
@@ -124,6 +124,10 @@ async def iterate(items: Iterable[Item] | AsyncIterable[Item]) -> AsyncIterator[
     """
     if isinstance(items, AsyncIterable):
         async for item in items:
+            yield item
+        return
+    if isinstance(items, Sequence):
+        for item in items:
             yield item
         return
     iterator = iter(items)

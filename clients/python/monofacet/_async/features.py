@@ -49,7 +49,10 @@ class FeatureCalls(AsyncCore):
         embeddings: bool = True,
         timeout: float | None = None,
     ) -> AsyncIterator[types.StreamResult]:
-        """Encode a corpus, item by item; see `Client.stream_encode`. The items may be asynchronous."""
+        """Encode a corpus, item by item; see `Client.stream_encode`. The items may be asynchronous.
+
+        To leave the loop early and end the call at once, use `contextlib.aclosing`.
+        """
         options = requests.encode_options(dictionary, max_features, truncate, embeddings)
         return self._stream(items, options, Deadline(self._timeout.stream if timeout is None else timeout))
 
@@ -64,7 +67,10 @@ class FeatureCalls(AsyncCore):
         async def messages() -> AsyncIterator[feature_service_pb2.StreamEncodeRequest]:
             yield feature_service_pb2.StreamEncodeRequest(options=options)
             async for item in iterate(items):
-                message = await asyncio.to_thread(ledger.take, item)
+                # Files are read and pictures encoded in a thread; a hop for each text would cost more than the text.
+                value = item[1] if isinstance(item, tuple) else item
+                cheap = isinstance(value, str | bytes)
+                message = ledger.take(item) if cheap else await asyncio.to_thread(ledger.take, item)
                 if message is not None:
                     yield message
 
