@@ -29,7 +29,7 @@ ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
     # A start on a busy machine is slow, not wrong.
-    "SERVE_SLOW_STARTUP_WARNING_S": "120",
+    "SERVE_SLOW_STARTUP_WARNING_S": "600",
     # Libraries that fork would have gRPC write a line for each fork.
     "GRPC_ENABLE_FORK_SUPPORT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -154,21 +154,35 @@ class _LocalRay:
         self._directory = ""
 
     def __enter__(self) -> None:
-        import ray
-        import ray.serve
 
         for name, value in REPLICA_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # Unix sockets lie below it and their paths may have 107 characters, so it must be short.
         self._directory = tempfile.mkdtemp(prefix="mf-", dir="/tmp")
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            object_store_memory=self._settings.object_store_bytes,
-            logging_level=logging.ERROR,
-            _temp_dir=self._directory,
-        )
+        try:
+            self._start(attempts=3)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _start(self, attempts: int) -> None:
+        import ray
+
+        try:
+            ray.init(
+                address="local",
+                num_cpus=1,
+                include_dashboard=False,
+                object_store_memory=self._settings.object_store_bytes,
+                logging_level=logging.ERROR,
+                _temp_dir=self._directory,
+            )
+        except Exception:
+            # Ray gives its own processes 30 s, which a busy machine may not keep, and cannot be told otherwise.
+            ray.shutdown()
+            if attempts == 1:
+                raise
+            self._start(attempts - 1)
 
     def __exit__(self, *_: object) -> None:
         import ray
