@@ -6,6 +6,7 @@ because conversion and compilation take seconds and a cache would be one more ar
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,8 @@ class OpenVINOTowers:
 
 def convert(module: nn.Module, example: torch.Tensor, shape: list[int]) -> ov.Model:
     """Convert a PyTorch module to an OpenVINO model with the input `shape`, -1 being free."""
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings():
+        # Tracing warns of every check of a shape in the layers; the shapes that may vary are tested to.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
         model: ov.Model = ov.convert_model(module, example_input=example, input=[ov.PartialShape(shape)])
     return model

@@ -103,6 +103,7 @@ def test_a_bomb_is_refused_from_its_header_without_taking_memory():
     assert peak < 2**20
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(6_400, 6_400), (9_000, 9_000), (13_000, 13_000)])
 def test_too_many_pixels_are_refused_below_and_above_pillows_own_limits(size):
     with pytest.raises(ImageTooLarge):
