@@ -188,7 +188,12 @@ class _LocalRay:
         import ray
 
         ray.shutdown()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        # Ray's processes may write their last lines a moment after it returns.
+        for _ in range(50):
+            shutil.rmtree(self._directory, ignore_errors=True)
+            if not os.path.exists(self._directory):
+                break
+            time.sleep(0.1)
 
 
 def _run(settings: Settings) -> tuple[Any, tuple[int, int]]:

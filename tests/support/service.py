@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Ray and three Python processes that import torch, on a machine that may be busy with something else.
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 420.0
 STOP_TIMEOUT_S = 90.0
 READY = re.compile(r"monofacet: ready: (?P<bundle>\S+) on (?P<target>\S+), metrics on (?P<metrics>\S+),")
 
@@ -99,8 +99,16 @@ def start_service(
         if match:
             return Service(match["target"], match["metrics"], match["bundle"], process, log)
         time.sleep(0.1)
-    process.kill()
-    process.wait()
+    below = descendants(process.pid)
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        # Ray's agents notice a killed parent late.
+        for pid in below & descendants(1):
+            os.kill(pid, signal.SIGKILL)
     raise RuntimeError(f"the service did not become ready:\n{log.read_text(errors='replace')}")
 
 
