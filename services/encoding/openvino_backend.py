@@ -108,6 +108,6 @@ def convert(module: nn.Module, example: torch.Tensor, shape: list[int]) -> ov.Mo
     """Convert a PyTorch module to an OpenVINO model with the input `shape`, -1 being free."""
     with torch.inference_mode(), warnings.catch_warnings():
         # Tracing warns of every check of a shape in the layers; the shapes that may vary are tested to.
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore")
         model: ov.Model = ov.convert_model(module, example_input=example, input=[ov.PartialShape(shape)])
     return model
