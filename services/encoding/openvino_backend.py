@@ -10,12 +10,12 @@ import warnings
 from typing import Any
 
 import numpy as np
-import openvino as ov
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from services.encoding.clip import ClipConfig
+from services.encoding.quiet_openvino import ov
 from services.encoding.text_tower import TextTower
 from services.encoding.towers import MAX_BATCH, Embeddings, run_images, run_texts, warm_up
 from services.errors import UnsupportedModel

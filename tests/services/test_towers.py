@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import numpy as np
-import openvino as ov
 import pytest
 import safetensors.torch
 import torch
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from services.encoding.clip import build_clip, read_clip_config
 from services.encoding.load import choose_backend, load_towers
 from services.encoding.openvino_backend import OpenVINOTowers, best_precision
+from services.encoding.quiet_openvino import ov
 from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
 from services.encoding.towers import Embeddings, piece_sizes, text_length
@@ -123,6 +125,15 @@ def test_pure_bf16_is_close_to_f32(tiny):
 def test_auto_takes_openvino_on_a_cpu_and_torch_on_a_gpu():
     assert choose_backend("cpu") == "openvino"
     assert choose_backend("cuda:0") == "torch"
+
+
+def test_openvino_does_not_report_its_use():
+    code = (
+        "import services.encoding.openvino_backend\n"
+        "from openvino.tools.ovc import telemetry_utils\n"
+        "assert telemetry_utils.tm.__name__.endswith('telemetry_stub'), telemetry_utils.tm"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_bf16_is_only_chosen_where_the_cpu_has_it():
