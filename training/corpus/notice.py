@@ -16,6 +16,10 @@ The embedded bundle (bundles/emoji) was made from drawings by the artists below,
 package `@iconify-json/<name>`. The drawings keep their own licences. The bundle contains weights trained on them
 and small pictures of some of them (feature cards and samples; training artists only)."""
 
+FOOT = """Interface definitions in protos/ that are not ours, each with its licence beside it:
+  protos/buf/validate: protovalidate, Buf Technologies, Apache-2.0
+  protos/google/rpc: Google APIs, Google LLC, Apache-2.0"""
+
 USES = {
     Role.TRAIN: "Trained on, validated on; pictures of some are shown in the bundle",
     Role.AUXILIARY: "Trained on (towers only); no picture is in the bundle",
@@ -34,7 +38,7 @@ def render() -> str:
             for row in rows
             if row["role"] == role
         )
-    return "\n\n".join(parts).replace("\n\n  ", "\n  ") + "\n"
+    return "\n\n".join([*parts, FOOT]).replace("\n\n  ", "\n  ") + "\n"
 
 
 if __name__ == "__main__":
