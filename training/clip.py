@@ -6,6 +6,8 @@ model: a config JSON and safetensors. Loss and choices:
 - image to text: cross-entropy over the captions of the batch (fresh) and all other emoji captions (a bank of
   embeddings that is refreshed now and then), so that a small batch still meets every hard negative;
 - text to image: cross-entropy over the batch's images, shared evenly by all images of the caption;
+- every caption that names a gender brings the caption of the other one as a negative, which a batch drawn at random
+  hardly ever holds (without it the woman/man AUC stayed at 0.5 for 1,000 steps);
 - the same caption twice is never its own negative, and a picture that lost its colour is not held against the
   captions of its concept that name a skin tone;
 - warm-up, constant rate, then linear decay; the first part at a lower resolution, which costs half as much;
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from training.augment import Augment, AugmentSettings
 from training.corpus.build import DEFAULT_DIR
+from training.corpus.names import counterpart
 from training.pairs import TEMPLATES, Batch, Corpus, PairSampler
 from training.retrieval import bootstrap_auc, gender_score, retrieval
 
@@ -61,7 +64,7 @@ class ClipSettings:
         Steps between two full refreshes of the bank.
     """
 
-    steps: int = 3600
+    steps: int = 2600
     batch: int = 128
     image_lr: float = 2e-3
     text_lr: float = 1e-3
@@ -72,7 +75,7 @@ class ClipSettings:
     low_share: float = 0.65
     weak: float = 0.15
     full_from: float = 0.7
-    bank_from: float = 0.5
+    bank_from: float = 0.42
     bank_every: int = 150
     emoji_share: float = 0.75
     without: str = ""
@@ -234,27 +237,36 @@ class ClipTrainer:
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss of one batch."""
         captions, target = np.unique(batch.captions, return_inverse=True)
+        # Only counterparts that some artist draws: the towers should not learn captions of nothing.
+        opposite = np.setdiff1d([c for c in map(counterpart, captions) if c in self.bank.index], captions)
         images = F.normalize(self.model.encode_image(self.normalise(batch.images.to(self.device))), dim=-1)
-        texts = encode_text(self.model, self.tokens(list(captions), TEMPLATES))
+        fresh = np.concatenate([captions, opposite])
+        texts = encode_text(self.model, self.tokens(list(fresh), TEMPLATES))
         uses_bank = self.step >= self.settings.bank_from * self.settings.steps
-        others = (
-            ~np.isin(self.bank.captions, captions) if uses_bank else np.zeros(len(self.bank.captions), bool)
+        stale = ~np.isin(self.bank.captions, fresh) if uses_bank else np.zeros(len(self.bank.captions), bool)
+        concept_of = dict(zip(batch.captions, batch.concepts, strict=True))
+        all_captions = np.concatenate([fresh, self.bank.captions[stale]])
+        all_concepts = np.concatenate(
+            [
+                [concept_of[c] for c in captions],
+                [self.bank.concepts[self.bank.index[c]] for c in opposite],
+                self.bank.concepts[stale],
+            ]
         )
-        all_captions = np.concatenate([captions, self.bank.captions[others]])
-        first = dict(zip(batch.captions, batch.concepts, strict=True))
-        all_concepts = np.concatenate([[first[c] for c in captions], self.bank.concepts[others]])
         ignore = (
             batch.toneless[:, None]
             & (batch.concepts[:, None] == all_concepts[None, :])
             & (np.asarray(batch.captions)[:, None] != all_captions[None, :])
         )
-        bank = self.bank.embeddings[torch.from_numpy(others).to(self.device)]
+        others = torch.cat(
+            [texts[len(captions) :], self.bank.embeddings[torch.from_numpy(stale).to(self.device)]]
+        )
         scale = self.model.logit_scale.clamp(max=np.log(100.0)).exp()
-        self.bank.write(list(captions), texts)
+        self.bank.write(list(fresh), texts)
         return contrastive_loss(
             images,
-            texts,
-            bank,
+            texts[: len(captions)],
+            others,
             torch.from_numpy(target).to(self.device),
             torch.from_numpy(ignore).to(self.device),
             scale,

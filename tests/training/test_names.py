@@ -8,6 +8,7 @@ from training.corpus.names import (
     Canon,
     JoinedNames,
     Segmenter,
+    counterpart,
     describe,
     gender_of,
     icon_caption,
@@ -102,3 +103,9 @@ def test_both_genders_named_is_no_gender():
 def test_split_tone_leaves_other_words_alone():
     assert split_tone("sun-light-skin-tone-care") == ("sun-care", "light")
     assert split_tone("traffic-light") == ("traffic-light", "")
+
+
+def test_the_counterpart_names_the_other_gender_and_nothing_else():
+    assert counterpart("woman firefighter dark skin tone") == "man firefighter dark skin tone"
+    assert counterpart("men wrestling") == "women wrestling"
+    assert counterpart("kiss woman man") == counterpart("snowman") == ""

@@ -19,6 +19,11 @@ TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 MALE = frozenset({"man", "men", "boy", "prince", "merman", "mermen", "father", "grandfather", "guardsman"})
 FEMALE = frozenset({"woman", "women", "girl", "princess", "mermaid", "mother", "grandmother", "bride"})
 
+COUNTERPARTS = {
+    **{"man": "woman", "men": "women", "boy": "girl", "prince": "princess", "merman": "mermaid"},
+    **{"woman": "man", "women": "men", "girl": "boy", "princess": "prince", "mermaid": "merman"},
+}
+
 # CLDR's "person-role" and "person-activity" names that are occupations, all drawn as man, woman and person.
 PROFESSIONS = frozenset(
     [
@@ -125,6 +130,14 @@ def gender_of(words: Iterable[str]) -> str:
     if male == female:
         return ""
     return "man" if male else "woman"
+
+
+def counterpart(caption: str) -> str:
+    """Return the caption of the other gender, or an empty string when the caption names no gender, or both."""
+    words = caption.split()
+    if not gender_of(words):
+        return ""
+    return " ".join(COUNTERPARTS.get(word, word) for word in words)
 
 
 def profession_of(words: list[str]) -> str:
