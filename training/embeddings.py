@@ -43,6 +43,8 @@ class EmbeddingSettings:
         Augmented views of each training drawing.
     held_out : float
         Share of the training drawings that no dictionary sees.
+    fit_limit : int
+        At most so many drawings of the fit part, drawn at random, for a quick trial; 0 takes all.
     test : bool
         Whether the test artist's drawings are embedded: not while designing.
     seed : int
@@ -51,6 +53,7 @@ class EmbeddingSettings:
 
     views: int = 1
     held_out: float = 0.15
+    fit_limit: int = 0
     test: bool = True
     seed: int = 0
 
@@ -82,8 +85,6 @@ class EmbeddingSet:
         Row of `texts` for each view, int64 [v]: without skin tone where the view lost its colour.
     captions : np.ndarray
         Distinct captions, str [t].
-    caption_seen : np.ndarray
-        Whether a fit drawing or view carries the caption, bool [t].
     texts : np.ndarray
         Unit embeddings of the captions in each template, float32 [templates, t, d].
     text_norm : np.ndarray
@@ -100,7 +101,6 @@ class EmbeddingSet:
     view_images: Float[np.ndarray, "v d"]
     view_caption: Int[np.ndarray, " v"]
     captions: np.ndarray
-    caption_seen: np.ndarray
     texts: Float[np.ndarray, "templates t d"]
     text_norm: Float[np.ndarray, "templates t"]
 
@@ -111,7 +111,10 @@ class EmbeddingSet:
             arrays = {name: file[name] for name in file.files if name != "settings"}
         half = ("images", "view_images", "texts")
         arrays |= {name: _unit(arrays[name].astype(np.float32)) for name in half}
-        arrays["fingerprint"], arrays["logit_scale"] = str(arrays["fingerprint"]), float(arrays["logit_scale"])
+        arrays["fingerprint"], arrays["logit_scale"] = (
+            str(arrays["fingerprint"]),
+            float(arrays["logit_scale"]),
+        )
         return cls(**arrays)
 
     def save(self, path: Path, settings: EmbeddingSettings) -> None:
@@ -184,7 +187,10 @@ class Embedder:
             style = augment.uniform(len(chunk)).numpy()
             matters = sampler.colour_matters[chunk]
             images = torch.stack(
-                [as_images(_styled(corpus, row, s, m)) for row, s, m in zip(chunk, style, matters, strict=True)]
+                [
+                    as_images(_styled(corpus, row, s, m))
+                    for row, s, m in zip(chunk, style, matters, strict=True)
+                ]
             )
             images = augment.geometry(images, size, torch.from_numpy(sampler.may_flip[chunk]))
             images, lost = augment.colour(images, torch.from_numpy(matters))
@@ -243,14 +249,18 @@ def embed_corpus(embedder: Embedder, corpus: Corpus, settings: EmbeddingSettings
     splits = ["train", "validation", "test"] if settings.test else ["train", "validation"]
     rows = np.flatnonzero(np.isin(columns["split"], splits))
     part = split_parts(columns["split"][rows], settings.held_out, settings.seed)
+    if settings.fit_limit:
+        fit = np.flatnonzero(part == "fit")
+        dropped = np.random.default_rng(settings.seed).permutation(fit)[settings.fit_limit :]
+        rows, part = np.delete(rows, dropped), np.delete(part, dropped)
     fit = rows[part == "fit"]
-    captions = np.unique(np.concatenate([columns["caption"][rows], columns["concept"][rows]]))
+    people = np.array(["man", "woman"])
+    captions = np.unique(np.concatenate([columns["caption"][rows], columns["concept"][rows], people]))
     views = [embedder.views(corpus, fit, settings.seed + 1 + v) for v in range(settings.views)]
     view_captions = [np.where(lost, columns["concept"][fit], columns["caption"][fit]) for _, lost in views]
     images, image_norm = embedder.drawings(corpus, rows)
     texts, text_norm = embedder.captions(captions)
     empty = np.zeros((0, images.shape[1]), np.float32)
-    seen = np.concatenate([columns["caption"][fit], *view_captions])
     return EmbeddingSet(
         fingerprint=embedder.fingerprint,
         logit_scale=embedder.towers.logit_scale,
@@ -260,9 +270,8 @@ def embed_corpus(embedder: Embedder, corpus: Corpus, settings: EmbeddingSettings
         caption=np.searchsorted(captions, columns["caption"][rows]),
         part=part,
         view_images=np.concatenate([empty, *(v for v, _ in views)]),
-        view_caption=np.searchsorted(captions, np.concatenate([seen[:0], *view_captions])),
+        view_caption=np.searchsorted(captions, np.concatenate([captions[:0], *view_captions])),
         captions=captions,
-        caption_seen=np.isin(captions, seen),
         texts=texts,
         text_norm=text_norm,
     )
@@ -284,9 +293,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--views", type=int, default=EmbeddingSettings.views)
+    parser.add_argument("--fit-limit", type=int, default=EmbeddingSettings.fit_limit)
     parser.add_argument("--without-test", action="store_true")
     arguments = parser.parse_args()
-    settings = EmbeddingSettings(views=arguments.views, test=not arguments.without_test)
+    settings = EmbeddingSettings(
+        views=arguments.views, fit_limit=arguments.fit_limit, test=not arguments.without_test
+    )
     embedder = Embedder(arguments.clip, arguments.threads)
     if is_current(arguments.out, embedder.fingerprint, settings):
         print(f"{arguments.out} is current")

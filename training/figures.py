@@ -56,8 +56,8 @@ class EvaluationSet:
         """Collect one part: for the test artist only captions without skin tone that were trained on."""
         index = embeddings.where(part)
         if part == "test":
-            known = embeddings.caption_seen[embeddings.caption[index]]
-            index = index[known & (columns["tone"][embeddings.rows[index]] == "")]
+            seen = np.isin(embeddings.caption[index], embeddings.caption[embeddings.where("fit", "pool")])
+            index = index[seen & (columns["tone"][embeddings.rows[index]] == "")]
         texts = embeddings.mean_texts()
         distinct = np.unique(embeddings.caption[index])
         people = [texts[np.searchsorted(embeddings.captions, [word])] for word in ("man", "woman")]

@@ -170,6 +170,10 @@ class SAETrainer:
         noise = torch.randn(rows.shape, generator=self.generator) * 0.5 / rows.shape[1] ** 0.5
         sae.decoder.copy_(F.normalize(F.normalize(rows, dim=-1) + noise, dim=-1))
         sae.encoder.copy_(sae.decoder.T)
+        # Rows drawn from data overlap, so that their sum overshoots many times: scale it to fit best.
+        x = torch.cat([image[:512], text[:512]])
+        back = sae.activate(x @ sae.encoder) @ sae.decoder
+        sae.encoder.mul_((x * back).sum() / (back**2).sum())
 
     def rate(self) -> float:
         """Return the share of the peak learning rate at this step."""

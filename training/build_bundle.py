@@ -1,0 +1,215 @@
+"""Assemble a bundle from what the earlier steps left in ``work/``.
+
+``python -m training.build_bundle`` writes ``bundles/emoji``: towers, dictionaries, modality tables, cards, samples,
+the report and the manifest that vouches for every byte. It takes seconds; `training.bundle_all` runs the steps
+before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from services.bundle import (
+    CARDS,
+    CLIP_CONFIG,
+    CLIP_WEIGHTS,
+    DICTIONARIES,
+    MODALITY,
+    SAMPLES,
+    Bundle,
+    write_manifest,
+)
+from services.manifest import Licence
+from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
+from training.corpus.sets import ALL_SETS, Role, licences
+from training.corpus.svg import document, rasterise
+from training.dictionary_table import load_columns
+from training.embeddings import CONFIG_FILE, DEFAULT_CLIP, WEIGHTS_FILE
+
+DEFAULT_OUT = Path("bundles/emoji")
+WORK = Path("work")
+SAMPLE_COUNT = 24
+SAMPLE_SIDE = 128
+DESCRIPTION = (
+    "A small CLIP trained from scratch on open emoji and icon drawings, dictionaries of its features, and what is "
+    "known of each feature: which modality it is about, what it fires on, and its name."
+)
+COMMANDS = (
+    "npm ci --prefix training/corpus",
+    "python -m training.corpus.build",
+    "python -m training.clip",
+    "python -m training.bundle_all --test",
+)
+PACKAGES = (
+    "torch",
+    "open_clip_torch",
+    "timm",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "resvg-py",
+    "safetensors",
+    "pillow",
+)
+
+
+def pick_samples(columns: dict[str, np.ndarray], count: int = SAMPLE_COUNT, seed: int = 0) -> np.ndarray:
+    """Return corpus rows of held-out drawings to ship: every artist and category in turn, no concept twice.
+
+    Drawings whose sibling was trained on are left out, and those with skin tones, which would look alike.
+    """
+    rng = np.random.default_rng(seed)
+    rows = np.flatnonzero(
+        (columns["split"] == "validation") & ~columns["sibling"].astype(bool) & (columns["tone"] == "")
+    )
+    rows = rng.permutation(rows)
+    chosen: list[int] = []
+    uses: dict[str, int] = {}
+    concepts: set[str] = set()
+    while len(chosen) < count:
+        free = [
+            r for r in rows if columns["concept"][r] not in concepts and columns["category"][r] != "Flags"
+        ]
+        if not free:
+            break
+        # Whoever was used least so far: artists first, then categories.
+        best = min(free, key=lambda r: (uses.get(columns["set"][r], 0), uses.get(columns["category"][r], 0)))
+        chosen.append(int(best))
+        concepts.add(columns["concept"][best])
+        for key in (columns["set"][best], columns["category"][best]):
+            uses[key] = uses.get(key, 0) + 1
+    return np.array(chosen)
+
+
+def write_samples(bundle: Path, columns: dict[str, np.ndarray], rows: np.ndarray) -> None:
+    """Rasterise the samples and write them with their captions and artists."""
+    sets = {icon_set.name: icon_set for icon_set in ALL_SETS}
+    folder = (bundle / SAMPLES).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for row in rows:
+        icon_set, slug = sets[columns["set"][row]], columns["name"][row]
+        icons = icon_set.read("icons")
+        pixels = rasterise(document(icons["icons"][slug], icons), SAMPLE_SIDE)
+        path = folder / f"{icon_set.name}-{columns['slug'][row]}.png"
+        Image.fromarray(pixels).save(path, optimize=True)
+        relative = path.relative_to(bundle).as_posix()
+        entries.append({"path": relative, "caption": str(columns["caption"][row]), "artist": icon_set.name})
+    (bundle / SAMPLES).write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+
+
+def bundle_licences() -> list[Licence]:
+    """Return the licences of everything the weights saw and of the drawings that ship."""
+    use = {
+        Role.TRAIN.value: "drawings the towers and dictionaries learnt from; samples and thumbnails show some",
+        Role.AUXILIARY.value: "drawings the towers learnt from",
+    }
+    sets = [
+        Licence(
+            row["licence"],
+            f"{row['name']} by {row['author']}: {use[row['role']]}",
+            f"{row['name']} {row['version']}",
+        )
+        for row in licences()
+        if row["role"] in use
+    ]
+    return [Licence("Apache-2.0", "weights, tables and report of this bundle"), *sets]
+
+
+def provenance(work: Path, clip: Path) -> dict[str, Any]:
+    """Return versions, hours and sizes of what made the bundle."""
+    log = clip / "log.jsonl"
+    last = json.loads(log.read_text().splitlines()[-1]) if log.exists() else {}
+    return {
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, CPU",
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "clip": {"steps": last.get("step"), "hours": round(last.get("minutes", 0.0) / 60, 2), "seed": 0},
+        "dictionaries": {"seed": 0, "stability_seeds": [0, 1, 2]},
+        "test_set": "openmoji: reported on, never trained on and never chosen by; none of its drawings is in here",
+        "judges": "EfficientNet-Lite0 (ImageNet) for images, all-MiniLM-L6-v2 for texts",
+    }
+
+
+def metrics(work: Path) -> dict[str, Any]:
+    """Return the figures of the earlier steps, without what only the report shows."""
+    result: dict[str, Any] = {}
+    for name in ("retrieval", "dictionaries", "modality"):
+        path = work / f"{name}.json"
+        if path.exists():
+            result[name] = json.loads(path.read_text())
+    for summary in result.get("modality", {}).values():
+        summary.pop("mds_histogram", None)
+    return without_nan(result)
+
+
+def without_nan(value: Any) -> Any:
+    """Return JSON values with NaN as None, which a manifest may not hold."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def assemble(work: Path, clip: Path, corpus: Path, out: Path) -> Bundle:
+    """Write the bundle beside its place, verify it, and then put it there."""
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    for source, target in ((clip / CONFIG_FILE, CLIP_CONFIG), (clip / WEIGHTS_FILE, CLIP_WEIGHTS)):
+        (part / target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, part / target)
+    for folder, suffixes in (
+        (DICTIONARIES, (".json", ".safetensors")),
+        (MODALITY, (".parquet",)),
+        (CARDS, (".parquet",)),
+    ):
+        (part / folder).mkdir(parents=True, exist_ok=True)
+        for file in sorted((work / folder).iterdir()):
+            if file.suffix in suffixes:
+                shutil.copyfile(file, part / folder / file.name)
+    columns = load_columns(corpus)
+    write_samples(part, columns, pick_samples(columns))
+    if (work / "report.html").exists():
+        shutil.copyfile(work / "report.html", part / "report.html")
+    figures = metrics(work)
+    write_manifest(
+        part,
+        name=out.name,
+        description=DESCRIPTION,
+        licences=bundle_licences(),
+        default_dictionary=figures["dictionaries"]["default"],
+        provenance=provenance(work, clip),
+        training_commands=COMMANDS,
+        metrics=figures,
+    )
+    Bundle.load(part)
+    shutil.rmtree(out, ignore_errors=True)
+    part.rename(out)
+    return Bundle.load(out, verify=False)
+
+
+def main() -> None:
+    """Assemble from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--clip", type=Path, default=DEFAULT_CLIP)
+    parser.add_argument("--corpus", type=Path, default=CORPUS_DIR)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    arguments = parser.parse_args()
+    bundle = assemble(arguments.work, arguments.clip, arguments.corpus, arguments.out)
+    total = sum(entry.bytes for entry in bundle.manifest.files.values())
+    print(f"{bundle.id}: {len(bundle.manifest.files)} files, {total / 1e6:.1f} MB in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

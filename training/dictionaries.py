@@ -1,0 +1,150 @@
+"""Train the dictionaries.
+
+``python -m training.dictionaries`` trains every kind on the fit part of ``work/embeddings.npz``, the stability seeds
+too, and writes ``work/dictionaries/``; what is already there for the same towers and settings is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from services.dictionaries import SAE, Dictionary, Modality, Neurons, SAEPair, load_dictionary, match_features
+from training.embeddings import DEFAULT_OUT, EmbeddingSet
+from training.ncl import NCLSettings, train_ncl
+from training.sae import Pairs, SAESettings, SAETrainer
+
+DEFAULT_DIR = Path("work/dictionaries")
+SEEDS = (0, 1, 2)
+PLAIN = SAESettings()
+GROUP = replace(PLAIN, align=0.05)
+RECIPES: dict[str, SAESettings | NCLSettings | None] = {
+    "neurons": None,
+    "sae": PLAIN,
+    "sae-group": GROUP,
+    "sae-pair": PLAIN,
+    "ncl": NCLSettings(),
+}
+# Pairs on which the two halves of `sae-pair` are matched.
+MATCH_PAIRS = 8000
+
+
+def load_pairs(embeddings: EmbeddingSet) -> Pairs:
+    """Return the fit part: drawings and their augmented views, captions in each template and averaged."""
+    fit = embeddings.where("fit")
+    wordings = np.concatenate([embeddings.texts, embeddings.mean_texts()[None]])
+    return Pairs(
+        images=torch.from_numpy(np.concatenate([embeddings.images[fit], embeddings.view_images])),
+        caption=torch.from_numpy(np.concatenate([embeddings.caption[fit], embeddings.view_caption])),
+        texts=torch.from_numpy(wordings),
+    )
+
+
+def train_pair(pairs: Pairs, settings: SAESettings, label: str = "") -> SAEPair:
+    """Train one autoencoder a modality and match their features over true pairs."""
+    sides: dict[Modality, SAE] = {}
+    for modality in Modality:
+        only = replace(settings, modalities=(modality.value,))
+        sides[modality] = SAETrainer(pairs, only).run(f"{label} {modality.value}")
+    generator = torch.Generator().manual_seed(settings.seed)
+    image, text = pairs.batch(MATCH_PAIRS, generator)
+    with torch.no_grad():
+        z_image = sides[Modality.IMAGE].encode(image, Modality.IMAGE)
+        z_text = sides[Modality.TEXT].encode(text, Modality.TEXT)
+    order, _ = match_features(z_image, z_text)
+    return SAEPair.matched(sides[Modality.IMAGE], sides[Modality.TEXT], order).eval().requires_grad_(False)
+
+
+def train(name: str, pairs: Pairs, settings: SAESettings | NCLSettings | None) -> Dictionary:
+    """Train one dictionary of `RECIPES`."""
+    if settings is None:
+        return Neurons(pairs.images.shape[1])
+    label = f"{name}/{settings.seed}"
+    if isinstance(settings, NCLSettings):
+        return train_ncl(pairs, settings, label)
+    if name == "sae-pair":
+        return train_pair(pairs, settings, label)
+    return SAETrainer(pairs, settings).run(label)
+
+
+def is_trained(folder: Path, name: str, fingerprint: str, settings: SAESettings | NCLSettings | None) -> bool:
+    """Return whether `folder` holds the dictionary for these towers and settings."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return False
+    document = json.loads(path.read_text())
+    recorded = document["training"].get("settings")
+    return document["tower_fingerprint"] == fingerprint and recorded == _as_json(settings)
+
+
+def train_and_save(source: Path, out: Path, name: str, seed: int) -> str:
+    """Train one dictionary and save it in half precision; the unit of work of a process.
+
+    Seed 0 is the one that ships and lies in `out` itself, the others in ``out/seed<i>``.
+    """
+    recipe = RECIPES[name]
+    settings = None if recipe is None else replace(recipe, seed=seed)
+    folder = out if seed == 0 else out / f"seed{seed}"
+    embeddings = EmbeddingSet.load(source)
+    if is_trained(folder, name, embeddings.fingerprint, settings):
+        return f"{name}/{seed} is current"
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    dictionary = train(name, load_pairs(embeddings), settings)
+    seconds = round(time.monotonic() - started, 1)
+    record = {
+        "recipe": name,
+        "settings": _as_json(settings),
+        "fit_drawings": int((embeddings.part == "fit").sum()),
+        "fit_views": len(embeddings.view_images),
+        "seconds": seconds,
+    }
+    # Half floats on disk; every figure is measured on what is read back from there.
+    dictionary.half().save(folder, name, tower_fingerprint=embeddings.fingerprint, training=record)
+    return f"{name}/{seed} trained in {seconds} s"
+
+
+def load_all(folder: Path) -> dict[str, Dictionary]:
+    """Load the dictionaries of `RECIPES` that `folder` has."""
+    return {name: load_dictionary(folder, name) for name in RECIPES if (folder / f"{name}.json").exists()}
+
+
+def _as_json(settings: SAESettings | NCLSettings | None) -> dict | None:
+    return None if settings is None else json.loads(json.dumps(asdict(settings)))
+
+
+def main() -> None:
+    """Train from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--embeddings", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--out", type=Path, default=DEFAULT_DIR)
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of each kind, for stability")
+    arguments = parser.parse_args()
+    # The kinds that ship first, so that an interrupted run leaves a whole bundle; long ones ahead of short ones.
+    jobs = [
+        (name, seed)
+        for seed in range(arguments.seeds)
+        for name in ("sae-pair", "sae-group", "sae", "ncl", "neurons")
+        if seed == 0 or RECIPES[name] is not None
+    ]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
+        futures = [
+            pool.submit(train_and_save, arguments.embeddings, arguments.out, name, seed)
+            for name, seed in jobs
+        ]
+        for future in futures:
+            print(future.result(), flush=True)
+
+
+if __name__ == "__main__":
+    main()

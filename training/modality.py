@@ -1,0 +1,255 @@
+"""Modality tables, names and monosemanticity of every dictionary.
+
+``python -m training.modality`` writes ``work/modality/<name>.parquet`` and ``work/modality.json``. All of it is said on
+pairs that no dictionary trained on: a share of the training drawings (which the towers did see) and the validation
+drawings (new to the towers too), each drawing with its caption in a template drawn at random. Names are found on the
+fit part and judged on these pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from services.dictionaries import Dictionary, Modality, load_dictionary
+from services.modality import ModalitySettings, label_agreement, score_pairs, split_half_agreement
+from services.monosemanticity import emb_sim, mean_over_features, population_similarity, top_samples, win_rate
+from services.naming import Names, name_features
+from services.tables import Label, ModalityTable
+from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
+from training.dictionaries import DEFAULT_DIR, RECIPES
+from training.dictionary_table import load_columns
+from training.embeddings import DEFAULT_OUT as EMBEDDINGS
+from training.embeddings import EmbeddingSet
+from training.judges import DEFAULT_OUT as JUDGES
+from training.judges import Judges
+
+DEFAULT_OUT = Path("work/modality")
+SUMMARY = Path("work/modality.json")
+HELD_OUT = ("pool", "validation")
+TOP = (10, 20, 30, 50)
+# The m whose scores are stored with each feature.
+STORED_TOP = 10
+# Beyond this a feature is named by the texts it fires on, not by the images.
+NAMED_BY_TEXT = 0.25
+
+
+@dataclass(frozen=True)
+class HeldOutPairs:
+    """Pairs that no dictionary trained on, by the training artists.
+
+    Attributes
+    ----------
+    index : np.ndarray
+        Rows of the embeddings, int64 [n].
+    images, texts : torch.Tensor
+        Unit embeddings of both sides, float32 [n, d].
+    captions : np.ndarray
+        str [n].
+    concepts : np.ndarray
+        Number of the concept: drawings of one concept are not independent, int64 [n].
+    new_to_towers : np.ndarray
+        Whether the towers did not train on the pair either, bool [n].
+    """
+
+    index: np.ndarray
+    images: torch.Tensor
+    texts: torch.Tensor
+    captions: np.ndarray
+    concepts: np.ndarray
+    new_to_towers: np.ndarray
+
+    @classmethod
+    def of(cls, embeddings: EmbeddingSet, columns: dict[str, np.ndarray]) -> HeldOutPairs:
+        """Collect them."""
+        index = embeddings.where(*HELD_OUT)
+        return cls(
+            index=index,
+            images=torch.from_numpy(embeddings.images[index]),
+            texts=torch.from_numpy(embeddings.pair_texts(index)),
+            captions=embeddings.captions[embeddings.caption[index]],
+            concepts=np.unique(columns["concept"][embeddings.rows[index]], return_inverse=True)[1],
+            new_to_towers=embeddings.part[index] == "validation",
+        )
+
+
+@torch.no_grad()
+def activations(dictionary: Dictionary, e: torch.Tensor, modality: Modality) -> sp.csr_array | np.ndarray:
+    """Return z [n, features], sparse where at most an eighth of it is not zero."""
+    parts = [dictionary.encode(chunk, modality).numpy() for chunk in e.split(2048)]
+    sparse = np.count_nonzero(parts[0]) * 8 <= parts[0].size
+    return sp.vstack([sp.csr_array(p) for p in parts], format="csr") if sparse else np.concatenate(parts)
+
+
+def name_by_side(
+    dictionary: Dictionary, embeddings: EmbeddingSet, held_out: HeldOutPairs, mds: np.ndarray
+) -> Names:
+    """Name every feature by the side it belongs to: texts where its MDS is low, else images."""
+    fit = embeddings.where("fit")
+    fit_captions = embeddings.captions[embeddings.caption[fit]]
+    distinct = np.unique(embeddings.caption[fit])
+    texts = torch.from_numpy(embeddings.texts[0][distinct])
+    by_image = name_features(
+        activations(dictionary, torch.from_numpy(embeddings.images[fit]), Modality.IMAGE),
+        fit_captions,
+        activations(dictionary, held_out.images, Modality.IMAGE),
+        held_out.captions,
+    )
+    by_text = name_features(
+        activations(dictionary, texts, Modality.TEXT),
+        embeddings.captions[distinct],
+        activations(dictionary, held_out.texts, Modality.TEXT),
+        held_out.captions,
+    )
+    use_text = np.nan_to_num(mds, nan=0.5) < NAMED_BY_TEXT
+    return Names(
+        *(np.where(use_text, getattr(by_text, f), getattr(by_image, f)) for f in ("name", "npmi", "auc"))
+    )
+
+
+def monosemanticity(
+    dictionary: Dictionary, embeddings: EmbeddingSet, judges: Judges
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Score every feature on held-out images and captions.
+
+    Returns
+    -------
+    columns : dict
+        ``emb_sim_image`` and so on at `STORED_TOP`, float64 [n].
+    means : dict
+        By modality, measure and m: mean over features with its interval, and the number of features.
+    """
+    where = np.searchsorted(embeddings.rows, judges.rows)
+    known = np.searchsorted(embeddings.captions, judges.captions)
+    sides = {
+        Modality.IMAGE: (embeddings.images[where], judges.images),
+        Modality.TEXT: (embeddings.texts[0][known], judges.texts),
+    }
+    columns: dict[str, np.ndarray] = {}
+    means: dict[str, Any] = {}
+    for modality, (e, judge) in sides.items():
+        z = activations(dictionary, torch.from_numpy(e), modality)
+        means[modality.value] = {"random": population_similarity(judge), "emb_sim": {}, "win_rate": {}}
+        for m in TOP:
+            samples, enough = top_samples(z, m)
+            scores = {
+                "emb_sim": emb_sim(samples, enough, judge),
+                "win_rate": win_rate(samples, enough, judge),
+            }
+            for measure, score in scores.items():
+                means[modality.value][measure][str(m)] = asdict(mean_over_features(score))
+                if m == STORED_TOP:
+                    columns[f"{measure}_{modality.value}"] = score
+    return columns, means
+
+
+def label_shares(labels: np.ndarray) -> dict[str, float]:
+    """Return the share of features of each label."""
+    count = Counter(labels.tolist())
+    return {label.value: round(count[label.value] / len(labels), 4) for label in Label}
+
+
+def seed_agreement(folder: Path, name: str, table: ModalityTable, pairs: HeldOutPairs) -> dict | None:
+    """Return how far labels agree with those of another seed, features matched by their decoder rows."""
+    other_folder = folder / "seed1"
+    if not (other_folder / f"{name}.json").exists():
+        return None
+    first, second = load_dictionary(folder, name), load_dictionary(other_folder, name)
+    if first.embed_dim != second.embed_dim:
+        return None
+    rows = [
+        torch.cat([torch.nn.functional.normalize(d.decoder_rows(m), dim=-1) for m in Modality], 1)
+        for d in (first, second)
+    ]
+    _, order = linear_sum_assignment((rows[0] @ rows[1].T).numpy(), maximize=True)
+    other = score(second, pairs)
+    return asdict(label_agreement(table.label, other.label[order]))
+
+
+def score(dictionary: Dictionary, pairs: HeldOutPairs, keep: np.ndarray | None = None) -> ModalityTable:
+    """Return the modality table of a dictionary on the held-out pairs, or on some of them."""
+    keep = np.arange(len(pairs.index)) if keep is None else np.flatnonzero(keep)
+    return score_pairs(
+        activations(dictionary, pairs.images[keep], Modality.IMAGE),
+        activations(dictionary, pairs.texts[keep], Modality.TEXT),
+        ModalitySettings(),
+        groups=pairs.concepts[keep],
+    )
+
+
+def describe_dictionary(
+    name: str, source: Path, corpus: Path, folder: Path, judges_path: Path, out: Path
+) -> dict[str, Any]:
+    """Write the modality table of one dictionary and return its summary; the unit of work of a process."""
+    torch.set_num_threads(1)
+    embeddings, columns, judges = EmbeddingSet.load(source), load_columns(corpus), Judges.load(judges_path)
+    pairs = HeldOutPairs.of(embeddings, columns)
+    dictionary = load_dictionary(folder, name)
+    table = score(dictionary, pairs)
+    z_image = activations(dictionary, pairs.images, Modality.IMAGE)
+    z_text = activations(dictionary, pairs.texts, Modality.TEXT)
+    halves = split_half_agreement(z_image, z_text, ModalitySettings(), groups=pairs.concepts)
+    unseen = score(dictionary, pairs, pairs.new_to_towers)
+    names = name_by_side(dictionary, embeddings, pairs, table.mds_energy)
+    scores, means = monosemanticity(dictionary, embeddings, judges)
+    table = table.with_columns(name=names.name, name_npmi=names.npmi, name_auc=names.auc, **scores)
+    table.write(out / f"{name}.parquet")
+    live = table.label != Label.DEAD.value
+    shuffled = np.random.default_rng(0).permutation(len(pairs.index))
+    null = score_pairs(z_image, z_text[shuffled], ModalitySettings(resamples=200), groups=None)
+    return {
+        "pairs": len(pairs.index),
+        "concepts": int(pairs.concepts.max()) + 1,
+        "pairs_new_to_towers": int(pairs.new_to_towers.sum()),
+        "labels": label_shares(table.label),
+        "paper_labels": label_shares(table.paper_label),
+        "cross_on_shuffled_pairs": label_shares(null.label)[Label.CROSS.value],
+        "significant": float(table.coactivation_significant[live].mean()),
+        "kappa_halves": asdict(halves),
+        "kappa_new_to_towers": asdict(label_agreement(table.label, unseen.label)),
+        "kappa_seeds": seed_agreement(folder, name, table, pairs),
+        "mds_histogram": np.histogram(table.mds_energy[live], bins=32, range=(0, 1))[0].tolist(),
+        "named": float((table.name[live] != "").mean()),
+        "name_auc_median": float(np.nanmedian(table.name_auc)),
+        "monosemanticity": means,
+    }
+
+
+def main() -> None:
+    """Describe all dictionaries from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--embeddings", type=Path, default=EMBEDDINGS)
+    parser.add_argument("--corpus", type=Path, default=CORPUS_DIR)
+    parser.add_argument("--dictionaries", type=Path, default=DEFAULT_DIR)
+    parser.add_argument("--judges", type=Path, default=JUDGES)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
+    parser.add_argument("--summary", type=Path, default=SUMMARY)
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    arguments = parser.parse_args()
+    paths = (arguments.embeddings, arguments.corpus, arguments.dictionaries, arguments.judges, arguments.out)
+    names = [name for name in RECIPES if (arguments.dictionaries / f"{name}.json").exists()]
+    summary = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
+        futures = {name: pool.submit(describe_dictionary, name, *paths) for name in reversed(names)}
+        for name, future in futures.items():
+            summary[name] = future.result()
+            shares = summary[name]["labels"]
+            print(f"{name} labels {shares} kappa {summary[name]['kappa_halves']['kappa']:.3f}", flush=True)
+    text = json.dumps({name: summary[name] for name in names}, indent=1)
+    arguments.summary.write_text(text.replace("NaN", "null") + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Write the bundle's own report: one page, no scripts, nothing loaded from elsewhere.
+
+``python -m training.report`` reads the figures of the earlier steps from ``work/`` and writes ``work/report.html``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from services.tables import Cards, ModalityTable, read_thumbnails
+from training.build_bundle import WORK
+from training.report_plots import label_bars, mds_histograms, monosemanticity_curves
+
+TEMPLATE = "report.html.j2"
+# Cards on the page, by label.
+CARDS_SHOWN = {"CROSS": 24, "IMAGE": 12, "TEXT": 12}
+MAX_BYTES = 3_000_000
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file, or nothing where the step was not run."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def retrieval_rows(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the rows of the retrieval table of one set of drawings: a label and recall by k."""
+    towers = figures["towers"]
+    rows = [("image to caption", towers["image_to_text"])]
+    if "strict" in figures:
+        rows.append(("the same, no sibling drawing trained on", figures["strict"]["image_to_text"]))
+    rows.append(("caption to image", towers["text_to_image"]))
+    rows.append(("nearest neighbour on pixels", figures["pixels"]))
+    rows.append(("nearest neighbour on colours", figures["colours"]))
+    return rows
+
+
+def pick_features(table: ModalityTable) -> dict[str, np.ndarray]:
+    """Return features worth showing by label: those whose name holds best on held-out samples, no name twice."""
+    score = np.nan_to_num(table.name_npmi, nan=-1.0) * np.nan_to_num(table.name_auc, nan=0.0)
+    chosen: dict[str, np.ndarray] = {}
+    for label, count in CARDS_SHOWN.items():
+        order = [int(j) for j in np.argsort(-score) if table.label[j] == label]
+        first = {str(table.name[j]).split(",")[0]: j for j in reversed(order)}
+        named = sorted(set(first.values()), key=order.index)
+        chosen[label] = np.array((named + [j for j in order if j not in set(named)])[:count], dtype=np.int64)
+    return chosen
+
+
+def feature_cards(table: ModalityTable, cards: Cards) -> dict[str, list[dict[str, Any]]]:
+    """Return what the page shows of each chosen feature."""
+    return {
+        label: [
+            {
+                **table.row(int(feature)),
+                "images": [
+                    {"uri": data_uri(sample.thumbnail), "text": sample.text}
+                    for sample in cards.top(int(feature), "image", 5)
+                ],
+                "texts": [sample.text for sample in cards.top(int(feature), "text", 3)],
+            }
+            for feature in features
+        ]
+        for label, features in pick_features(table).items()
+    }
+
+
+def data_uri(webp: bytes) -> str:
+    """Return an image as an address that holds it."""
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"
+
+
+def interval(value: dict[str, Any] | None, digits: int = 3) -> str:
+    """Return a figure with its interval."""
+    if not value:
+        return "-"
+    middle = value.get("value", value.get("mean", value.get("kappa")))
+    if middle is None:
+        return "-"
+    return f"{middle:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+
+
+def render(work: Path) -> str:
+    """Return the page."""
+    dictionaries, modality = read_json(work / "dictionaries.json"), read_json(work / "modality.json")
+    default = dictionaries["default"]
+    table = ModalityTable.read(work / "modality" / f"{default}.parquet")
+    cards = Cards.read(
+        work / "cards" / f"{default}.parquet", read_thumbnails(work / "cards" / "images.parquet")
+    )
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters["interval"] = interval
+    retrieval = read_json(work / "retrieval.json")
+    return environment.get_template(TEMPLATE).render(
+        retrieval={part: retrieval[part] for part in ("validation", "test") if part in retrieval},
+        retrieval_rows=retrieval_rows,
+        dictionaries=dictionaries,
+        modality=modality,
+        default=default,
+        cards=feature_cards(table, cards),
+        plots={
+            "mds": mds_histograms(modality),
+            "labels": label_bars(modality),
+            "monosemanticity": monosemanticity_curves(modality),
+        },
+    )
+
+
+def main() -> None:
+    """Write the report from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=WORK)
+    arguments = parser.parse_args()
+    page = render(arguments.work)
+    if len(page.encode()) > MAX_BYTES:
+        raise SystemExit(f"the report has {len(page.encode())} bytes, more than {MAX_BYTES}")
+    (arguments.work / "report.html").write_text(page, encoding="utf-8")
+    print(f"{arguments.work / 'report.html'}: {len(page.encode()) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
