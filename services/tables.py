@@ -280,6 +280,10 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
     if set(table.column_names) != set(schema.names):
         difference = sorted(set(table.column_names) ^ set(schema.names))
         raise BundleFileError(f"{path.name}: columns that are missing or unknown: {', '.join(difference)}")
+    nulls = [name for name in schema.names if table.column(name).null_count]
+    if nulls:
+        # What is undefined is NaN or an empty string; a null would become the text "None".
+        raise BundleFileError(f"{path.name}: columns with nulls: {', '.join(nulls)}")
     try:
         return table.select(schema.names).cast(schema)
     except pa.ArrowInvalid as error:

@@ -50,6 +50,9 @@ class TorchTowers:
             raise UnsupportedModel(f"precision must be one of {', '.join(DTYPES)}, not {precision!r}")
         if threads is not None:
             torch.set_num_threads(threads)
+        if precision == "f32":
+            # f32 means it: on a GPU convolutions would otherwise round their inputs to 10 bits (TF32).
+            torch.backends.cudnn.allow_tf32 = False
         self.device = device
         self.precision = precision
         self.embed_dim = config.embed_dim

@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
 
-from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, UNSAFE_SUFFIXES, Bundle, write_manifest
+from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle, write_manifest
 from services.dictionaries import Modality
 from services.encoding.clip import tower_fingerprint
 from services.errors import (
@@ -23,6 +25,7 @@ from services.errors import (
 )
 from services.manifest import MANIFEST_NAME, Licence, parse_manifest
 from services.tables import MODALITY_COLUMNS, ModalityTable
+from services.verification import UNSAFE_SUFFIXES
 from tests.support.tiny_bundle import CAPTIONS, EMBED_DIM, N_FEATURES, make_tiny_bundle
 
 
@@ -85,6 +88,19 @@ def test_a_modality_table_survives_the_disk(tiny, tmp_path):
         np.testing.assert_array_equal(getattr(again, column), getattr(table, column))
     with pytest.raises(UnknownFeature):
         table.row(N_FEATURES)
+
+
+def test_a_table_with_nulls_or_other_columns_is_refused(tiny, tmp_path):
+    path = tmp_path / "table.parquet"
+    good = pq.read_table(tiny.path / "modality/sae.parquet")
+    nulls = pa.array([None] * good.num_rows, pa.string())
+    for bad in (good.set_column(good.column_names.index("name"), "name", nulls), good.drop(["mds_energy"])):
+        pq.write_table(bad, path)
+        with pytest.raises(BundleFileError):
+            ModalityTable.read(path)
+    path.write_bytes(b"not parquet")
+    with pytest.raises(BundleFileError):
+        ModalityTable.read(path)
 
 
 # What can be wrong on disk.
