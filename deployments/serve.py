@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,17 +106,20 @@ def serve(
         os.environ.setdefault(name, value)
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
     try:
-        with _LocalRay(settings):
-            signals.install()
-            bundle_id = _verified(settings)
-            gateway, ports = _run(settings)
-            typer.echo(
-                f"monofacet: ready: {bundle_id} on {settings.host}:{ports[0]}, metrics on "
-                f"http://{settings.host}:{ports[1]}/metrics, after {time.perf_counter() - started:.1f} s"
-            )
-            signals.wait()
-            typer.echo("monofacet: stopping; calls in flight are finished first")
-            _stop(settings, gateway)
+        with ThreadPoolExecutor(1) as beside:
+            # Beside the start of Ray, which mostly waits for other processes.
+            verifying = beside.submit(_verified, settings)
+            with _LocalRay(settings):
+                signals.install()
+                bundle_id = verifying.result()
+                gateway, ports = _run(settings)
+                typer.echo(
+                    f"monofacet: ready: {bundle_id} on {settings.host}:{ports[0]}, metrics on "
+                    f"http://{settings.host}:{ports[1]}/metrics, after {time.perf_counter() - started:.1f} s"
+                )
+                signals.wait()
+                typer.echo("monofacet: stopping; calls in flight are finished first")
+                _stop(settings, gateway)
     except Stopped:
         pass
     typer.echo("monofacet: stopped")
@@ -154,7 +159,7 @@ class _LocalRay:
         self._directory = ""
 
     def __enter__(self) -> None:
-
+        importlib.import_module("ray.serve")
         for name, value in REPLICA_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # Unix sockets lie below it and their paths may have 107 characters, so it must be short.
