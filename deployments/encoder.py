@@ -65,6 +65,10 @@ class _Prepared:
     max_features: int | None
 
 
+# What becomes of an item before it is queued.
+_Decoded = _Prepared | InvalidInput | EncoderFailed | DeadlineExpired
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     unit: NDArray[np.float32]
@@ -138,8 +142,16 @@ class Encoder:
         """
         now = asyncio.get_running_loop().time()
         deadlines = [None if s is None else now + s for s in remaining_s]
+        started = time.perf_counter()
+        # All of a message is decoded before any of it is queued. Otherwise a model that is faster than the
+        # decoders would run every item alone, at several times the cost of a batch.
+        prepared = await self._prepare(works, deadlines)
+        decode_s = time.perf_counter() - started
         answers = await asyncio.gather(
-            *(self._answer(work, deadline) for work, deadline in zip(works, deadlines, strict=True)),
+            *(
+                self._answer(items, deadline, decode_s)
+                for items, deadline in zip(prepared, deadlines, strict=True)
+            ),
         )
         records, self._records = tuple(self._records), []
         return Reply(tuple(answers), records)
@@ -179,16 +191,23 @@ class Encoder:
         self._score_thread.shutdown(cancel_futures=True)
         self._model.close()
 
-    async def _answer(self, work: Work, deadline: float | None) -> Encoded | Exception:
+    async def _answer(
+        self, items: Sequence[_Decoded], deadline: float | None, decode_s: float
+    ) -> Encoded | Exception:
+        """Run the items of one work; nothing runs if one is bad, and the error names all that are."""
+        bad = [item for item in items if isinstance(item, InvalidInput)]
+        failed = next((item for item in items if isinstance(item, EncoderFailed | DeadlineExpired)), None)
+        if failed is not None:
+            return failed
+        if bad:
+            return InvalidInput.gather(bad)
+        good = [item for item in items if isinstance(item, _Prepared)]
         try:
-            started = time.perf_counter()
-            prepared = await self._prepare(work)
-            decode_s = time.perf_counter() - started
-            outcome = await self._batcher.submit(prepared, deadline=deadline)
-        except (InvalidInput, QueueFull, DeadlineExpired) as error:
+            outcome = await self._batcher.submit(good, deadline=deadline)
+        except (QueueFull, DeadlineExpired) as error:
             return error
         except Exception:  # one caller's failure must not fail the others of the message
-            log.exception("work of %d items failed", len(work.items))
+            log.exception("a batch failed")
             return EncoderFailed("the encoder failed")
         rows = outcome.results
         return Encoded(
@@ -199,32 +218,42 @@ class Encoder:
             decode_s + outcome.run_s,
         )
 
-    async def _prepare(self, work: Work) -> list[_Prepared]:
-        """Decode every item, so that nothing runs if one is bad and the error names all that are."""
+    async def _prepare(
+        self, works: Sequence[Work], deadlines: Sequence[float | None]
+    ) -> list[list[_Decoded]]:
+        """Decode every item of every work, in as many jobs as there are threads."""
         loop = asyncio.get_running_loop()
-        share = -(-len(work.items) // self._settings.decode_threads)
-        parts = [range(i, min(i + share, len(work.items))) for i in range(0, len(work.items), share)]
-        done = await asyncio.gather(
-            *(loop.run_in_executor(self._decoders, self._prepare_part, work, part) for part in parts)
-        )
-        errors = [item for part in done for item in part if isinstance(item, InvalidInput)]
-        if errors:
-            raise InvalidInput.gather(errors)
-        return [item for part in done for item in part if isinstance(item, _Prepared)]
+        places = [(w, i) for w, work in enumerate(works) for i in range(len(work.items))]
+        share = -(-len(places) // self._settings.decode_threads)
 
-    def _prepare_part(self, work: Work, part: range) -> list[_Prepared | InvalidInput]:
-        prepared: list[_Prepared | InvalidInput] = []
-        for i in part:
-            item = work.items[i]
-            is_text = isinstance(item, str)
-            try:
-                array = self._model.prepare(item, work.truncate_text)
-            except InvalidInput as error:
-                prepared.append(error.at(f"[{i}].text" if is_text else f"[{i}].image.data"))
-            else:
-                modality = Modality.TEXT if is_text else Modality.IMAGE
-                prepared.append(_Prepared(modality, array, work.dictionary, work.max_features))
+        def part(chosen: Sequence[tuple[int, int]]) -> list[_Decoded]:
+            return [self._decode(works[w], i, deadlines[w], loop.time()) for w, i in chosen]
+
+        parts = await asyncio.gather(
+            *(
+                loop.run_in_executor(self._decoders, part, places[start : start + share])
+                for start in range(0, len(places), share)
+            )
+        )
+        prepared: list[list[_Decoded]] = [[] for _ in works]
+        for (w, _), item in zip(places, (item for done in parts for item in done), strict=True):
+            prepared[w].append(item)
         return prepared
+
+    def _decode(self, work: Work, index: int, deadline: float | None, now: float) -> _Decoded:
+        item = work.items[index]
+        is_text = isinstance(item, str)
+        if deadline is not None and now >= deadline:
+            return DeadlineExpired()
+        try:
+            array = self._model.prepare(item, work.truncate_text)
+        except InvalidInput as error:
+            return error.at(f"[{index}].text" if is_text else f"[{index}].image.data")
+        except Exception:  # one item's surprise must not fail the others of the message
+            log.exception("an item cannot be decoded")
+            return EncoderFailed("the encoder failed")
+        modality = Modality.TEXT if is_text else Modality.IMAGE
+        return _Prepared(modality, array, work.dictionary, work.max_features)
 
     async def _run(self, items: list[_Prepared]) -> list[_Row]:
         return await asyncio.get_running_loop().run_in_executor(self._forward_thread, self._forward, items)
