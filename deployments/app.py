@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
+import warnings
 from typing import Any, cast
 
 from ray import exceptions as ray_errors
@@ -50,6 +52,15 @@ def confine_to_loopback(settings: Settings) -> None:
     replica.add_port_to_grpc_server = bind_to_loopback
 
 
+def keep_libraries_quiet() -> None:
+    """Keep OpenVINO from reporting each conversion to its makers, and torch from advertising its successor.
+
+    Without its telemetry package, which has no switch but a file in the user's home, OpenVINO uses a stub.
+    """
+    sys.modules.setdefault("openvino_telemetry", cast(Any, None))
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
+
+
 class EncoderReplica:
     """A replica of the encoder; ready once it is warm.
 
@@ -61,6 +72,7 @@ class EncoderReplica:
 
     def __init__(self, settings: Settings) -> None:
         confine_to_loopback(settings)
+        keep_libraries_quiet()
         # Imported in the replica: the process that only builds the application needs no torch.
         from deployments.encoder import Encoder
         from deployments.model import TowerModel, load_dictionaries

@@ -189,7 +189,7 @@ class _LocalRay:
                 raise
             self._start(attempts - 1)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         import ray
 
         ray.shutdown()
