@@ -64,7 +64,7 @@ class ClipSettings:
         Steps between two full refreshes of the bank.
     """
 
-    steps: int = 2600
+    steps: int = 2200
     batch: int = 128
     image_lr: float = 2e-3
     text_lr: float = 1e-3
@@ -75,7 +75,7 @@ class ClipSettings:
     low_share: float = 0.65
     weak: float = 0.15
     full_from: float = 0.7
-    bank_from: float = 0.42
+    bank_from: float = 0.85
     bank_every: int = 150
     emoji_share: float = 0.75
     without: str = ""
