@@ -157,6 +157,11 @@ class GatewayReplica:
         """See `GatewayServer.drain`."""
         return await self._server.drain()
 
+    async def __del__(self) -> None:
+        """Drain; Serve awaits this when it stops the replica, whoever asked for it."""
+        if hasattr(self, "_server"):
+            await self._server.drain()
+
 
 def _deployment(replica: type) -> serve.Deployment:
     # Serve's decorator is typed for its form with arguments only.
