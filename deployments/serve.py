@@ -27,6 +27,8 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
     # No Ray port outward. Ray's own switch for "loopback only", whatever its name says.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray's workers are nice (15) by default, for batch jobs beside a user. Whatever else ran would starve a server.
+    "RAY_worker_niceness": "0",
     # Two idle workers would be started and never used.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
