@@ -125,15 +125,26 @@ def bundle_licences() -> list[Licence]:
     return [Licence("Apache-2.0", "weights, tables and report of this bundle"), *sets]
 
 
+def training_minutes(entries: list[dict[str, Any]]) -> float:
+    """Return the minutes of all runs in a log; a run that was resumed counts from zero again."""
+    minutes = [entry.get("minutes", 0.0) for entry in entries]
+    ends = [now for now, after in zip(minutes, [*minutes[1:], 0.0], strict=True) if after < now]
+    return float(sum(ends))
+
+
 def provenance(work: Path, clip: Path) -> dict[str, Any]:
     """Return versions, hours and sizes of what made the bundle."""
     log = clip / "log.jsonl"
-    last = json.loads(log.read_text().splitlines()[-1]) if log.exists() else {}
+    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [{}]
     return {
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, CPU",
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "clip": {"steps": last.get("step"), "hours": round(last.get("minutes", 0.0) / 60, 2), "seed": 0},
+        "clip": {
+            "steps": entries[-1].get("step"),
+            "hours": round(training_minutes(entries) / 60, 2),
+            "seed": 0,
+        },
         "dictionaries": {"seed": 0, "stability_seeds": [0, 1, 2]},
         "test_set": "openmoji: reported on, never trained on and never chosen by; none of its drawings is in here",
         "judges": "EfficientNet-Lite0 (ImageNet) for images, all-MiniLM-L6-v2 for texts",

@@ -64,7 +64,7 @@ class ClipSettings:
         Steps between two full refreshes of the bank.
     """
 
-    steps: int = 2800
+    steps: int = 2500
     batch: int = 128
     image_lr: float = 2e-3
     text_lr: float = 1e-3
@@ -72,7 +72,7 @@ class ClipSettings:
     warm_up: float = 0.04
     decay: float = 0.35
     low_resolution: int = 48
-    low_share: float = 0.54
+    low_share: float = 0.6
     weak: float = 0.15
     full_from: float = 0.7
     bank_from: float = 0.85
