@@ -59,6 +59,9 @@ corpus: work/corpus/corpus.parquet  ## Fetch the drawings and rasterise them
 clip: corpus  ## Train the towers (hours on CPUs; resumes by `--resume`)
 	$(BIN)/python -m training.clip --out work/clip
 
+bundle: corpus  ## From trained towers (work/clip) to bundles/emoji: dictionaries, modality, cards, report
+	$(BIN)/python -m training.bundle_all --test
+
 clean:  ## Remove what was made, but not what was trained
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache
 
