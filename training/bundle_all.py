@@ -27,7 +27,8 @@ def steps(arguments: argparse.Namespace) -> list[list[str]]:
     modality = ["--modality", str(work / "modality")]
     test = ["--test"] if arguments.test else []
     clip = ["--clip", str(arguments.clip)]
-    embed = [*clip, *corpus, "--out", str(work / "embeddings.npz"), "--views", str(arguments.views)]
+    trial = ["--views", str(arguments.views), "--fit-limit", str(arguments.fit_limit)]
+    embed = [*clip, *corpus, "--out", str(work / "embeddings.npz"), *trial]
     return [
         ["training.judges", *corpus],
         ["training.embeddings", *embed, *([] if arguments.test else ["--without-test"])],
@@ -35,6 +36,7 @@ def steps(arguments: argparse.Namespace) -> list[list[str]]:
         [
             "training.dictionaries", *embeddings, "--out", str(work / "dictionaries"),
             "--workers", str(arguments.workers), "--seeds", str(arguments.seeds),
+            "--effort", str(arguments.effort),
         ],
         [
             "training.modality", *embeddings, *corpus, *dictionaries, "--judges", str(JUDGES),
@@ -61,6 +63,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--views", type=int, default=1)
+    parser.add_argument("--fit-limit", type=int, default=0, help="drawings to fit on at most, for a trial")
+    parser.add_argument("--effort", type=float, default=1.0, help="share of the training steps, for a trial")
     parser.add_argument("--test", action="store_true", help="report on the test artist too: at the very end")
     arguments = parser.parse_args()
     started = time.monotonic()

@@ -85,13 +85,14 @@ def is_trained(folder: Path, name: str, fingerprint: str, settings: SAESettings 
     return document["tower_fingerprint"] == fingerprint and recorded == _as_json(settings)
 
 
-def train_and_save(source: Path, out: Path, name: str, seed: int) -> str:
+def train_and_save(source: Path, out: Path, name: str, seed: int, effort: float = 1.0) -> str:
     """Train one dictionary and save it in half precision; the unit of work of a process.
 
-    Seed 0 is the one that ships and lies in `out` itself, the others in ``out/seed<i>``.
+    Seed 0 is the one that ships and lies in `out` itself, the others in ``out/seed<i>``. `effort` is the share of the
+    recipe's steps that is taken.
     """
     recipe = RECIPES[name]
-    settings = None if recipe is None else replace(recipe, seed=seed)
+    settings = None if recipe is None else replace(recipe, seed=seed, steps=round(recipe.steps * effort))
     folder = out if seed == 0 else out / f"seed{seed}"
     embeddings = EmbeddingSet.load(source)
     if is_trained(folder, name, embeddings.fingerprint, settings):
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_DIR)
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of each kind, for stability")
+    parser.add_argument("--effort", type=float, default=1.0, help="share of the steps, for a trial")
     arguments = parser.parse_args()
     # The kinds that ship first, so that an interrupted run leaves a whole bundle; long ones ahead of short ones.
     jobs = [
@@ -139,7 +141,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
         futures = [
-            pool.submit(train_and_save, arguments.embeddings, arguments.out, name, seed)
+            pool.submit(train_and_save, arguments.embeddings, arguments.out, name, seed, arguments.effort)
             for name, seed in jobs
         ]
         for future in futures:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 
 from services.encoding.clip import ClipConfig, build_clip, read_clip_config, tower_fingerprint
@@ -165,7 +166,11 @@ class Embedder:
         self.tokeniser = Tokeniser(self.config)
 
     def images(self, images: Float[torch.Tensor, "n 3 h w"]) -> tuple[np.ndarray, np.ndarray]:
-        """Embed images in [0, 1] of the towers' size; returns unit embeddings and norms."""
+        """Embed images in [0, 1]; returns unit embeddings and norms."""
+        if images.shape[-2:] != self.config.image_size:
+            images = F.interpolate(
+                images, self.config.image_size, mode="bilinear", antialias=True, align_corners=False
+            )
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.config.mean, self.config.std))
         result = self.towers.encode_images(((images - mean) / std).numpy())
         return result.unit, result.norm

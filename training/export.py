@@ -7,7 +7,7 @@ the final ones are written by ``training.clip`` itself.
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 from pathlib import Path
 
 import torch
@@ -17,11 +17,17 @@ from training.clip import CONFIG
 from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
 
 
-def export_checkpoint(checkpoint: Path, config: Path, out: Path) -> int:
-    """Write open_clip's config and half-precision safetensors; returns the checkpoint's step."""
+def export_checkpoint(checkpoint: Path, config: Path, out: Path, image_size: int | None = None) -> int:
+    """Write open_clip's config and half-precision safetensors; returns the checkpoint's step.
+
+    `image_size` replaces the config's: towers that have only trained at the low resolution so far work at that one.
+    """
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     out.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(config, out / CONFIG_FILE)
+    document = json.loads(config.read_text())
+    if image_size:
+        document["model_cfg"]["vision_cfg"]["image_size"] = image_size
+    (out / CONFIG_FILE).write_text(json.dumps(document, indent=2) + "\n")
     weights = {
         name: tensor.contiguous().half() if tensor.is_floating_point() else tensor
         for name, tensor in state["model"].items()
@@ -36,8 +42,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=Path("work/clip/checkpoint.pt"))
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--out", type=Path, default=Path("work/interim/clip"))
+    parser.add_argument("--image-size", type=int)
     arguments = parser.parse_args()
-    step = export_checkpoint(arguments.checkpoint, arguments.config, arguments.out)
+    step = export_checkpoint(arguments.checkpoint, arguments.config, arguments.out, arguments.image_size)
     print(f"step {step} -> {arguments.out}")
 
 

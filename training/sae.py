@@ -43,6 +43,12 @@ class SAESettings:
         Dead features that may explain the residual of one embedding.
     dead_after : int
         Steps without firing after which a feature counts as dead.
+    floor : float
+        Share of the even firing rate k / n under which a feature's bias is lifted.
+    lift : float
+        By how much a step, in mean activations.
+    revive_at : tuple of float
+        Shares of the steps at which dead features are pointed anew at what the others leave unexplained.
     group : float
         Weight of the group sparsity over a pair.
     align : float
@@ -61,13 +67,16 @@ class SAESettings:
 
     n_features: int = 2048
     k: int = 32
-    steps: int = 600
+    steps: int = 300
     batch: int = 512
     lr: float = 1e-3
     decay: float = 0.4
     aux: float = 1 / 32
     aux_k: int = 64
     dead_after: int = 60
+    floor: float = 0.1
+    lift: float = 0.01
+    revive_at: tuple[float, ...] = (0.2, 0.35, 0.5, 0.65)
     group: float = 0.0
     align: float = 0.0
     temperature: float = 0.1
@@ -150,6 +159,8 @@ class SAETrainer:
         trained = [self.sae.encoder, self.sae.encoder_bias, self.sae.decoder]
         self.optimiser = torch.optim.Adam(trained, lr=settings.lr, betas=(0.9, 0.99))
         self.idle = torch.zeros(settings.n_features, dtype=torch.int64)
+        self.firing = torch.full((settings.n_features,), settings.k / settings.n_features)
+        self.level = torch.zeros(())
         self.step = 0
 
     @torch.no_grad()
@@ -197,7 +208,7 @@ class SAETrainer:
         hidden = torch.rand(len(image), s.n_features, generator=self.generator) < s.mask if s.mask else None
         total = image.new_zeros(())
         activations = []
-        fired = torch.zeros(s.n_features, dtype=torch.bool)
+        fired = torch.zeros(s.n_features)
         for e, modality in ((image, IMAGE), (text, TEXT)):
             if modality.value not in s.modalities:
                 continue
@@ -210,11 +221,14 @@ class SAETrainer:
             total = total + (residual**2).sum() / (x**2).sum()
             if s.aux:
                 total = total + s.aux * self._aux_loss(pre, residual.detach())
-            fired[indices[values.detach() > 0]] = True
+            active = values.detach() > 0
+            fired += torch.bincount(indices[active], minlength=s.n_features)
+            self.level = values.detach()[active].mean()
             few = slice(s.align_batch)
             dense = torch.zeros(len(values[few]), s.n_features).scatter(-1, indices[few], values[few])
             activations.append(dense)
-        self.idle = torch.where(fired, 0, self.idle + 1)
+        self.idle = torch.where(fired > 0, 0, self.idle + 1)
+        self.firing.lerp_(fired / (len(s.modalities) * len(image)), 0.03)
         if len(activations) == 2 and s.group:
             both = torch.sqrt(activations[0] ** 2 + activations[1] ** 2 + 1e-8) - 1e-4
             total = total + s.group * both.sum(1).mean() / (2 * s.k) ** 0.5
@@ -223,8 +237,38 @@ class SAETrainer:
             total = total + s.align * info_nce(*activations, s.temperature, same)
         return total
 
+    @torch.no_grad()
+    def revive(self) -> None:
+        """Point dead features at the embeddings that are reconstructed worst, each at another one."""
+        sae, s = self.sae, self.settings
+        dead = (self.idle > s.dead_after).nonzero().squeeze(1)
+        sides = dict(zip((IMAGE, TEXT), self.pairs.batch(4 * s.batch, self.generator), strict=True))
+        residuals = []
+        for modality, e in sides.items():
+            if modality.value in s.modalities:
+                residuals.append(e - sae.reconstruct(e, modality))
+        residual = torch.cat(residuals)
+        dead = dead[: len(residual)]
+        worst = torch.multinomial((residual**2).sum(1), max(1, len(dead)), generator=self.generator)[
+            : len(dead)
+        ]
+        rows = F.normalize(residual[worst], dim=-1)
+        live = self.idle <= s.dead_after
+        sae.decoder[dead] = rows
+        sae.encoder[:, dead] = rows.T * sae.encoder[:, live].norm(dim=0).mean()
+        sae.encoder_bias[dead] = 0.0
+        # The moments of a feature's former life would push its new one.
+        columns = (slice(None), dead)
+        moved = ((sae.decoder, dead), (sae.encoder, columns), (sae.encoder_bias, dead))
+        for parameter, index in moved:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                self.optimiser.state[parameter][moment][index] = 0.0
+        self.idle[dead] = 0
+
     def train_step(self) -> float:
         """Take one optimiser step and return the loss."""
+        if self.step in {round(share * self.settings.steps) for share in self.settings.revive_at} - {0}:
+            self.revive()
         loss = self.loss(*self.pairs.batch(self.settings.batch, self.generator))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -235,6 +279,11 @@ class SAETrainer:
             group["lr"] = self.settings.lr * self.rate()
         self.optimiser.step()
         self.sae.normalise_decoder()
+        # A few features win every TopK where embeddings have few dimensions; a bias is enough to bring the rest back,
+        # and unlike a loss it asks nothing of those that fire.
+        rare = self.firing < self.settings.floor * self.settings.k / self.settings.n_features
+        with torch.no_grad():
+            self.sae.encoder_bias[rare] += self.settings.lift * self.level
         self.step += 1
         return float(loss.detach())
 
