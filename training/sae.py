@@ -297,4 +297,27 @@ class SAETrainer:
                 dead = int((self.idle > self.settings.dead_after).sum())
                 seconds = time.monotonic() - started
                 print(f"{label} step {self.step} loss {loss:.4f} dead {dead} {seconds:.0f} s", flush=True)
+        self.wake()
         return self.sae.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def wake(self, least: int = 5, rounds: int = 3) -> None:
+        """Raise the biases of features that never fire until each fires on about `least` training embeddings."""
+        sae, s = self.sae, self.settings
+        sides = dict(zip((IMAGE, TEXT), self.pairs.sides(), strict=True))
+        for _ in range(rounds):
+            fires = torch.zeros(s.n_features, dtype=torch.bool)
+            margins = []
+            for modality, e in sides.items():
+                if modality.value not in s.modalities:
+                    continue
+                for chunk in e.split(4096):
+                    pre = sae.pre_activations(chunk, modality)
+                    bar = pre.topk(s.k, dim=-1).values[:, -1:].relu()
+                    fires |= (sae.activate(pre) > 0).any(0)
+                    margins.append((pre - bar).topk(least, dim=0).values)
+            dead = ~fires
+            if not dead.any():
+                return
+            margin = torch.cat(margins).topk(least, dim=0).values[-1]
+            sae.encoder_bias[dead] += 1e-3 * self.level - margin[dead]
