@@ -229,7 +229,8 @@ class Cards:
 
     def top(self, feature: int, modality: str, limit: int) -> list[CardSample]:
         """Return up to `limit` samples of one modality, strongest first; none if it never fires."""
-        rows = self._rows.get((feature, modality), [])
+        # Typed: Arrow takes an empty list for one of nulls, and refuses it.
+        rows = pa.array(self._rows.get((feature, modality), []), pa.int64())
         taken = self.table.take(rows).sort_by("rank").slice(0, limit).to_pylist()
         return [
             CardSample(

@@ -30,7 +30,11 @@ def test_it_verifies_and_stays_within_its_sizes(embedded):
 def test_every_dictionary_can_be_listed_and_shown(embedded):
     for name in embedded.manifest.dictionaries:
         assert len(embedded.modality(name).label) == embedded.dictionary(name).n_features
-        assert embedded.cards(name) is not None
+        cards = embedded.cards(name)
+        for feature in range(embedded.dictionary(name).n_features):
+            for modality in ("image", "text"):
+                examples = cards.top(feature, modality, 3)
+                assert [e.rank for e in examples] == sorted(e.rank for e in examples)
 
 
 def test_nothing_of_the_test_artist_is_in_it(embedded):

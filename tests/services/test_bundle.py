@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
@@ -24,7 +25,7 @@ from services.errors import (
     UnsafeWeights,
 )
 from services.manifest import MANIFEST_NAME, Licence, parse_manifest
-from services.tables import MODALITY_COLUMNS, ModalityTable
+from services.tables import MODALITY_COLUMNS, Cards, ModalityTable
 from services.verification import UNSAFE_SUFFIXES
 from tests.support.tiny_bundle import CAPTIONS, EMBED_DIM, N_FEATURES, make_tiny_bundle
 
@@ -241,3 +242,11 @@ def test_a_folder_without_manifest_is_refused_without_naming_the_whole_path(tmp_
     with pytest.raises(BundleError) as caught:
         Bundle.load(tmp_path)
     assert str(tmp_path) not in caught.value.message
+
+
+def test_a_feature_that_fires_on_one_side_only_has_no_examples_of_the_other(tiny: Bundle) -> None:
+    cards = tiny.cards("sae")
+    one_sided = Cards(cards.table.filter(pc.equal(cards.table["modality"], "image")), cards.thumbnails)
+    feature = one_sided.table["feature"][0].as_py()
+    assert one_sided.top(feature, "image", 3)
+    assert one_sided.top(feature, "text", 3) == []
