@@ -39,6 +39,8 @@ DEFAULT_OUT = Path("bundles/emoji")
 WORK = Path("work")
 SAMPLE_COUNT = 24
 SAMPLE_SIDE = 128
+# Mean darkness, 0 to 255.
+MIN_INK = 4.0
 DESCRIPTION = (
     "A small CLIP trained from scratch on open emoji and icon drawings, dictionaries of its features, and what is "
     "known of each feature: which modality it is about, what it fires on, and its name."
@@ -62,15 +64,24 @@ PACKAGES = (
 )
 
 
-def pick_samples(columns: dict[str, np.ndarray], count: int = SAMPLE_COUNT, seed: int = 0) -> np.ndarray:
+def has_ink(pixels: np.ndarray) -> np.ndarray:
+    """Return which pictures, uint8 [n, h, w, 3], can be seen: some glyphs are drawn in white on nothing."""
+    return (255 - pixels.astype(np.int64)).mean((1, 2, 3)) > MIN_INK
+
+
+def pick_samples(
+    columns: dict[str, np.ndarray], pictures: np.ndarray, count: int = SAMPLE_COUNT, seed: int = 0
+) -> np.ndarray:
     """Return corpus rows of held-out drawings to ship: every artist and category in turn, no concept twice.
 
-    Drawings whose sibling was trained on are left out, and those with skin tones, which would look alike.
+    Drawings whose sibling was trained on are left out, those with skin tones, which would look alike, and those
+    that cannot be seen on white.
     """
     rng = np.random.default_rng(seed)
     rows = np.flatnonzero(
         (columns["split"] == "validation") & ~columns["sibling"].astype(bool) & (columns["tone"] == "")
     )
+    rows = rows[has_ink(pictures[rows])]
     rows = rng.permutation(rows)
     chosen: list[int] = []
     uses: dict[str, int] = {}
@@ -189,7 +200,8 @@ def assemble(work: Path, clip: Path, corpus: Path, out: Path) -> Bundle:
             if file.suffix in suffixes:
                 shutil.copyfile(file, part / folder / file.name)
     columns = load_columns(corpus)
-    write_samples(part, columns, pick_samples(columns))
+    pictures = np.load(corpus / "plain.npy", mmap_mode="r")
+    write_samples(part, columns, pick_samples(columns, pictures))
     if (work / "report.html").exists():
         shutil.copyfile(work / "report.html", part / "report.html")
     figures = metrics(work)

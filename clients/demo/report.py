@@ -126,7 +126,8 @@ def draw_cards(details: list[FeatureDetail], path: Path, columns: int = 5) -> No
         for axis in line:
             axis.axis("off")
         card = detail.card
-        line[0].text(0, 0.72, card.name or f"feature {card.feature}", fontsize=11, fontweight="bold")
+        title = _short(card.name or f"feature {card.feature}", 17)
+        line[0].text(0, 0.72, title, fontsize=10, fontweight="bold")
         line[0].text(0, 0.42, card.label.value, fontsize=9, color=COLOURS[card.label])
         line[0].text(0, 0.12, _interval(card), fontsize=8, color="#555555")
         for axis, example in zip(line[1 : columns + 1], detail.images, strict=False):

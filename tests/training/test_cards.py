@@ -34,7 +34,7 @@ def test_a_thumbnail_is_a_small_webp():
     assert image.size == (48, 48)
 
 
-def test_samples_are_held_out_and_spread_over_artists():
+def test_samples_are_held_out_visible_and_spread_over_artists():
     n = 60
     columns = {
         "split": np.array(["validation"] * 40 + ["train"] * 20),
@@ -44,7 +44,10 @@ def test_samples_are_held_out_and_spread_over_artists():
         "category": np.array(["Animals", "Objects", "Flags"] * 20),
         "set": np.array([f"artist {i % 4}" for i in range(n)]),
     }
-    rows = pick_samples(columns, 8)
+    pictures = np.zeros((n, 8, 8, 3), np.uint8)
+    pictures[::7] = 255
+    rows = pick_samples(columns, pictures, 8)
+    assert not any(r % 7 == 0 for r in rows)
     assert len(set(rows)) == 8
     assert all(columns["split"][r] == "validation" and not columns["sibling"][r] for r in rows)
     assert all(columns["category"][r] != "Flags" for r in rows)
