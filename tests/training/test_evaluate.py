@@ -53,7 +53,6 @@ def evaluation():
         view_images=images[:0],
         view_caption=caption[:0],
         captions=captions,
-        caption_seen=np.ones(4, bool),
         texts=texts[None],
         text_norm=np.ones((1, 4), np.float32),
     )
