@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from services.tables import Cards, CardSample, ModalityTable, read_thumbnails
+from services.tables import Cards, ModalityTable, read_thumbnails
 from training.build_bundle import WORK
 from training.report_plots import label_bars, mds_histograms, monosemanticity_curves
 
@@ -62,22 +61,14 @@ def feature_cards(table: ModalityTable, cards: Cards) -> dict[str, list[dict[str
                 **table.row(int(feature)),
                 "images": [
                     {"uri": data_uri(sample.thumbnail), "text": sample.text}
-                    for sample in top(cards, int(feature), "image", 5)
+                    for sample in cards.top(int(feature), "image", 5)
                 ],
-                "texts": [sample.text for sample in top(cards, int(feature), "text", 3)],
+                "texts": [sample.text for sample in cards.top(int(feature), "text", 3)],
             }
             for feature in features
         ]
         for label, features in pick_features(table).items()
     }
-
-
-def top(cards: Cards, feature: int, modality: str, limit: int) -> list[CardSample]:
-    """Return a feature's top samples of one modality; none where it never fires on any."""
-    try:
-        return cards.top(feature, modality, limit)
-    except pa.ArrowNotImplementedError:
-        return []
 
 
 def data_uri(webp: bytes) -> str:

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.clip import CONFIG, ClipSettings, ClipTrainer, contrastive_loss, encode_text
+from training.clip import CONFIG, ClipSettings, ClipTrainer
+from training.contrastive import contrastive_loss, encode_text
 from training.pairs import Corpus
 from training.retrieval import bootstrap_mean, ranks, retrieval
 
