@@ -155,7 +155,7 @@ class Image(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """A whole PNG, JPEG or WebP file: 1 byte to 16 MiB, at most 40 megapixels (the server may be set lower: Limits). The
-    format is told from the content. Animated files and other formats are refused. Metadata is ignored.
+    format is told from the content. Other formats are refused; of an animation the first frame is used. Metadata is ignored.
     """
     def __init__(
         self,
