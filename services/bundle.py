@@ -21,6 +21,7 @@ from services.errors import BundleFileError, UnknownDictionary
 from services.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
+    CalibrationEntry,
     CardsEntry,
     ClipEntry,
     DictionaryEntry,
@@ -43,6 +44,8 @@ MODALITY = "modality"
 CARDS = "cards"
 CARD_IMAGES = "cards/images.parquet"
 SAMPLES = "samples/samples.json"
+BIAS = "bias"
+DEFENSE = "defense"
 
 
 @dataclass(frozen=True)
@@ -211,8 +214,8 @@ def write_manifest(
     """Describe the files under `path` in its ``manifest.json``.
 
     The layout says the rest: ``clip/``, ``dictionaries/<name>.json``, ``modality/<name>.parquet``,
-    ``cards/<name>.parquet`` with ``cards/images.parquet``, and ``samples/samples.json`` (a list of `Sample`,
-    with paths relative to the bundle).
+    ``cards/<name>.parquet`` with ``cards/images.parquet``, ``samples/samples.json`` (a list of `Sample`, with
+    paths relative to the bundle), and ``<section>/<section>.json`` with its safetensors for each calibration.
 
     Returns
     -------
@@ -246,6 +249,8 @@ def write_manifest(
         ),
         samples=_samples(path),
         files=files,
+        bias=_calibration(path, BIAS),
+        defense=_calibration(path, DEFENSE),
     )
     check_references(manifest)
     verify_files(path, manifest, hashes=False)
@@ -253,6 +258,37 @@ def write_manifest(
     document = json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False)
     (path / MANIFEST_NAME).write_text(document + "\n", encoding="utf-8")
     return manifest
+
+
+def refresh_manifest(path: Path) -> Manifest:
+    """Describe the files under `path` anew, keeping what its manifest says that no file does.
+
+    For a study that adds its calibration to a finished bundle.
+
+    Raises
+    ------
+    BundleError
+        As `write_manifest`.
+    """
+    old = parse_manifest((path / MANIFEST_NAME).read_bytes())
+    return write_manifest(
+        path,
+        name=old.name,
+        description=old.description,
+        licences=old.licences,
+        default_dictionary=old.default_dictionary,
+        provenance=old.provenance,
+        training_commands=old.training_commands,
+        metrics=old.metrics,
+    )
+
+
+def _calibration(path: Path, section: str) -> CalibrationEntry | None:
+    config = path / section / f"{section}.json"
+    if not config.exists():
+        return None
+    fingerprint = json.loads(config.read_text(encoding="utf-8"))["tower_fingerprint"]
+    return CalibrationEntry(f"{section}/{section}.json", f"{section}/{section}.safetensors", fingerprint)
 
 
 def _dictionary_entries(path: Path) -> dict[str, DictionaryEntry]:

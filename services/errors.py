@@ -13,6 +13,7 @@
     │   ├── UnknownDictionary
     │   ├── UnknownFeature
     │   └── NotEnoughPairs                statistics asked of too few pairs
+    ├── NotCalibrated                 the bundle has no section for what is asked
     └── BundleError                   the bundle on disk cannot be served
         ├── ManifestError                 a missing, unknown or ill-typed key
         ├── BundleFileError               a wrong hash or size, a missing or an extra file
@@ -163,6 +164,12 @@ class NotEnoughPairs(InvalidInput):
     """Statistics were asked of fewer pairs than they need."""
 
     default_reason = "NOT_ENOUGH_PAIRS"
+
+
+class NotCalibrated(MonofacetError):
+    """The bundle was made without the calibration that the call needs."""
+
+    default_reason = "MODEL_NOT_CALIBRATED"
 
 
 class BundleError(MonofacetError):

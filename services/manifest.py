@@ -104,6 +104,15 @@ class CardsEntry:
 
 
 @dataclass(frozen=True)
+class CalibrationEntry:
+    """What a study measured on the bundle's own towers and dictionaries: JSON, safetensors, and which towers."""
+
+    config: str
+    weights: str
+    tower_fingerprint: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything the service knows about a bundle before it opens the weights.
 
@@ -133,6 +142,8 @@ class Manifest:
         Demonstration images.
     files : mapping of str to FileEntry
         Every file of the bundle but the manifest, by relative POSIX path.
+    bias, defense : CalibrationEntry or None
+        Calibrations of BiasService and DefenseService; None where the study was not run.
     """
 
     schema_version: int
@@ -149,6 +160,8 @@ class Manifest:
     cards: CardsEntry
     samples: tuple[Sample, ...]
     files: Mapping[str, FileEntry]
+    bias: CalibrationEntry | None = None
+    defense: CalibrationEntry | None = None
 
 
 def canonical_json(value: object) -> bytes:
@@ -195,6 +208,12 @@ def parse_manifest(text: str | bytes) -> Manifest:
     return manifest
 
 
+def calibrations(manifest: Manifest) -> dict[str, CalibrationEntry]:
+    """Return the calibrations that the bundle has, by the name of their section."""
+    entries = {"bias": manifest.bias, "defense": manifest.defense}
+    return {section: entry for section, entry in entries.items() if entry is not None}
+
+
 def check_references(manifest: Manifest) -> None:
     """Raise ManifestError where the manifest names a file or dictionary that it does not list."""
     named: list[tuple[str, str | None]] = [
@@ -208,6 +227,8 @@ def check_references(manifest: Manifest) -> None:
             (f"dictionaries.{name}.weights", entry.weights),
         ]
     named += [(f"modality.{name}", path) for name, path in manifest.modality.items()]
+    for section, calibration in calibrations(manifest).items():
+        named += [(f"{section}.config", calibration.config), (f"{section}.weights", calibration.weights)]
     named += [(f"cards.tables.{name}", path) for name, path in manifest.cards.tables.items()]
     named += [(f"samples[{i}].path", sample.path) for i, sample in enumerate(manifest.samples)]
     problems = [

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from services.dictionaries import read_dictionary_json
 from services.encoding.clip import tower_fingerprint
 from services.errors import BundleFileError, ManifestError, TowerMismatch, UnsafeWeights
-from services.manifest import MANIFEST_NAME, Manifest
+from services.manifest import MANIFEST_NAME, Manifest, calibrations
 
 # Formats that run code when read, or hide such a format: refused wherever they lie in the bundle.
 UNSAFE_SUFFIXES = frozenset(
@@ -70,6 +70,7 @@ def verify_files(path: Path, manifest: Manifest, hashes: bool = True) -> None:
     for key, weights in [
         ("clip.weights", manifest.clip.weights),
         *((f"dictionaries.{name}.weights", entry.weights) for name, entry in manifest.dictionaries.items()),
+        *((f"{section}.weights", entry.weights) for section, entry in calibrations(manifest).items()),
     ]:
         if weights is not None and not weights.endswith(".safetensors"):
             raise UnsafeWeights(f"{key}: weights must be safetensors", [(key, "not a safetensors file")])
@@ -88,7 +89,7 @@ def verify_files(path: Path, manifest: Manifest, hashes: bool = True) -> None:
 
 
 def verify_towers(path: Path, manifest: Manifest, recompute: bool = True) -> None:
-    """Check that every dictionary was trained on the bundle's own towers and is as the manifest says.
+    """Check that dictionaries and calibrations were made on the bundle's own towers and are as the manifest says.
 
     Raises
     ------
@@ -103,6 +104,12 @@ def verify_towers(path: Path, manifest: Manifest, recompute: bool = True) -> Non
         if actual != fingerprint:
             raise TowerMismatch(
                 "the towers are not those the manifest describes", [("clip.fingerprint", f"is {actual}")]
+            )
+    for section, calibration in calibrations(manifest).items():
+        if calibration.tower_fingerprint != fingerprint:
+            raise TowerMismatch(
+                f"{section} was calibrated on other towers",
+                [(f"{section}.tower_fingerprint", f"is not {fingerprint}")],
             )
     for name, entry in manifest.dictionaries.items():
         document = read_dictionary_json(path / entry.config)

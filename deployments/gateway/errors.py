@@ -20,6 +20,7 @@ from services.errors import (
     BundleError,
     InvalidInput,
     MonofacetError,
+    NotCalibrated,
     UnknownDictionary,
     UnknownFeature,
 )
@@ -90,6 +91,7 @@ TABLE: tuple[tuple[type[BaseException], Answer], ...] = (
     (UnknownFeature, Answer(_Code.NOT_FOUND, None)),
     (UnknownModel, Answer(_Code.NOT_FOUND, None)),
     (InvalidInput, Answer(_Code.INVALID_ARGUMENT, None)),
+    (NotCalibrated, Answer(_Code.FAILED_PRECONDITION, None)),
     (BundleError, Answer(_Code.FAILED_PRECONDITION, None, "the bundle cannot be served")),
     (MalformedRequest, Answer(_Code.INVALID_ARGUMENT, "REQUEST_MALFORMED")),
     (RequestTooLarge, Answer(_Code.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE")),

@@ -40,6 +40,7 @@ EXPECTED = {
     services.errors.UnknownFeature: (CODE.NOT_FOUND, "UNKNOWN_FEATURE"),
     errors.UnknownModel: (CODE.NOT_FOUND, "UNKNOWN_MODEL"),
     InvalidInput: (CODE.INVALID_ARGUMENT, "INVALID_INPUT"),
+    services.errors.NotCalibrated: (CODE.FAILED_PRECONDITION, "MODEL_NOT_CALIBRATED"),
     BundleError: (CODE.FAILED_PRECONDITION, "BUNDLE_INVALID"),
     errors.MalformedRequest: (CODE.INVALID_ARGUMENT, "REQUEST_MALFORMED"),
     errors.RequestTooLarge: (CODE.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE"),
