@@ -207,6 +207,7 @@ class Limits(_message.Message):
     MAX_CONCURRENT_CALLS_FIELD_NUMBER: _builtins.int
     MIN_IMAGE_SIDE_FIELD_NUMBER: _builtins.int
     MAX_IMAGE_ASPECT_RATIO_FIELD_NUMBER: _builtins.int
+    MAX_AUDIT_ITEMS_FIELD_NUMBER: _builtins.int
     max_inputs: _builtins.int
     """Inputs in an Encode or ClassifyModality request."""
     max_request_bytes: _builtins.int
@@ -233,6 +234,8 @@ class Limits(_message.Message):
     """The shorter side of one image, in pixels, is at least this."""
     max_image_aspect_ratio: _builtins.int
     """The longer side of one image is at most this many times the shorter one."""
+    max_audit_items: _builtins.int
+    """Items of one AuditGender call."""
     @_builtins.property
     def image_formats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Image formats that are read: `PNG`, `JPEG`, `WEBP`."""
@@ -259,10 +262,11 @@ class Limits(_message.Message):
         max_concurrent_calls: _builtins.int = ...,
         min_image_side: _builtins.int = ...,
         max_image_aspect_ratio: _builtins.int = ...,
+        max_audit_items: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_call_duration", b"max_call_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_formats", b"image_formats", "max_call_duration", b"max_call_duration", "max_concurrent_calls", b"max_concurrent_calls", "max_image_aspect_ratio", b"max_image_aspect_ratio", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_inputs", b"max_inputs", "max_page_size", b"max_page_size", "max_queued_inputs", b"max_queued_inputs", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_score_pairs", b"max_score_pairs", "max_stream_in_flight", b"max_stream_in_flight", "max_text_bytes", b"max_text_bytes", "min_image_side", b"min_image_side"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_formats", b"image_formats", "max_audit_items", b"max_audit_items", "max_call_duration", b"max_call_duration", "max_concurrent_calls", b"max_concurrent_calls", "max_image_aspect_ratio", b"max_image_aspect_ratio", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_inputs", b"max_inputs", "max_page_size", b"max_page_size", "max_queued_inputs", b"max_queued_inputs", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_score_pairs", b"max_score_pairs", "max_stream_in_flight", b"max_stream_in_flight", "max_text_bytes", b"max_text_bytes", "min_image_side", b"min_image_side"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
