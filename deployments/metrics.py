@@ -1,12 +1,18 @@
 """Every Prometheus metric of the server, in one table.
 
 Only the gateway observes: replicas return their timings with their answers, so one port tells everything
-and no multi-process mode is needed.
+and no multi-process mode is needed. The alert rules and the dashboard are generated from the same rows
+(`deployments.monitoring`), so no name or label can drift.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+Kind = TypeVar("Kind", Counter, Gauge, Histogram)
 
 
 def geometric_buckets(first: float, last: float, factor: float = 2.0) -> tuple[float, ...]:
@@ -29,6 +35,110 @@ SECONDS = geometric_buckets(0.001, 60.0)
 ITEMS = geometric_buckets(1, 256)
 
 
+@dataclass(frozen=True, slots=True)
+class Row(Generic[Kind]):
+    """One metric.
+
+    Attributes
+    ----------
+    kind
+        The class of prometheus-client.
+    name
+        As Prometheus shows it; a histogram's series add `_bucket`, `_sum` and `_count`.
+    help
+        What is measured.
+    labels
+        Names of the labels that tell its series apart.
+    buckets
+        Upper bounds, of a histogram only.
+    """
+
+    kind: type[Kind]
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    def make(self, registry: CollectorRegistry) -> Kind:
+        """Return the metric, registered."""
+        options: dict[str, Any] = {"buckets": self.buckets} if self.buckets else {}
+        return self.kind(self.name, self.help, self.labels, registry=registry, **options)
+
+
+# Calls.
+REQUEST_DURATION = Row(
+    Histogram,
+    "monofacet_request_duration_seconds",
+    "From the first byte of a call to its status.",
+    ("method", "code"),
+    SECONDS,
+)
+REQUESTS_IN_FLIGHT = Row(Gauge, "monofacet_requests_in_flight", "Calls in progress.", ("method",))
+ITEMS_TOTAL = Row(Counter, "monofacet_items_total", "Images and texts answered.", ("method",))
+REJECTED = Row(Counter, "monofacet_rejected_total", "Calls and stream items refused, by reason.", ("reason",))
+# The models.
+QUEUE_DURATION = Row(
+    Histogram,
+    "monofacet_queue_duration_seconds",
+    "From arrival at the gateway to the start of the first forward that holds the request.",
+    ("deployment",),
+    SECONDS,
+)
+QUEUE_ITEMS = Row(Gauge, "monofacet_queue_items", "Items that wait at the gateway.", ("deployment",))
+INFERENCE_DURATION = Row(
+    Histogram,
+    "monofacet_inference_duration_seconds",
+    "One forward: of the towers and the dictionaries, or one step of a diffusion.",
+    ("deployment", "backend"),
+    SECONDS,
+)
+BATCH_SIZE = Row(Histogram, "monofacet_batch_size", "Items of one forward.", ("deployment",), ITEMS)
+GENERATION_STEPS = Row(
+    Counter, "monofacet_generation_steps_total", "Denoising steps done, counted once an image."
+)
+ADVERSARIAL = Row(
+    Counter, "monofacet_adversarial_total", "Images that FilterAdversarial judged, by verdict.", ("verdict",)
+)
+# The server itself.
+MODEL_INFO = Row(
+    Gauge,
+    "monofacet_model_info",
+    "Always 1; the labels say what is served.",
+    ("bundle", "sha256", "device"),
+)
+SERVING = Row(Gauge, "monofacet_serving", "1 while the health service says SERVING, else 0.", ("service",))
+DRAINING = Row(Gauge, "monofacet_draining", "1 once the gateway is stopping, else 0.")
+REPLICA_RESTARTS = Row(
+    Counter,
+    "monofacet_replica_restarts_total",
+    "Replicas that this gateway found dead or gone.",
+    ("deployment",),
+)
+TLS_EXPIRY = Row(
+    Gauge,
+    "monofacet_tls_expiry_timestamp_seconds",
+    "When the certificate in use expires; 0 without TLS.",
+)
+
+TABLE: tuple[Row[Any], ...] = (
+    REQUEST_DURATION,
+    REQUESTS_IN_FLIGHT,
+    ITEMS_TOTAL,
+    REJECTED,
+    QUEUE_DURATION,
+    QUEUE_ITEMS,
+    INFERENCE_DURATION,
+    BATCH_SIZE,
+    GENERATION_STEPS,
+    ADVERSARIAL,
+    MODEL_INFO,
+    SERVING,
+    DRAINING,
+    REPLICA_RESTARTS,
+    TLS_EXPIRY,
+)
+
+
 class Metrics:
     """The metrics of one gateway, on a registry of their own so that tests can have several.
 
@@ -42,40 +152,18 @@ class Metrics:
         self.registry = registry or CollectorRegistry()
         ProcessCollector(registry=self.registry)
         r = self.registry
-        self.request_duration = Histogram(
-            "monofacet_request_duration_seconds",
-            "From the first byte of a call to its status.",
-            ["method", "code"],
-            buckets=SECONDS,
-            registry=r,
-        )
-        self.requests_in_flight = Gauge(
-            "monofacet_requests_in_flight", "Calls in progress.", ["method"], registry=r
-        )
-        self.items = Counter("monofacet_items", "Images and texts answered.", ["method"], registry=r)
-        self.queue_duration = Histogram(
-            "monofacet_queue_duration_seconds",
-            "From arrival at the gateway to the start of the first forward that holds the request.",
-            ["deployment"],
-            buckets=SECONDS,
-            registry=r,
-        )
-        self.inference_duration = Histogram(
-            "monofacet_inference_duration_seconds",
-            "One forward of the towers and the dictionaries.",
-            ["deployment", "backend"],
-            buckets=SECONDS,
-            registry=r,
-        )
-        self.batch_size = Histogram(
-            "monofacet_batch_size", "Items of one forward.", ["deployment"], buckets=ITEMS, registry=r
-        )
-        self.rejected = Counter(
-            "monofacet_rejected", "Calls and stream items refused, by reason.", ["reason"], registry=r
-        )
-        self.model_info = Gauge(
-            "monofacet_model_info",
-            "Always 1; the labels say what is served.",
-            ["bundle", "sha256", "device"],
-            registry=r,
-        )
+        self.request_duration = REQUEST_DURATION.make(r)
+        self.requests_in_flight = REQUESTS_IN_FLIGHT.make(r)
+        self.items = ITEMS_TOTAL.make(r)
+        self.rejected = REJECTED.make(r)
+        self.queue_duration = QUEUE_DURATION.make(r)
+        self.queue_items = QUEUE_ITEMS.make(r)
+        self.inference_duration = INFERENCE_DURATION.make(r)
+        self.batch_size = BATCH_SIZE.make(r)
+        self.generation_steps = GENERATION_STEPS.make(r)
+        self.adversarial = ADVERSARIAL.make(r)
+        self.model_info = MODEL_INFO.make(r)
+        self.serving = SERVING.make(r)
+        self.draining = DRAINING.make(r)
+        self.replica_restarts = REPLICA_RESTARTS.make(r)
+        self.tls_expiry = TLS_EXPIRY.make(r)
