@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path, PurePosixPath
 
-from services.dictionaries import read_dictionary_json
+from services.dictionary_file import read_dictionary_json
 from services.encoding.clip import tower_fingerprint
 from services.errors import BundleFileError, ManifestError, TowerMismatch, UnsafeWeights
 from services.manifest import MANIFEST_NAME, Manifest, calibrations

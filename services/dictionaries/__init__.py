@@ -9,7 +9,6 @@ from services.dictionaries.base import (
     SparseRow,
     dictionary_kinds,
     load_dictionary,
-    read_dictionary_json,
     sparse_rows,
 )
 from services.dictionaries.ncl import NCL
@@ -28,7 +27,6 @@ __all__ = [
     "dictionary_kinds",
     "load_dictionary",
     "match_features",
-    "read_dictionary_json",
     "sparse_rows",
     "topk_relu",
 ]

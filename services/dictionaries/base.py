@@ -18,6 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from services.dictionary_file import KINDS, read_dictionary_json
 from services.errors import ManifestError
 
 
@@ -124,6 +125,8 @@ def register(kind: str) -> Callable[[type[D]], type[D]]:
     """Make a class the dictionary of `kind`, the name that configs use."""
 
     def add(cls: type[D]) -> type[D]:
+        if kind not in KINDS:
+            raise ValueError(f"{kind!r} is not in services.dictionary_file.KINDS")
         cls.kind = kind
         _KINDS[kind] = cls
         return cls
@@ -134,33 +137,6 @@ def register(kind: str) -> Callable[[type[D]], type[D]]:
 def dictionary_kinds() -> tuple[str, ...]:
     """Return the kinds that can be loaded, sorted."""
     return tuple(sorted(_KINDS))
-
-
-def read_dictionary_json(path: Path) -> dict[str, Any]:
-    """Read a dictionary's JSON.
-
-    Returns
-    -------
-    dict
-        With exactly the keys that `Dictionary.save` writes.
-
-    Raises
-    ------
-    ManifestError
-        On another set of keys or an unknown kind.
-    """
-    expected = {"kind", "embed_dim", "n_features", "tower_fingerprint", "config", "training"}
-    try:
-        document = json.loads(path.read_text())
-    except ValueError as error:
-        raise ManifestError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(document, dict) or set(document) != expected:
-        raise ManifestError(f"{path.name} must hold exactly the keys {sorted(expected)}")
-    if document["kind"] not in _KINDS:
-        raise ManifestError(
-            f"{path.name}: kind {document['kind']!r} is not one of {', '.join(dictionary_kinds())}"
-        )
-    return document
 
 
 def load_dictionary(directory: Path, name: str) -> Dictionary:

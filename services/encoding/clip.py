@@ -12,16 +12,18 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import open_clip
-import safetensors
-import safetensors.torch
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from services.errors import ManifestError, UnsupportedModel
 from services.manifest import canonical_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# CLIP's own normalisation, open_clip's default; written out because importing open_clip takes seconds, which
+# a process that only reads a config should not pay.
+OPENAI_DATASET_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_DATASET_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,9 @@ def build_clip(config: ClipConfig, weights: Path | None) -> nn.Module:
     ManifestError
         Where the weights do not fit the config.
     """
+    import open_clip
+    import safetensors.torch
+
     arguments = copy.deepcopy(config.model_cfg)
     custom_text = arguments.pop("custom_text", False)
     if "timm_model_name" in arguments["vision_cfg"]:
