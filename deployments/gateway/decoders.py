@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.bundle import Bundle
-from services.dictionaries.base import Modality
+from services.modalities import Modality
 
 
 @dataclass(frozen=True)

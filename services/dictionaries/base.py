@@ -6,7 +6,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -20,13 +19,7 @@ from torch import Tensor, nn
 
 from services.dictionary_file import KINDS, read_dictionary_json
 from services.errors import ManifestError
-
-
-class Modality(StrEnum):
-    """Which tower an embedding comes from."""
-
-    IMAGE = "image"
-    TEXT = "text"
+from services.modalities import Modality as Modality
 
 
 class Dictionary(nn.Module, ABC):
