@@ -25,6 +25,7 @@ from services.manifest import (
     CardsEntry,
     ClipEntry,
     DictionaryEntry,
+    DiffusionEntry,
     FileEntry,
     Licence,
     Manifest,
@@ -49,6 +50,8 @@ CARD_IMAGES = "cards/images.parquet"
 SAMPLES = "samples/samples.json"
 BIAS = "bias"
 DEFENSE = "defense"
+DIFFUSION = "diffusion/monofacet.json"
+STEERING = "steering"
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,8 @@ def write_manifest(
 
     The layout says the rest: ``clip/``, ``dictionaries/<name>.json``, ``modality/<name>.parquet``,
     ``cards/<name>.parquet`` with ``cards/images.parquet``, ``samples/samples.json`` (a list of `Sample`, with
-    paths relative to the bundle), and ``<section>/<section>.json`` with its safetensors for each calibration.
+    paths relative to the bundle), ``<section>/<section>.json`` with its safetensors for each calibration,
+    ``diffusion/monofacet.json`` (a `DiffusionEntry`) and ``steering/<name>.safetensors``.
 
     Returns
     -------
@@ -257,6 +261,8 @@ def write_manifest(
         files=files,
         bias=_calibration(path, BIAS),
         defense=_calibration(path, DEFENSE),
+        diffusion=_diffusion(path),
+        steering=_stems(path / STEERING, STEERING, ".safetensors"),
     )
     check_references(manifest)
     verify_files(path, manifest, hashes=False)
@@ -314,8 +320,15 @@ def _dictionary_entries(path: Path) -> dict[str, DictionaryEntry]:
     return entries
 
 
-def _stems(directory: Path, prefix: str) -> dict[str, str]:
-    return {file.stem: f"{prefix}/{file.name}" for file in sorted(directory.glob("*.parquet"))}
+def _diffusion(path: Path) -> DiffusionEntry | None:
+    file = path / DIFFUSION
+    if not file.exists():
+        return None
+    return parse_dataclass(DiffusionEntry, json.loads(file.read_text(encoding="utf-8")), "diffusion")
+
+
+def _stems(directory: Path, prefix: str, suffix: str = ".parquet") -> dict[str, str]:
+    return {file.stem: f"{prefix}/{file.name}" for file in sorted(directory.glob(f"*{suffix}"))}
 
 
 def _samples(path: Path) -> tuple[Sample, ...]:

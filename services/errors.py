@@ -12,8 +12,12 @@
     │   ├── TextTooLong                   longer than the context (or than any text we read)
     │   ├── UnknownDictionary
     │   ├── UnknownFeature
-    │   └── NotEnoughPairs                statistics asked of too few pairs
+    │   ├── NotEnoughPairs                statistics asked of too few pairs
+    │   └── NotEnoughItems                an audit of too few items
     ├── NotCalibrated                 the bundle has no section for what is asked
+    ├── NoPipeline                    the bundle has no text-to-image pipeline
+    ├── SteeringUnsupported           this bundle's pipeline cannot be steered that way
+    ├── GenerationFailed              one image could not be made; its neighbours were
     └── BundleError                   the bundle on disk cannot be served
         ├── ManifestError                 a missing, unknown or ill-typed key
         ├── BundleFileError               a wrong hash or size, a missing or an extra file
@@ -166,10 +170,34 @@ class NotEnoughPairs(InvalidInput):
     default_reason = "NOT_ENOUGH_PAIRS"
 
 
+class NotEnoughItems(InvalidInput):
+    """An audit was asked of fewer items than it needs."""
+
+    default_reason = "NOT_ENOUGH_ITEMS"
+
+
 class NotCalibrated(MonofacetError):
     """The bundle was made without the calibration that the call needs."""
 
     default_reason = "MODEL_NOT_CALIBRATED"
+
+
+class NoPipeline(MonofacetError):
+    """The bundle has no text-to-image pipeline."""
+
+    default_reason = "NO_PIPELINE"
+
+
+class SteeringUnsupported(MonofacetError):
+    """The pipeline cannot be steered that way: another tower, another layer, or no such path."""
+
+    default_reason = "STEERING_UNSUPPORTED"
+
+
+class GenerationFailed(MonofacetError):
+    """An image could not be made: its numbers are not finite, or its own step failed."""
+
+    default_reason = "GENERATION_FAILED"
 
 
 class BundleError(MonofacetError):

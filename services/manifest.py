@@ -19,6 +19,7 @@ from services.errors import ManifestError
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+OPTIONAL_SECTIONS = frozenset({"bias", "defense", "diffusion", "steering"})
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,67 @@ class CalibrationEntry:
 
 
 @dataclass(frozen=True)
+class DiffusionEntry:
+    """The text-to-image pipeline, as ``diffusion/monofacet.json`` describes it.
+
+    Attributes
+    ----------
+    pipeline : str
+        Its class in diffusers: ``StableDiffusionPipeline`` or ``StableUnCLIPImg2ImgPipeline``.
+    conditioning : str
+        The path that steers it by default: ``embedding`` or ``prompt``.
+    tower_fingerprint : str
+        Fingerprint of the towers whose embeddings the pipeline takes. Where it is not that of the bundle's own
+        towers the pipeline generates but refuses to be steered.
+    height, width : int
+        Default size of a picture, pixels; multiples of 8.
+    num_inference_steps : int
+        Default number of steps.
+    guidance_scale : float
+        Default scale of classifier-free guidance; 1 is none.
+    max_height, max_width : int or None
+        Largest size, pixels; None is the default size.
+    max_inference_steps : int
+        Largest number of steps.
+    noise_level : int
+        0 to 999, unCLIP only: noise added to the embedding.
+    embedding_from_prompt : bool
+        Without a reference picture the embedding is the prompt's own text embedding; else it is all zeros.
+    scheduler : str or None
+        Class that replaces the folder's scheduler, built from the same config.
+    ip_adapter : str or None
+        Path, below the folder, of an IP-Adapter in safetensors.
+    ip_adapter_scale : float
+        Its weight beside the text.
+    path : str
+        The folder in the bundle.
+    reference, revision, sha256 : str or None
+        Weights that lie elsewhere: ``hf-hub:owner/name`` at a revision, or a folder of this machine; and the
+        hash that `services.imaging.reference.folder_sha256` gives for it.
+    """
+
+    pipeline: str
+    conditioning: str
+    tower_fingerprint: str
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    max_height: int | None = None
+    max_width: int | None = None
+    max_inference_steps: int = 50
+    noise_level: int = 0
+    embedding_from_prompt: bool = True
+    scheduler: str | None = None
+    ip_adapter: str | None = None
+    ip_adapter_scale: float = 1.0
+    path: str = "diffusion"
+    reference: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything the service knows about a bundle before it opens the weights.
 
@@ -144,6 +206,10 @@ class Manifest:
         Every file of the bundle but the manifest, by relative POSIX path.
     bias, defense : CalibrationEntry or None
         Calibrations of BiasService and DefenseService; None where the study was not run.
+    diffusion : DiffusionEntry or None
+        The text-to-image pipeline; None in a bundle without one.
+    steering : mapping of str to str
+        Dictionary name to the path of its activation quantiles.
     """
 
     schema_version: int
@@ -162,6 +228,8 @@ class Manifest:
     files: Mapping[str, FileEntry]
     bias: CalibrationEntry | None = None
     defense: CalibrationEntry | None = None
+    diffusion: DiffusionEntry | None = None
+    steering: Mapping[str, str] = field(default_factory=dict)
 
 
 def canonical_json(value: object) -> bytes:
@@ -171,8 +239,12 @@ def canonical_json(value: object) -> bytes:
 
 
 def manifest_sha256(manifest: Manifest) -> str:
-    """Return the SHA-256 (hex) of the manifest's canonical JSON."""
-    return hashlib.sha256(canonical_json(dataclasses.asdict(manifest))).hexdigest()
+    """Return the SHA-256 (hex) of the manifest's canonical JSON, without the sections that the bundle lacks.
+
+    So a bundle keeps its id when a later server knows of more sections.
+    """
+    document = {k: v for k, v in dataclasses.asdict(manifest).items() if v or k not in OPTIONAL_SECTIONS}
+    return hashlib.sha256(canonical_json(document)).hexdigest()
 
 
 def parse_manifest(text: str | bytes) -> Manifest:
@@ -230,6 +302,7 @@ def check_references(manifest: Manifest) -> None:
     for section, calibration in calibrations(manifest).items():
         named += [(f"{section}.config", calibration.config), (f"{section}.weights", calibration.weights)]
     named += [(f"cards.tables.{name}", path) for name, path in manifest.cards.tables.items()]
+    named += [(f"steering.{name}", path) for name, path in manifest.steering.items()]
     named += [(f"samples[{i}].path", sample.path) for i, sample in enumerate(manifest.samples)]
     problems = [
         (key, f"{path!r} is not listed in files")
@@ -246,7 +319,11 @@ def check_references(manifest: Manifest) -> None:
         )
         if path not in (None, f"dictionaries/{name}{suffix}")
     ]
-    for section, names in (("modality", manifest.modality), ("cards.tables", manifest.cards.tables)):
+    for section, names in (
+        ("modality", manifest.modality),
+        ("cards.tables", manifest.cards.tables),
+        ("steering", manifest.steering),
+    ):
         problems += [
             (f"{section}.{name}", f"{name!r} is not a dictionary of this bundle")
             for name in names
@@ -311,6 +388,8 @@ def _parse(hint: Any, value: object, where: str) -> Any:
         return {key: _parse(arguments[1], item, _join(where, key)) for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return parse_dataclass(hint, value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
     # bool is an int in Python; a manifest that says `true` where a size belongs is wrong.
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise _wrong_type(where, f"a value of type {hint.__name__}", value)
