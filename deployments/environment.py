@@ -1,0 +1,37 @@
+"""What Ray's processes are told by environment variables, on one machine and on a cluster.
+
+They must be set before Ray is imported; its processes inherit them. The chart is generated from here.
+"""
+
+from __future__ import annotations
+
+# Of every process. What the user has set already stays.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Replicas share the cores; threads that spin while they wait would take them from each other.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Ray's workers are nice (15) by default, for batch jobs beside a user. Whatever else ran would starve a server.
+    "RAY_worker_niceness": "0",
+    # Two idle workers would be started and never used.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    # A start on a busy machine is slow, not wrong.
+    "SERVE_SLOW_STARTUP_WARNING_S": "600",
+    # Libraries that fork would have gRPC write a line for each fork.
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray keeps what its processes print in files, without a bound unless told.
+    "RAY_ROTATION_MAX_BYTES": str(16 * 1024 * 1024),
+    "RAY_ROTATION_BACKUP_COUNT": "1",
+}
+# Of a machine that is a cluster of its own.
+ONE_MACHINE = {
+    # No Ray port outward. Ray's own switch for "loopback only", whatever its name says.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+# Of processes that hold replicas. They save hops between threads on the way of a message. A process without an
+# event loop needs its router in a thread, so the command sets them once Ray Serve is imported.
+REPLICA_ENVIRONMENT = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
