@@ -1,0 +1,303 @@
+"""`audit`: labelled items and an ablation in, what the ablation really did out.
+
+Three ways to fool oneself are closed. A shift of all scores raises one gender's recall and lowers the other's, so
+figures are repeated at recalibrated thresholds, and an effect must show in a figure that no shift can change.
+Removing any features changes scores, so the same figures are taken for matched random sets. And a score is one
+direction of many, so a classifier is trained anew on what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from services.bias.ablation import Side, kept
+from services.bias.cases import MIN_ITEMS, UNGENDERED, WOMAN, Cases
+from services.bias.gender import gender_scores, probability, unit
+from services.bias.measures import (
+    Change,
+    Floats,
+    Labels,
+    best_threshold,
+    changes,
+    resample_weights,
+    threshold_figures,
+    weighted_auc,
+)
+from services.bias.null_tests import THRESHOLD_FREE, NullTest, nothing, null_tests
+from services.bias.plan import Plan, neighbours_kept
+from services.bias.probe import probe_scores
+from services.dictionaries.base import Modality
+from services.errors import NotEnoughItems
+
+LEVEL = 0.05
+CURVE_POINTS = 101
+
+
+class Verdict(StrEnum):
+    """What an audit comes to."""
+
+    NO_EFFECT = "NO_EFFECT"
+    THRESHOLD_ONLY = "THRESHOLD_ONLY"
+    NOT_SPECIFIC = "NOT_SPECIFIC"
+    EFFECT = "EFFECT"
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How to audit.
+
+    Attributes
+    ----------
+    logit_scale : float
+        Of the towers.
+    resamples, null_sets : int
+        Of the bootstrap and of the matched null.
+    min_group : int
+        Items of a gender that a profession needs to count in gaps and in the worst group.
+    seed : int
+        Of everything random.
+    """
+
+    logit_scale: float
+    resamples: int = 1000
+    null_sets: int = 1000
+    min_group: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Profession:
+    """The figures of one profession, as in the contract's ProfessionAudit."""
+
+    name: str
+    women: int
+    men: int
+    ungendered: int
+    accuracy: Change
+    auc: Change
+    p_woman: Change
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an ablation did; the contract's AblationAudit says what each field is."""
+
+    verdict: Verdict
+    auc: Change
+    raw: Mapping[str, Change]
+    recalibrated: Mapping[str, Change]
+    threshold_before: float
+    threshold_after: float
+    professions: tuple[Profession, ...]
+    curve: Float[np.ndarray, "points 5"]
+    nulls: tuple[NullTest, ...]
+    null_energy_ratio: float | None
+    probe: Change
+    kept: float
+    neighbours_kept: float
+
+
+def audit(
+    cases: Cases,
+    direction: Float[np.ndarray, " d"],
+    sides: Mapping[Modality, Side],
+    plan: Plan,
+    settings: AuditSettings,
+    check: Callable[[], None] = nothing,
+) -> Audit:
+    """Audit one ablation on labelled items.
+
+    Parameters
+    ----------
+    cases : Cases
+        The items.
+    direction : float array, shape (d,)
+        t_F - t_M.
+    sides : mapping of Modality to Side
+        The dictionary, for the random sets.
+    plan : Plan
+        The ablation.
+    settings : AuditSettings
+        How.
+    check : callable
+        Called between steps; what it raises ends the audit.
+
+    Raises
+    ------
+    NotEnoughItems
+        With fewer than two items of either gender.
+    """
+    check_items(cases)
+    after = plan.apply(cases)
+    before_scores, after_scores = gender_scores(cases.e, direction), gender_scores(after, direction)
+    return audit_scores(
+        cases,
+        before_scores,
+        after_scores,
+        settings,
+        check,
+        after=after,
+        nulls=lambda: null_tests(cases, direction, sides, plan, settings, check),
+    )
+
+
+def audit_scores(
+    cases: Cases,
+    before: Floats,
+    after_scores: Floats,
+    settings: AuditSettings,
+    check: Callable[[], None] = nothing,
+    *,
+    after: Float[np.ndarray, "n d"] | None = None,
+    nulls: Callable[[], tuple[tuple[NullTest, ...], float | None]] = lambda: ((), None),
+) -> Audit:
+    """Audit any change of scores: `audit` without the ablation, for a shifted threshold for instance.
+
+    Parameters
+    ----------
+    cases : Cases
+        The items.
+    before, after_scores : float64 arrays, shape (N,)
+        Scores.
+    settings, check
+        As for `audit`.
+    after : float array, shape (N, d), or None
+        Embeddings after; None where they are as before.
+    nulls : callable
+        Gives the tests against random sets, and their energy relative to the set's.
+    """
+    check_items(cases)
+    after = cases.e if after is None else after
+    names, codes = cases.groups()
+    labels = Labels(cases.gender, codes, len(names), settings.min_group)
+    raw, recalibrated, auc = [], [], []
+    thresholds: tuple[Floats, Floats] | None = None
+    gendered = cases.gender != UNGENDERED
+    for weights in resample_weights(cases.cluster, settings.resamples, settings.seed):
+        check()
+        pair = [before, after_scores]
+        best = [best_threshold(scores, labels, weights) for scores in pair]
+        thresholds = thresholds or (best[0], best[1])
+        zero = np.zeros(len(weights))
+        scale = settings.logit_scale
+        raw.append([threshold_figures(s, labels, weights, zero, scale) for s in pair])
+        recalibrated.append(
+            [threshold_figures(s, labels, weights, t, scale) for s, t in zip(pair, best, strict=True)]
+        )
+        auc.append(
+            [{"auc": weighted_auc(s[gendered], labels.woman[gendered], weights[:, gendered])} for s in pair]
+        )
+    if thresholds is None:
+        raise NotEnoughItems("there is nothing to audit")
+    raw_changes = changes([b for b, _ in raw], [a for _, a in raw])
+    recalibrated_changes = changes([b for b, _ in recalibrated], [a for _, a in recalibrated])
+    auc_change = changes([b for b, _ in auc], [a for _, a in auc])["auc"]
+    tests, ratio = nulls()
+    return Audit(
+        verdict=judge(raw_changes, {"auc": auc_change, **recalibrated_changes}, tests),
+        auc=auc_change,
+        raw=raw_changes,
+        recalibrated=recalibrated_changes,
+        threshold_before=float(thresholds[0][0]),
+        threshold_after=float(thresholds[1][0]),
+        professions=_professions(cases, before, after_scores, names, codes, settings),
+        curve=threshold_curve(before, after_scores, labels),
+        nulls=tests,
+        null_energy_ratio=ratio,
+        probe=_probe(cases, after, settings),
+        kept=float(kept(cases.e, after).mean()),
+        neighbours_kept=neighbours_kept(cases.e, after, settings.seed),
+    )
+
+
+def check_items(cases: Cases) -> None:
+    """Raise NotEnoughItems unless there are two women and two men."""
+    women = int((cases.gender == WOMAN).sum())
+    men = int((cases.gender != UNGENDERED).sum()) - women
+    if min(women, men) < MIN_ITEMS:
+        raise NotEnoughItems(f"{women} items of women and {men} of men; an audit needs {MIN_ITEMS} of each")
+
+
+def judge(
+    raw: Mapping[str, Change], threshold_free: Mapping[str, Change], tests: tuple[NullTest, ...]
+) -> Verdict:
+    """Say what the figures come to; the null's p-values are held to LEVEL over the number of tests."""
+    changed = {
+        name
+        for name in THRESHOLD_FREE
+        if name in threshold_free and threshold_free[name].difference.excludes_zero
+    }
+    if changed:
+        beyond = {test.measure for test in tests if test.p < LEVEL / len(tests)}
+        return Verdict.EFFECT if not tests or changed & beyond else Verdict.NOT_SPECIFIC
+    moved = any(change.difference.excludes_zero for change in raw.values())
+    return Verdict.THRESHOLD_ONLY if moved else Verdict.NO_EFFECT
+
+
+def threshold_curve(before: Floats, after: Floats, labels: Labels) -> Float[np.ndarray, "points 5"]:
+    """Return rows of threshold, then the recall of women and of men before, and of women and of men after."""
+    gendered = labels.gender != UNGENDERED
+    both = np.concatenate([before[gendered], after[gendered]])
+    places = np.linspace(both.min(), both.max(), CURVE_POINTS)
+    columns = [places]
+    for scores in (before, after):
+        women, men = np.sort(scores[labels.woman]), np.sort(scores[labels.man])
+        columns.append(1 - np.searchsorted(women, places, "right") / len(women))
+        columns.append(np.searchsorted(men, places, "right") / len(men))
+    return np.stack(columns, axis=1)
+
+
+def _professions(
+    cases: Cases,
+    before: Floats,
+    after: Floats,
+    names: np.ndarray,
+    codes: Int[np.ndarray, " n"],
+    settings: AuditSettings,
+) -> tuple[Profession, ...]:
+    result = []
+    for code, name in enumerate(names):
+        member = codes == code
+        inside = cases.take(member)
+        labels = Labels(inside.gender, np.zeros(len(inside), np.int64), 1, settings.min_group)
+        gendered, ungendered = inside.gender != UNGENDERED, inside.gender == UNGENDERED
+        figures: list[list[dict[str, Floats]]] = [[], []]
+        for weights in resample_weights(inside.cluster, settings.resamples, settings.seed):
+            for side, scores in zip(figures, (before[member], after[member]), strict=True):
+                right = np.where(labels.woman, scores > 0, scores <= 0)
+                p = probability(scores[ungendered], settings.logit_scale)
+                side.append(
+                    {
+                        "accuracy": _mean(right[gendered].astype(np.float64), weights[:, gendered]),
+                        "auc": weighted_auc(scores[gendered], labels.woman[gendered], weights[:, gendered]),
+                        "p_woman": _mean(p, weights[:, ungendered]),
+                    }
+                )
+        women, men = int(labels.woman.sum()), int(labels.man.sum())
+        found = changes(figures[0], figures[1])
+        result.append(Profession(str(name), women, men, int(ungendered.sum()), **found))
+    return tuple(result)
+
+
+def _mean(values: Floats, weights: Floats) -> Floats:
+    total = weights.sum(1)
+    mean: Floats = np.divide(weights @ values, total, out=np.full(len(weights), np.nan), where=total > 0)
+    return mean
+
+
+def _probe(cases: Cases, after: Float[np.ndarray, "n d"], settings: AuditSettings) -> Change:
+    gendered = cases.gender != UNGENDERED
+    woman, cluster = cases.gender[gendered] == WOMAN, cases.cluster[gendered]
+    labels = Labels(cases.gender[gendered], np.full(len(woman), -1), 0, settings.min_group)
+    margins = [probe_scores(unit(e[gendered]), woman, cluster, settings.seed) for e in (cases.e, after)]
+    figures: list[list[dict[str, Floats]]] = [[], []]
+    for weights in resample_weights(cluster, settings.resamples, settings.seed):
+        for side, scores in zip(figures, margins, strict=True):
+            zero = np.zeros(len(weights))
+            side.append(threshold_figures(scores, labels, weights, zero, settings.logit_scale))
+    return changes(figures[0], figures[1])["balanced_accuracy"]

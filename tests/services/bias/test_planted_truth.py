@@ -1,0 +1,145 @@
+"""The audit on data whose truth is known: it finds what was planted, and nothing where nothing was."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from services.bias import (
+    UNGENDERED,
+    WOMAN,
+    Leace,
+    Mode,
+    Plan,
+    Verdict,
+    associate,
+    audit,
+    gender_scores,
+    rank_by_association,
+)
+from services.bias.audit import audit_scores
+from services.dictionaries.base import Modality
+from tests.services.bias.planted import (
+    CONSTANT,
+    MAN_FEATURE,
+    SETTINGS,
+    STEREOTYPE,
+    STEREOTYPED,
+    WOMAN_FEATURE,
+    World,
+    make_world,
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return make_world()
+
+
+def audit_of(world: World, features: list[int], mode: Mode = Mode.ZERO):
+    plan = Plan.of_features(world.sides, np.array(features), mode)
+    return audit(world.cases, world.direction, world.sides, plan, SETTINGS)
+
+
+def test_the_planted_gender_features_are_the_most_associated_with_gender(world: World) -> None:
+    cases = world.cases
+    gendered = cases.gender != UNGENDERED
+    woman = cases.gender[gendered] == WOMAN
+    scores = gender_scores(cases.e[gendered], world.direction)
+    gap = scores[woman].mean() - scores[~woman].mean()
+    contribution = world.sides[Modality.IMAGE].rows @ world.direction
+    found = associate(cases.z[gendered], woman, cases.cluster[gendered], contribution, gap, resamples=200)
+    assert set(rank_by_association([found])[:2]) == {WOMAN_FEATURE, MAN_FEATURE}
+    assert found.low[WOMAN_FEATURE] > 0.5 and found.high[MAN_FEATURE] < -0.5
+    # Nearly all of the gap was planted in these two.
+    assert found.share[[WOMAN_FEATURE, MAN_FEATURE]].sum() > 0.9
+    # The others have nothing to do with gender; a 95% interval leaves 0 out for one in twenty of them by chance.
+    others = np.delete(found.strength, [WOMAN_FEATURE, MAN_FEATURE])
+    assert (others > 0).mean() < 0.2
+
+
+@pytest.mark.parametrize("mode", [Mode.ZERO, Mode.MEAN, Mode.PROJECT])
+def test_removing_the_gender_features_is_an_effect_that_random_features_do_not_have(
+    world: World, mode: Mode
+) -> None:
+    found = audit_of(world, [WOMAN_FEATURE, MAN_FEATURE], mode)
+    assert found.verdict is Verdict.EFFECT
+    assert found.auc.before.value > 0.85
+    assert found.auc.after.value < 0.7
+    auc = next(test for test in found.nulls if test.measure == "auc")
+    # No random pair drawn can do this except the pair itself, which its strata let come up again.
+    assert auc.p < 0.02
+    assert found.probe.before.value > 0.9
+
+
+def test_removing_the_stereotype_takes_the_skew_of_the_ungendered_and_leaves_gender_itself(
+    world: World,
+) -> None:
+    found = audit_of(world, list(STEREOTYPE))
+    skews = {p.name: p.p_woman for p in found.professions}
+    for name in STEREOTYPED:
+        assert skews[name].before.high < 0.5
+        assert skews[name].difference.low > 0.1
+    for name in set(skews) - set(STEREOTYPED):
+        assert abs(skews[name].difference.value) < 0.02
+    gap = found.recalibrated["equal_opportunity_gap"]
+    assert gap.before.value > 0.2 and gap.difference.high < 0
+    assert found.recalibrated["worst_group_accuracy"].difference.low > 0
+    assert found.verdict is Verdict.EFFECT
+    assert found.auc.after.value >= found.auc.before.value
+
+
+def test_a_pure_shift_of_the_threshold_is_no_effect(world: World) -> None:
+    before = gender_scores(world.cases.e, world.direction)
+    found = audit_scores(world.cases, before, before + 0.15, SETTINGS)
+    # The shift does what shifts do: one gender is recognised more, the other less, and skew moves.
+    assert found.raw["recall_woman"].difference.low > 0 > found.raw["recall_man"].difference.high
+    assert found.raw["skew"].difference.excludes_zero
+    assert found.verdict is Verdict.THRESHOLD_ONLY
+    for change in (found.auc, *found.recalibrated.values()):
+        # Scores differ by float64's rounding only.
+        assert change.difference.value == pytest.approx(0, abs=1e-9)
+
+
+def test_removing_features_that_everybody_has_is_told_from_an_effect(world: World) -> None:
+    found = audit_of(world, list(CONSTANT))
+    assert found.raw["recall_man"].difference.excludes_zero
+    assert found.verdict in (Verdict.THRESHOLD_ONLY, Verdict.NOT_SPECIFIC)
+
+
+def test_removing_features_that_say_nothing_of_gender_is_not_called_an_effect(world: World) -> None:
+    verdicts = [audit_of(world, [j, j + 1]).verdict for j in range(10, 18, 2)]
+    # The null is held to 5% over all tests of an audit; four audits rarely hold one false alarm.
+    assert verdicts.count(Verdict.EFFECT) <= 1
+
+
+def test_random_sets_have_uniform_p_values(world: World) -> None:
+    p = []
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        features = rng.choice(np.arange(7, 120), 3, replace=False)
+        plan = Plan.of_features(world.sides, features, Mode.ZERO)
+        settings = SETTINGS.__class__(logit_scale=8.0, resamples=100, null_sets=100)
+        found = audit(world.cases.take(np.arange(200)), world.direction, world.sides, plan, settings)
+        p += [test.p for test in found.nulls if test.measure == "auc"]
+    # Of 20 uniform p-values, more than 5 lie under 0.05 with a probability of 3e-4 (binomial).
+    assert np.count_nonzero(np.array(p) < 0.05) <= 5
+    assert np.mean(p) > 0.25
+
+
+def test_a_retrained_probe_finds_gender_where_one_direction_was_emptied(world: World) -> None:
+    one = audit_of(world, [WOMAN_FEATURE])
+    both = audit_of(world, [WOMAN_FEATURE, MAN_FEATURE])
+    assert one.probe.after.low > 0.85
+    # What is left is the noise that the dictionary does not hold: nothing that tells the genders.
+    assert both.probe.after.value < 0.6
+    # Fitted on other items than it is judged on: erasing a sample's own mean difference pushes held-out items below
+    # chance, which looks better than it is.
+    fitted, judged = (world.cases.take(np.arange(start, 600, 2)) for start in (0, 1))
+    gendered = fitted.gender != UNGENDERED
+    eraser = Leace.fit(fitted.e[gendered], fitted.gender[gendered] == WOMAN)
+    plan = Plan(Mode.LEACE, {Modality.IMAGE: eraser})
+    erased = audit(judged, world.direction, world.sides, plan, SETTINGS)
+    assert erased.probe.after.value < 0.7 < 0.8 < erased.probe.before.value
+    assert erased.nulls == () and erased.null_energy_ratio is None
+    assert erased.kept > both.kept
