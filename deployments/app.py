@@ -8,28 +8,19 @@ import sys
 import warnings
 from typing import Any, cast
 
-from ray import exceptions as ray_errors
 from ray import serve
-from ray.serve import exceptions as serve_errors
 
+from deployments import logs
 from deployments.gateway.errors import EncoderUnavailable
+from deployments.handles import ModelHandle
 from deployments.settings import Settings
-from deployments.work import EncoderInfo, Reply, ScoreRequest, Work
+from deployments.work import EncoderFault, EncoderInfo, Reply, ScoreRequest, Work
 from services.errors import InvalidInput
 from services.tables import ModalityTable
 
 log = logging.getLogger("monofacet")
 
 APP_NAME = "monofacet"
-
-# What a handle raises when no replica could answer, as opposed to an answer that is an error.
-_GONE = (
-    ray_errors.RayActorError,
-    ray_errors.ActorUnavailableError,
-    ray_errors.NodeDiedError,
-    serve_errors.DeploymentUnavailableError,
-    serve_errors.BackPressureError,
-)
 
 
 def confine_to_loopback(settings: Settings) -> None:
@@ -64,6 +55,9 @@ def keep_libraries_quiet() -> None:
 class EncoderReplica:
     """A replica of the encoder; ready once it is warm.
 
+    A replica that cannot be warmed stays, and says why: Serve would only start it again and again, and the
+    reason would drown.
+
     Parameters
     ----------
     settings
@@ -73,37 +67,60 @@ class EncoderReplica:
     def __init__(self, settings: Settings) -> None:
         confine_to_loopback(settings)
         keep_libraries_quiet()
-        # Imported in the replica: the process that only builds the application needs no torch.
-        from deployments.encoder import Encoder
-        from deployments.model import TowerModel, load_dictionaries
-        from services.bundle import Bundle
-
-        # The command verified the hashes before it started any replica.
-        bundle = Bundle.load(settings.bundle, verify=False)
-        model = TowerModel(bundle, settings)
-        model.warm_up(settings.max_batch_items)
-        self._encoder = Encoder(settings, model, load_dictionaries(bundle))
+        logs.configure(settings.log_format, settings.log_level, "encoder")
+        self._encoder: Any = None
+        self._fault = EncoderFault("")
+        try:
+            self._encoder = _warm_encoder(settings)
+        except Exception as error:
+            log.exception("the encoder cannot be started")
+            self._fault = EncoderFault(f"{type(error).__name__}: {error}".splitlines()[0])
 
     async def encode(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
         """See `deployments.encoder.Encoder.encode`."""
-        return await self._encoder.encode(works, remaining_s)
+        if self._encoder is None:
+            unavailable = EncoderUnavailable("the model is not available; try later")
+            return Reply(tuple(unavailable for _ in works))
+        reply: Reply = await self._encoder.encode(works, remaining_s)
+        return reply
 
     async def score(self, request: ScoreRequest) -> ModalityTable | InvalidInput:
         """See `deployments.encoder.Encoder.score`."""
-        return await self._encoder.score(request)
+        if self._encoder is None:
+            raise EncoderUnavailable("the model is not available; try later")
+        answer: ModalityTable | InvalidInput = await self._encoder.score(request)
+        return answer
 
-    def info(self) -> EncoderInfo:
-        """See `deployments.encoder.Encoder.info`."""
-        return self._encoder.info()
+    def info(self) -> EncoderInfo | EncoderFault:
+        """See `deployments.encoder.Encoder.info`; or why there is no encoder."""
+        if self._encoder is None:
+            return self._fault
+        info: EncoderInfo = self._encoder.info()
+        return info
 
     async def __del__(self) -> None:
         """Finish what is queued; Serve awaits this when it stops the replica."""
-        if hasattr(self, "_encoder"):
+        if getattr(self, "_encoder", None) is not None:
             await self._encoder.close()
 
 
+def _warm_encoder(settings: Settings) -> Any:
+    # Imported in the replica: the process that only builds the application needs no torch.
+    from deployments.encoder import Encoder
+    from deployments.model import TowerModel, load_dictionaries
+    from services.bundle import Bundle
+
+    # The command verified the hashes before it started any replica.
+    bundle = Bundle.load(settings.bundle, verify=False)
+    model = TowerModel(bundle, settings)
+    model.warm_up(settings.max_batch_items)
+    return Encoder(settings, model, load_dictionaries(bundle))
+
+
 class GatewayReplica:
-    """The replica that owns the gRPC server. It takes no Serve requests but the two of the command.
+    """The replica that owns the gRPC server. It takes no Serve requests but those of the command.
+
+    Its ports are open from the start; it serves once the encoder answers, which is after its warm-up.
 
     Parameters
     ----------
@@ -119,39 +136,40 @@ class GatewayReplica:
         from services.bundle import Bundle
 
         confine_to_loopback(settings)
-        self._encoder = encoder
+        logs.configure(settings.log_format, settings.log_level, "gateway")
         catalogue = Catalogue.read(Bundle.load(settings.bundle, verify=False))
         self._server = GatewayServer(settings, catalogue)
-        # The first answer of an encoder comes after its warm-up, so from here on the service can be SERVING.
-        info = await encoder.info.remote()
-        self._ports = await self._server.start(self._encode, self._score, info)
+        lost = self._server.metrics.replica_restarts.labels("encoder").inc
+        self._encoder = ModelHandle("encoder", encoder, lost, self._server.set_serving)
+        self._ports = await self._server.open()
+        self._warming = asyncio.create_task(self._serve_when_warm())
+
+    async def _serve_when_warm(self) -> str:
+        info: EncoderInfo | EncoderFault = await self._encoder.call("info")
+        if isinstance(info, EncoderFault):
+            log.error("not serving: encoder: %s", info.why)
+            return f"encoder: {info.why}"
+        await self._server.serve(self._encode, self._score, info)
+        log.info("serving")
+        return ""
 
     async def _encode(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
-        reply: Reply = await self._call(self._encoder.encode, works, remaining_s)
+        reply: Reply = await self._encoder.call("encode", works, remaining_s)
         return reply
 
     async def _score(self, request: ScoreRequest) -> ModalityTable:
-        answer: ModalityTable | InvalidInput = await self._call(self._encoder.score, request)
+        answer: ModalityTable | InvalidInput = await self._encoder.call("score", request)
         if isinstance(answer, InvalidInput):
             raise answer
         return answer
 
-    async def _call(self, method: Any, *args: Any) -> Any:
-        """Call the encoder; once more if its replica died, since every call can be repeated unharmed."""
-        for attempt in (1, 2):
-            response = method.remote(*args)
-            try:
-                return await response
-            except _GONE as error:
-                log.warning("no answer from the encoder (%s), attempt %d", type(error).__name__, attempt)
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
-        raise EncoderUnavailable("the model is not available; try later")
-
     def ports(self) -> tuple[int, int]:
         """Return the gRPC port and the metrics port."""
         return self._ports
+
+    async def warmed(self) -> str:
+        """Wait for the models; return why they cannot be served, or an empty string when they are."""
+        return await asyncio.shield(self._warming)
 
     async def drain(self) -> bool:
         """See `GatewayServer.drain`."""
@@ -159,6 +177,8 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         """Drain; Serve awaits this when it stops the replica, whoever asked for it."""
+        if hasattr(self, "_warming"):
+            self._warming.cancel()
         if hasattr(self, "_server"):
             await self._server.drain()
 
@@ -169,30 +189,90 @@ def _deployment(replica: type) -> serve.Deployment:
     return cast(serve.Deployment, deployment)
 
 
-def build(settings: Settings) -> serve.Application:
-    """Return the application that `settings` describe.
+def placed(cpus: float, gpus: float, resource: str) -> dict[str, Any]:
+    """Return the options of a replica's actor: what Ray reserves for it, and so where it runs.
 
-    One machine needs no resources reserved: threads are set explicitly, and Ray's own accounting would only
-    keep a small machine from starting.
+    Parameters
+    ----------
+    cpus, gpus
+        Cores and GPUs.
+    resource
+        Name of a custom resource of which it takes one; empty for none.
     """
-    grace_s = settings.drain_s + 5.0
+    options: dict[str, Any] = {"num_cpus": cpus}
+    if gpus:
+        options["num_gpus"] = gpus
+    if resource:
+        options["resources"] = {resource: 1}
+    return options
+
+
+def scaled(fewest: int, most: int, target_ongoing: float) -> dict[str, Any]:
+    """Return the options of a deployment for a fixed number of replicas, or for autoscaling.
+
+    Parameters
+    ----------
+    fewest, most
+        Replicas; fixed at `fewest` unless `most` is greater.
+    target_ongoing
+        Requests in progress a replica that Serve aims at.
+    """
+    if most <= fewest:
+        return {"num_replicas": fewest}
+    return {
+        "autoscaling_config": {
+            "min_replicas": fewest,
+            "max_replicas": most,
+            "target_ongoing_requests": target_ongoing,
+            # A replica takes seconds to load its models, so it is wanted early and given up late.
+            "upscale_delay_s": 10.0,
+            "downscale_delay_s": 300.0,
+        }
+    }
+
+
+def build(settings: Settings) -> serve.Application:
+    """Return the application that `settings` describe."""
     common: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": 0},
         "health_check_period_s": 10,
         "health_check_timeout_s": 60,
-        "graceful_shutdown_timeout_s": grace_s,
+        "graceful_shutdown_timeout_s": settings.drain_s + 5.0,
     }
     encoder = (
         _deployment(EncoderReplica)
         .options(
             name="encoder",
-            num_replicas=settings.encoder_replicas,
+            ray_actor_options=placed(settings.encoder_cpus, settings.encoder_gpus, settings.encoder_resource),
             # The batcher's queue is the bound; Serve's own would hold messages back from it.
             max_ongoing_requests=settings.max_queued_items,
+            **scaled(
+                settings.encoder_replicas, settings.encoder_max_replicas, settings.encoder_target_ongoing
+            ),
             **common,
         )
         .bind(settings)
     )
-    gateway = _deployment(GatewayReplica).options(name="gateway", num_replicas=1, **common)
+    gateway = _deployment(GatewayReplica).options(
+        name="gateway",
+        num_replicas=settings.gateway_replicas,
+        # Two on one node would want the same port.
+        max_replicas_per_node=1,
+        ray_actor_options=placed(0, 0, settings.gateway_resource),
+        **common,
+    )
     application: serve.Application = gateway.bind(settings, encoder)
     return application
+
+
+def from_config(arguments: dict[str, Any]) -> serve.Application:
+    """Return the application for a Serve config file: its `args` are settings by their names.
+
+    Raises
+    ------
+    ValueError
+        For a name that is no setting, and for a value out of range.
+    """
+    unknown = sorted(set(arguments) - set(Settings.model_fields))
+    if unknown:
+        raise ValueError(f"no such settings: {', '.join(unknown)}")
+    return build(Settings(**arguments))

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -17,33 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deployments.environment import ENVIRONMENT, ONE_MACHINE, REPLICA_ENVIRONMENT
+
 if TYPE_CHECKING:
     from deployments.settings import Settings
-
-# Set before Ray is imported; its processes inherit them. What the user has set already stays.
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Replicas share the cores; threads that spin while they wait would take them from each other.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # No Ray port outward. Ray's own switch for "loopback only", whatever its name says.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Ray's workers are nice (15) by default, for batch jobs beside a user. Whatever else ran would starve a server.
-    "RAY_worker_niceness": "0",
-    # Two idle workers would be started and never used.
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_enable_worker_prestart": "0",
-    # A start on a busy machine is slow, not wrong.
-    "SERVE_SLOW_STARTUP_WARNING_S": "600",
-    # Libraries that fork would have gRPC write a line for each fork.
-    "GRPC_ENABLE_FORK_SUPPORT": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-# Set after Ray Serve is imported: the replicas inherit them, and this process, which has no event loop, keeps
-# its router in a thread. They save hops between threads on the way of a message.
-REPLICA_ENVIRONMENT = {
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-}
 
 
 class Stopped(BaseException):
@@ -87,10 +65,34 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(help="Threads of one forward. Default: the usable cores.")
     ] = None,
+    metrics_host: Annotated[
+        str | None, typer.Option(help="Address of the metrics port. Default: 127.0.0.1.")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="PEM file of the server's certificate; re-read when it changes.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM file of authorities whose certificates clients must show (mTLS).")
+    ] = None,
+    tokens_file: Annotated[
+        Path | None,
+        typer.Option(help="File of bearer tokens (see `monofacet token`); re-read when it changes."),
+    ] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Allow plain text on an address that is not loopback.")
+    ] = None,
+    reflection: Annotated[
+        bool | None, typer.Option(help="Describe the services to grpcurl and friends. Default: yes.")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(help="auto, json or console. Default: auto.")] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="debug, info, warning or error. Default: info, a line a call.")
+    ] = None,
 ) -> None:
     """Serve a bundle over gRPC until SIGTERM or Ctrl-C; calls in flight are finished first.
 
-    Every other knob is an environment variable MONOFACET_<NAME>: see deployments/settings.py.
+    Every other knob is an environment variable MONOFACET_<NAME>: see docs/operations.md.
     """
     started = time.perf_counter()
     signals = _Signals()
@@ -102,42 +104,108 @@ def serve(
         "metrics_port": metrics_port,
         "backend": backend,
         "threads": threads,
+        "metrics_host": metrics_host,
+        "tls_certificate": tls_cert,
+        "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca,
+        "tokens_file": tokens_file,
+        "insecure": insecure,
+        "reflection": reflection,
+        "log_format": log_format,
+        "log_level": log_level,
     }
     settings = _settings({name: value for name, value in flags.items() if value is not None})
-    for name, value in ENVIRONMENT.items():
+    _check(settings)
+    for name, value in (ENVIRONMENT | ONE_MACHINE).items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
+    # Unix sockets lie below it and their paths may have 107 characters, so it must be short.
+    directory = Path(tempfile.mkdtemp(prefix="mf-", dir="/tmp"))
     try:
-        with ThreadPoolExecutor(1) as beside:
+        from deployments.logs import Collector
+
+        with Collector(directory), ThreadPoolExecutor(1) as beside:
             # Beside the start of Ray, which mostly waits for other processes.
             verifying = beside.submit(_verified, settings)
-            with _LocalRay(settings):
+            with _LocalRay(settings, directory):
                 signals.install()
                 bundle_id = verifying.result()
-                gateway, ports = _run(settings)
-                typer.echo(
-                    f"monofacet: ready: {bundle_id} on {settings.host}:{ports[0]}, metrics on "
-                    f"http://{settings.host}:{ports[1]}/metrics, after {time.perf_counter() - started:.1f} s"
-                )
+                gateway, ports, why = _run(settings)
+                if why:
+                    _say(f"not serving: {why}", err=True)
+                else:
+                    _say(
+                        f"ready: {bundle_id} on {settings.host}:{ports[0]}, metrics on "
+                        f"http://{settings.metrics_host}:{ports[1]}/metrics, "
+                        f"after {time.perf_counter() - started:.1f} s"
+                    )
+                # Also when nothing can be served: health says NOT_SERVING, and restarting would hide why.
                 signals.wait()
-                typer.echo("monofacet: stopping; calls in flight are finished first")
+                _say("stopping; calls in flight are finished first")
                 _stop(settings, gateway)
     except Stopped:
         pass
-    typer.echo("monofacet: stopped")
+    finally:
+        _remove(directory)
+    _say("stopped")
+
+
+def _say(line: str, err: bool = False) -> None:
+    typer.echo(f"monofacet: {line}", err=err)
 
 
 def _settings(flags: dict[str, Any]) -> Settings:
     from pydantic import ValidationError
 
+    from deployments.logs import wants_json
     from deployments.settings import Settings
 
     try:
-        return Settings(**flags)
+        settings = Settings(**flags)
+        # The replicas have no terminal to look at.
+        form = "json" if wants_json(settings.log_format) else "console"
+        return settings.model_copy(update={"log_format": form})
     except ValidationError as error:
         for problem in error.errors():
             where = ".".join(map(str, problem["loc"]))
-            typer.echo(f"monofacet: {where}: {problem['msg']}", err=True)
+            what = problem["msg"].removeprefix("Value error, ")
+            _say(f"{where}: {what}" if where else what, err=True)
+        raise typer.Exit(2) from error
+
+
+def _check(settings: Settings) -> None:
+    """Stop with one line, before anything is started, when access or a port cannot work."""
+    from deployments.access.check import AccessInvalid, open_certificate, open_tokens
+    from deployments.settings import is_loopback
+
+    try:
+        open_certificate(settings)
+        tokens = open_tokens(settings)
+    except AccessInvalid as error:
+        _say(str(error), err=True)
+        raise typer.Exit(2) from error
+    if tokens is None and settings.tls_client_ca is None and not is_loopback(settings.host):
+        _say(
+            f"warning: no tokens and no client certificates: all who reach {settings.host} may call", err=True
+        )
+    for host, port in (
+        (settings.host, settings.port),
+        (settings.host, settings.health_port),
+        (settings.metrics_host, settings.metrics_port),
+    ):
+        if port:
+            _check_port(host.strip("[]"), port)
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            # As the servers do: a port in TIME_WAIT can be taken.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        _say(f"cannot listen on {host}:{port}: {error.strerror}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -149,23 +217,21 @@ def _verified(settings: Settings) -> str:
     try:
         return Bundle.load(settings.bundle).id
     except BundleError as error:
-        typer.echo(f"monofacet: {settings.bundle}: {error}", err=True)
+        _say(f"{settings.bundle}: {error}", err=True)
         raise typer.Exit(1) from error
 
 
 class _LocalRay:
     """A Ray of our own for as long as the command runs: on loopback, without a dashboard, and gone after."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, directory: Path) -> None:
         self._settings = settings
-        self._directory = ""
+        self._directory = directory
 
     def __enter__(self) -> None:
         importlib.import_module("ray.serve")
         for name, value in REPLICA_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        # Unix sockets lie below it and their paths may have 107 characters, so it must be short.
-        self._directory = tempfile.mkdtemp(prefix="mf-", dir="/tmp")
         try:
             self._start(attempts=3)
         except BaseException:
@@ -182,7 +248,7 @@ class _LocalRay:
                 include_dashboard=False,
                 object_store_memory=self._settings.object_store_bytes,
                 logging_level=logging.ERROR,
-                _temp_dir=self._directory,
+                _temp_dir=str(self._directory),
             )
         except Exception:
             # Ray gives its own processes 30 s, which a busy machine may not keep, and cannot be told otherwise.
@@ -195,16 +261,24 @@ class _LocalRay:
         import ray
 
         ray.shutdown()
-        # Ray's processes may write their last lines a moment after it returns.
-        for _ in range(50):
-            shutil.rmtree(self._directory, ignore_errors=True)
-            if not os.path.exists(self._directory):
-                break
-            time.sleep(0.1)
 
 
-def _run(settings: Settings) -> tuple[Any, tuple[int, int]]:
-    """Start the application; return the gateway's handle and its two ports."""
+def _remove(directory: Path) -> None:
+    # Ray's processes may write their last lines a moment after it has stopped.
+    for _ in range(50):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            break
+        time.sleep(0.1)
+
+
+def _run(settings: Settings) -> tuple[Any, tuple[int, int], str]:
+    """Start the application and wait until it is warm.
+
+    Returns
+    -------
+    The gateway's handle, its two ports, and why it does not serve (empty when it does).
+    """
     from ray import serve as ray_serve
     from ray.serve.schema import LoggingConfig
 
@@ -214,8 +288,18 @@ def _run(settings: Settings) -> tuple[Any, tuple[int, int]]:
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     # No proxy: the gateway is the only way in.
     ray_serve.start(proxy_location="Disabled", logging_config=quiet)
-    gateway = ray_serve.run(build(settings), name=APP_NAME, route_prefix=None, logging_config=quiet)
-    return gateway, gateway.ports.remote().result()
+    try:
+        gateway = ray_serve.run(build(settings), name=APP_NAME, route_prefix=None, logging_config=quiet)
+        return gateway, gateway.ports.remote().result(), gateway.warmed.remote().result()
+    except RuntimeError as error:
+        # Ray gave up on a replica, such as one that the kernel kills for its memory each time it starts.
+        why = str(error).strip().splitlines()[-1].strip()
+        try:
+            gateway = ray_serve.get_deployment_handle("gateway", APP_NAME)
+            return gateway, gateway.ports.remote().result(timeout_s=10), why
+        except Exception:
+            _say(f"cannot start: {why}", err=True)
+            raise typer.Exit(1) from error
 
 
 def _stop(settings: Settings, gateway: Any) -> None:
@@ -224,6 +308,6 @@ def _stop(settings: Settings, gateway: Any) -> None:
     from deployments.app import APP_NAME
 
     if not gateway.drain.remote().result(timeout_s=settings.drain_s + 10):
-        typer.echo("monofacet: some calls were cut off", err=True)
+        _say("some calls were cut off", err=True)
     # Not serve.shutdown(): it kills Serve's controller while Ray still watches it, and Ray says so at length.
     ray_serve.delete(APP_NAME)

@@ -6,11 +6,13 @@ Each field is read from an environment variable, `MONOFACET_` and the field's na
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+import limits
+from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MIB = 1024 * 1024
@@ -56,14 +58,72 @@ class Settings(BaseSettings):
     # Where it listens.
     host: str = Field(
         "127.0.0.1",
-        description="Address of the gRPC and metrics ports. Loopback by default: nothing listens to a "
-        "network before someone asks for it.",
+        description="Address of the gRPC port. Loopback by default: nothing listens to a network before "
+        "someone asks for it, and then only with TLS or with `insecure`.",
     )
     port: int = Field(9000, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
+    health_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port on `host` of a second, plain-text server that answers health checks alone; 0 for "
+        "none. Kubernetes' probes speak neither TLS nor tokens.",
+    )
+    metrics_host: str = Field(
+        "127.0.0.1",
+        description="Address of the metrics port, which is plain HTTP: counts and durations, no payload.",
+    )
     metrics_port: int = Field(9100, ge=0, le=65535, description="Prometheus port; 0 takes a free one.")
     loopback_only: bool = Field(
         True,
         description="Keep Ray's own ports on loopback. Off on a cluster, whose nodes must reach each other.",
+    )
+
+    # Who may call.
+    tls_certificate: Path | None = Field(
+        None, description="PEM file of the server's certificate chain; read again when it changes."
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's unencrypted key.")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file of the authorities whose certificates a client must show (mutual TLS).",
+    )
+    insecure: bool = Field(
+        False,
+        description="Allow plain text on an address that is not loopback: tokens and images travel in the clear.",
+    )
+    tokens_file: Path | None = Field(
+        None,
+        description="File of bearer tokens, hashed, one a line; read again when it changes. Without any "
+        "token every caller may do everything.",
+    )
+    tokens: str = Field(
+        "", description="More lines of tokens, joined by newlines or `;`, for a secret in the environment."
+    )
+    token_calls: int = Field(
+        64, ge=1, description="Calls in progress of one token, unless its line says otherwise."
+    )
+    token_rate: str = Field(
+        "",
+        description="Calls that one token may begin, as `600/minute`, unless its line says otherwise; empty "
+        "for no limit.",
+    )
+    reflection: bool = Field(
+        True,
+        description="Describe the services to grpcurl and friends; where there are tokens, to admins only.",
+    )
+
+    # What it tells.
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="Form of the log on standard error. auto: console on a terminal, else JSON."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least level that is logged; calls are logged at info."
+    )
+    otlp_endpoint: str = Field(
+        "",
+        description="URL of an OpenTelemetry collector (OTLP over gRPC), as `http://localhost:4317`; empty "
+        "for no traces.",
     )
 
     # Limits of one request. GetModel answers all of them.
@@ -103,6 +163,15 @@ class Settings(BaseSettings):
         description="Pairs of one ScoreModality stream. Bounds the dense activations that are scored: twice "
         "128 MiB for 8,192 features.",
     )
+    max_audit_items: int = Field(
+        20_000,
+        ge=4,
+        description="Items of one AuditGender stream. Of each its embedding, active features and labels are kept, "
+        "about 4 x embed_dim + 8 x active features + 600 bytes: 40 MB for 20,000 of the embedded bundle.",
+    )
+    max_concurrent_audits: int = Field(
+        2, ge=1, description="AuditGender streams at once on one gateway; bounds the memory of all of them."
+    )
     max_page_size: int = Field(1_000, ge=1, le=1_000, description="Feature cards of one page.")
 
     # Overload and time.
@@ -115,6 +184,12 @@ class Settings(BaseSettings):
         description="Items waiting for the encoder; one more is refused at once, since an answer that comes "
         "after its deadline helps nobody.",
     )
+    max_queue_s: float = Field(
+        0.25,
+        gt=0,
+        description="Seconds that a request may be expected to wait for the work before it, by the speed of "
+        "the last batches; one that would wait longer is refused at once.",
+    )
     retry_after_s: float = Field(
         0.5, gt=0, description="Seconds that RetryInfo asks a refused caller to wait."
     )
@@ -126,6 +201,11 @@ class Settings(BaseSettings):
     )
     drain_s: float = Field(
         30.0, ge=0, description="Seconds that calls in flight may take to finish once the server is stopping."
+    )
+    drain_file: Path | None = Field(
+        None,
+        description="A gateway drains once this file exists: what a Kubernetes preStop hook can do. One that is "
+        "left over from before is removed at the start.",
     )
 
     # Batching.
@@ -159,10 +239,64 @@ class Settings(BaseSettings):
         "is decoded. More would only make them smaller.",
     )
 
-    # Scale.
-    encoder_replicas: int = Field(1, ge=1, description="Replicas of the encoder; each holds the towers.")
+    # Scale. One machine needs none of it; on a cluster the chart sets it.
+    gateway_replicas: int = Field(
+        1, ge=1, description="Gateways, at most one a node: each has its own port. Fixed, not autoscaled."
+    )
+    gateway_resource: str = Field(
+        "",
+        description="Custom Ray resource of which a gateway takes one, so that it runs on the nodes that are "
+        "meant for it; empty for any node.",
+    )
+    encoder_replicas: int = Field(
+        1, ge=1, description="Replicas of the encoder, the fewest if autoscaled; each holds the towers."
+    )
+    encoder_max_replicas: int = Field(
+        0, ge=0, description="Most replicas of the encoder; 0, or not more than the fewest: a fixed number."
+    )
+    encoder_target_ongoing: float = Field(
+        1.5,
+        gt=0,
+        description="Messages in progress of one replica beyond which Serve adds another. A gateway sends a "
+        "busy replica two, so 1.5 adds replicas once they are saturated.",
+    )
+    encoder_cpus: float = Field(
+        0.0, ge=0, description="Cores that Ray reserves for one replica; 0 reserves none, for one machine."
+    )
+    encoder_gpus: float = Field(0.0, ge=0, description="GPUs of one replica; below 1 replicas share one.")
+    encoder_resource: str = Field(
+        "", description="Custom Ray resource of which an encoder takes one; empty for any node."
+    )
     object_store_bytes: int = Field(
         128 * MIB,
         ge=80 * MIB,
         description="Ray's shared memory. Only messages over 100 KB pass through it, and none stays.",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Refuse settings that contradict each other, before anything starts."""
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key")
+        if self.tls_certificate is None and not self.insecure and not is_loopback(self.host):
+            raise ValueError(
+                f"will not listen on {self.host} in plain text: set tls_certificate and tls_key, or insecure"
+            )
+        if self.token_rate:
+            try:
+                limits.parse(self.token_rate)
+            except ValueError:
+                raise ValueError(f"token_rate is like `600/minute`, not {self.token_rate!r}") from None
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address to listen on reaches this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -122,6 +122,13 @@ class EncoderInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderFault:
+    """Why an encoder could not be warmed: the kind of the error and its first line."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreRequest:
     """Pairs to score, as the features of their two sides.
 

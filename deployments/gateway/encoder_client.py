@@ -39,9 +39,19 @@ class EncoderClient:
         Where batches and queueing are observed.
     backend
         Label of the inference metric.
+    traced
+        Called with the seconds waited and the seconds computed of every answer.
     """
 
-    def __init__(self, send: Send, settings: Settings, metrics: Metrics, backend: str) -> None:
+    def __init__(
+        self,
+        send: Send,
+        settings: Settings,
+        metrics: Metrics,
+        backend: str,
+        traced: Callable[[float, float], None] = lambda _, __: None,
+    ) -> None:
+        self._traced = traced
         self._send = send
         self._settings = settings
         self._metrics = metrics
@@ -85,6 +95,7 @@ class EncoderClient:
             raise answer
         queue_s = waited + answer.queue_s
         self._metrics.queue_duration.labels(DEPLOYMENT).observe(queue_s)
+        self._traced(queue_s, answer.inference_s)
         return replace(answer, queue_s=queue_s)
 
     async def _send_alone(self, waiting: _Waiting) -> Encoded | Exception:

@@ -15,6 +15,7 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
+from deployments.access.tokens import ExpiredToken, UnknownToken
 from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
 from services.errors import (
     BundleError,
@@ -26,6 +27,7 @@ from services.errors import (
 )
 
 DOMAIN = "monofacet"
+STARTING = "the models are being loaded; try later"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 
 log = logging.getLogger("monofacet.gateway")
@@ -49,6 +51,38 @@ class TooManyCalls(GatewayError):
 
 class EncoderUnavailable(GatewayError):
     """No encoder answered: its replica died or is starting."""
+
+
+class Starting(GatewayError):
+    """The models are not warm yet."""
+
+
+class TokenMissing(GatewayError):
+    """The server has tokens and the call carries none."""
+
+
+class ScopeMissing(GatewayError):
+    """The token may not call this method."""
+
+
+class TokenBusy(GatewayError):
+    """As many calls of this token as allowed are in progress."""
+
+
+class TokenRate(GatewayError):
+    """The token began as many calls as it may.
+
+    Parameters
+    ----------
+    message
+        For the caller.
+    retry_after_s
+        Seconds until its next call fits.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class Draining(GatewayError):
@@ -100,6 +134,13 @@ TABLE: tuple[tuple[type[BaseException], Answer], ...] = (
     (DeadlineExpired, Answer(_Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed")),
     (TimeoutError, Answer(_Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed")),
     (EncoderUnavailable, Answer(_Code.UNAVAILABLE, "MODEL_UNAVAILABLE", retry=True)),
+    (Starting, Answer(_Code.UNAVAILABLE, "MODEL_STARTING", retry=True)),
+    (TokenMissing, Answer(_Code.UNAUTHENTICATED, "TOKEN_MISSING")),
+    (UnknownToken, Answer(_Code.UNAUTHENTICATED, "TOKEN_UNKNOWN", "the token is not known")),
+    (ExpiredToken, Answer(_Code.UNAUTHENTICATED, "TOKEN_EXPIRED", "the token has expired")),
+    (ScopeMissing, Answer(_Code.PERMISSION_DENIED, "SCOPE_MISSING")),
+    (TokenBusy, Answer(_Code.RESOURCE_EXHAUSTED, "TOKEN_BUSY", retry=True)),
+    (TokenRate, Answer(_Code.RESOURCE_EXHAUSTED, "TOKEN_RATE", retry=True)),
     (Draining, Answer(_Code.UNAVAILABLE, "DRAINING", "the server is stopping", retry=True)),
     (BatcherClosed, Answer(_Code.UNAVAILABLE, "DRAINING", "the server is stopping", retry=True)),
     (asyncio.CancelledError, Answer(_Code.CANCELLED, "CANCELLED", "the call was cancelled")),
@@ -119,7 +160,9 @@ def _pack(status: status_pb2.Status, detail: object) -> None:
     status.details.append(packed)
 
 
-def describe(error: BaseException, retry_after_s: float) -> tuple[grpc.StatusCode, status_pb2.Status]:
+def describe(
+    error: BaseException, retry_after_s: float, request_id: str = ""
+) -> tuple[grpc.StatusCode, status_pb2.Status]:
     """Word `error` for a caller, and log it when it is not in the table.
 
     Parameters
@@ -127,7 +170,10 @@ def describe(error: BaseException, retry_after_s: float) -> tuple[grpc.StatusCod
     error
         What ended the call.
     retry_after_s
-        Seconds that RetryInfo asks for, where the table says that a retry may help.
+        Seconds that RetryInfo asks for, where the table says that a retry may help and the error does not
+        know better.
+    request_id
+        The call's name, which ErrorInfo repeats; empty for none.
 
     Returns
     -------
@@ -136,20 +182,22 @@ def describe(error: BaseException, retry_after_s: float) -> tuple[grpc.StatusCod
     """
     answer = answer_for(error)
     if answer is _INTERNAL:
-        reference = secrets.token_hex(4)
+        reference = request_id or secrets.token_hex(4)
         log.error("internal error %s", reference, exc_info=error)
         message = f"internal error; the server's log knows it as {reference}"
     else:
         message = answer.message or str(error)
     own = error.reason if isinstance(error, MonofacetError) else "INTERNAL"
     status = status_pb2.Status(code=answer.code.value[0], message=message)
-    _pack(status, error_details_pb2.ErrorInfo(reason=answer.reason or own, domain=DOMAIN))
+    metadata = {"request_id": request_id} if request_id else {}
+    _pack(status, error_details_pb2.ErrorInfo(reason=answer.reason or own, domain=DOMAIN, metadata=metadata))
     if isinstance(error, InvalidInput | UnknownModel) and error.violations:
         bad = error_details_pb2.BadRequest()
         for field, description in error.violations:
             bad.field_violations.add(field=field, description=description)
         _pack(status, bad)
     if answer.retry:
+        retry_after_s = getattr(error, "retry_after_s", None) or retry_after_s
         delay = duration_pb2.Duration(nanos=round(retry_after_s % 1 * 1e9), seconds=int(retry_after_s))
         _pack(status, error_details_pb2.RetryInfo(retry_delay=delay))
     return answer.code, status

@@ -19,14 +19,20 @@ from monofacet.v1 import (
 )
 from prometheus_client import start_http_server
 
+from deployments.access.check import open_certificate, open_tokens
+from deployments.access.scopes import check_scopes, methods_of
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.encoder_client import EncoderClient, Send
+from deployments.gateway.interceptors.access import TokenLimits, access_layer
 from deployments.gateway.interceptors.chain import Chain, decoded_layer
 from deployments.gateway.interceptors.deadlines import deadlines_layer
 from deployments.gateway.interceptors.errors import errors_layer
 from deployments.gateway.interceptors.limits import Admission
 from deployments.gateway.interceptors.metrics import metrics_layer
+from deployments.gateway.interceptors.requests import requests_layer
+from deployments.gateway.interceptors.traces import encoder_spans, start_tracing, traces_layer
 from deployments.gateway.interceptors.validation import validation_layer
+from deployments.gateway.late import LateServices
 from deployments.gateway.servicers.feature import FeatureServicer
 from deployments.gateway.servicers.modality import ModalityServicer, Score
 from deployments.gateway.servicers.model import ModelServicer
@@ -36,14 +42,16 @@ from deployments.work import EncoderInfo
 
 log = logging.getLogger("monofacet.gateway")
 
-SERVICES = tuple(
-    module.DESCRIPTOR.services_by_name[name].full_name
+# What is served; a service joins by a line here and one in `GatewayServer._add_services`.
+DESCRIPTORS = tuple(
+    module.DESCRIPTOR.services_by_name[name]
     for module, name in (
         (feature_service_pb2, "FeatureService"),
         (modality_service_pb2, "ModalityService"),
         (model_service_pb2, "ModelService"),
     )
 )
+SERVICES = tuple(descriptor.full_name for descriptor in DESCRIPTORS)
 # A message a little over the limit is answered by us, with a reason; only a far larger one by gRPC itself.
 _SLACK_BYTES = 4 * MIB
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -53,34 +61,37 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class GatewayServer:
     """One gRPC server with its metrics port.
 
+    It is opened before the models are warm, so that a prober reads NOT_SERVING and a caller is told to come
+    back; `serve` then adds the services, and `drain` ends it.
+
     Parameters
     ----------
     settings
         Of the server.
     catalogue
         What is served.
+
+    Raises
+    ------
+    AccessInvalid
+        When certificates or tokens cannot be used.
+    MethodWithoutScope
+        When a method has no row in the table of scopes.
     """
 
     def __init__(self, settings: Settings, catalogue: Catalogue) -> None:
+        check_scopes(DESCRIPTORS)
         self._settings = settings
         self._catalogue = catalogue
         self.metrics = Metrics()
         self._admission = Admission(settings.max_concurrent_calls)
         self._health = health.aio.HealthServicer()
+        self._certificate = open_certificate(settings, self.metrics.tls_expiry.set)
+        self._traces, self._stop_traces = None, _nothing
+        if settings.otlp_endpoint:
+            self._traces, self._stop_traces = start_tracing(settings.otlp_endpoint, self.bundle_id)
         self._server: Any = aio.server(
-            interceptors=[
-                Chain(
-                    [
-                        metrics_layer(self.metrics),
-                        errors_layer(self.metrics, settings.retry_after_s),
-                        self._admission.layer,
-                        deadlines_layer(settings.default_deadline_s, settings.max_call_s),
-                        decoded_layer,
-                        validation_layer,
-                    ],
-                    settings.max_request_bytes,
-                )
-            ],
+            interceptors=[self._chain()],
             options=[
                 ("grpc.max_receive_message_length", settings.max_request_bytes + _SLACK_BYTES),
                 ("grpc.max_send_message_length", settings.max_response_bytes),
@@ -88,37 +99,107 @@ class GatewayServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
+        self._services = LateServices()
+        self._server.add_generic_rpc_handlers((self._services,))
+        self._health_server: Any = None
         self._metrics_server: Any = None
 
-    async def start(self, send: Send, score: Score, info: EncoderInfo) -> tuple[int, int]:
-        """Listen, and serve; called once the encoder is warm.
+    def _chain(self) -> Chain:
+        settings, metrics = self._settings, self.metrics
+        told = [
+            metrics_layer(metrics),
+            requests_layer,
+            *([traces_layer(self._traces)] if self._traces is not None else []),
+            errors_layer(metrics, settings.retry_after_s),
+        ]
+        access = access_layer(open_tokens(settings))
+        return Chain(
+            [
+                *told,
+                access,
+                TokenLimits(settings.token_calls, settings.token_rate).layer,
+                self._admission.layer,
+                deadlines_layer(settings.default_deadline_s, settings.max_call_s),
+                decoded_layer,
+                validation_layer,
+            ],
+            settings.max_request_bytes,
+            reflection_layers=[*told, access],
+            awaited=[name for service in DESCRIPTORS for name in methods_of(service)],
+        )
+
+    async def open(self) -> tuple[int, int]:
+        """Listen, and say NOT_SERVING.
 
         Returns
         -------
         The gRPC port and the metrics port.
+
+        Raises
+        ------
+        RuntimeError, OSError
+            When a port is taken.
         """
-        settings, catalogue = self._settings, self._catalogue
-        encoder = EncoderClient(send, settings, self.metrics, info.backend)
+        settings = self._settings
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if settings.reflection:
+            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+        await self._set_health(_NOT_SERVING)
+        address = f"{settings.host}:{settings.port}"
+        if self._certificate is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, self._certificate.credentials())
+        await self._server.start()
+        if settings.health_port:
+            self._health_server = aio.server()
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
+            self._health_server.add_insecure_port(f"{settings.host}:{settings.health_port}")
+            await self._health_server.start()
+        self._metrics_server, _ = start_http_server(
+            settings.metrics_port, addr=settings.metrics_host, registry=self.metrics.registry
+        )
+        return port, self.metrics_port
+
+    async def serve(self, send: Send, score: Score, info: EncoderInfo) -> None:
+        """Serve; called once the encoder is warm.
+
+        Parameters
+        ----------
+        send, score
+            Carry work and scores to an encoder.
+        info
+            What the encoder runs on.
+        """
+        bundle = self._catalogue.bundle
+        self._add_services(send, score, info)
+        self.metrics.model_info.labels(bundle.id, bundle.sha256, info.device).set(1)
+        self._admission.open = True
+        await self.set_serving(True)
+
+    async def start(self, send: Send, score: Score, info: EncoderInfo) -> tuple[int, int]:
+        """Open and serve at once; return the gRPC port and the metrics port."""
+        ports = await self.open()
+        await self.serve(send, score, info)
+        return ports
+
+    def _add_services(self, send: Send, score: Score, info: EncoderInfo) -> None:
+        settings, catalogue, metrics = self._settings, self._catalogue, self.metrics
+
+        def traced(queue_s: float, inference_s: float) -> None:
+            encoder_spans(self._traces, queue_s, inference_s)
+
+        encoder = EncoderClient(send, settings, metrics, info.backend, traced)
         feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(
-            FeatureServicer(encoder, catalogue, settings, self.metrics), self._server
+            FeatureServicer(encoder, catalogue, settings, metrics), self._services
         )
         modality_service_pb2_grpc.add_ModalityServiceServicer_to_server(
-            ModalityServicer(encoder, score, catalogue, settings, self.metrics), self._server
+            ModalityServicer(encoder, score, catalogue, settings, metrics), self._services
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelServicer(catalogue, info, settings), self._server
+            ModelServicer(catalogue, info, settings), self._services
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
-        await self._set_health(_NOT_SERVING)
-        port = self._server.add_insecure_port(f"{settings.host}:{settings.port}")
-        await self._server.start()
-        http, _ = start_http_server(settings.metrics_port, addr=settings.host, registry=self.metrics.registry)
-        self._metrics_server = http
-        self.metrics.model_info.labels(catalogue.bundle.id, catalogue.bundle.sha256, info.device).set(1)
-        await self._set_health(_SERVING)
-        return port, self.metrics_port
 
     @property
     def bundle_id(self) -> str:
@@ -130,6 +211,11 @@ class GatewayServer:
         """Port of the metrics, once started."""
         return int(self._metrics_server.server_port)
 
+    async def set_serving(self, serving: bool) -> None:
+        """Say SERVING, or NOT_SERVING while no encoder is there; a server that drains keeps NOT_SERVING."""
+        if not self._admission.closed:
+            await self._set_health(_SERVING if serving else _NOT_SERVING)
+
     async def drain(self) -> bool:
         """Say NOT_SERVING, refuse new calls, wait for those in flight, and stop.
 
@@ -137,8 +223,10 @@ class GatewayServer:
         -------
         Whether every call in flight finished by itself in time.
         """
-        await self._health.enter_graceful_shutdown()
+        self.metrics.draining.set(1)
         self._admission.close()
+        await self._set_health(_NOT_SERVING)
+        await self._health.enter_graceful_shutdown()
         try:
             async with asyncio.timeout(self._settings.drain_s):
                 await self._admission.idle()
@@ -149,11 +237,20 @@ class GatewayServer:
             finished = True
         # Health stays reachable until here, so that a prober reads NOT_SERVING and not a refused connection.
         await self._server.stop(1.0)
+        if self._health_server is not None:
+            await self._health_server.stop(None)
         if self._metrics_server is not None:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
+            self._metrics_server = None
+        await asyncio.to_thread(self._stop_traces)
         return finished
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", *SERVICES):
             await self._health.set(name, status)
+            self.metrics.serving.labels(name or "server").set(status == _SERVING)
+
+
+def _nothing() -> None:
+    """Stop no traces."""

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,6 +171,6 @@ def _pair(size: int | list[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _triple(value: float | list[float]) -> tuple[float, float, float]:
+def _triple(value: float | Sequence[float]) -> tuple[float, float, float]:
     values = [float(value)] * 3 if isinstance(value, int | float) else [float(v) for v in value]
     return values[0], values[1], values[2]

@@ -1,4 +1,4 @@
-"""What the gateway's replica does when an encoder's replica dies, without Ray running."""
+"""What becomes of calls when an encoder's replica dies, without Ray running."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from deployments.app import GatewayReplica
+from deployments import handles
 from deployments.gateway.errors import EncoderUnavailable
-from deployments.work import Reply
+from deployments.handles import ModelHandle
+from deployments.work import EncoderFault, Reply
 
 
 class Response:
@@ -26,6 +27,7 @@ class Response:
     async def _answer(self) -> Any:
         if self.outcome is None:
             await asyncio.sleep(3600)
+        await asyncio.sleep(0)
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
@@ -40,6 +42,7 @@ class Handle:
     def __init__(self, *outcomes: Any) -> None:
         self.responses = [Response(outcome) for outcome in outcomes]
         self.calls = 0
+        self.infos: list[Any] = []
 
     @property
     def encode(self) -> Handle:
@@ -49,38 +52,78 @@ class Handle:
         self.calls += 1
         return self.responses[self.calls - 1]
 
+    @property
+    def info(self) -> Any:
+        return self.prober
 
-def replica(handle: Handle) -> Any:
-    gateway: Any = GatewayReplica.__new__(GatewayReplica)
-    gateway._encoder = handle
-    return gateway
+    @property
+    def prober(self) -> Any:
+        outer = self
+
+        class Info:
+            def remote(self) -> Response:
+                return Response(outer.infos.pop(0) if outer.infos else "info")
+
+        return Info()
 
 
 async def test_a_call_is_repeated_once_when_its_replica_dies() -> None:
     handle = Handle(RayActorError(), Reply(()))
-    assert await replica(handle)._encode([], []) == Reply(())
+    assert await ModelHandle("encoder", handle).call("encode", [], []) == Reply(())
     assert handle.calls == 2
 
 
 async def test_a_second_death_is_told_as_unavailable() -> None:
     handle = Handle(RayActorError(), RayActorError())
     with pytest.raises(EncoderUnavailable):
-        await replica(handle)._encode([], [])
+        await ModelHandle("encoder", handle).call("encode", [], [])
 
 
 async def test_an_error_of_the_encoder_itself_is_not_repeated() -> None:
     handle = Handle(ZeroDivisionError())
     with pytest.raises(ZeroDivisionError):
-        await replica(handle)._encode([], [])
+        await ModelHandle("encoder", handle).call("encode", [], [])
     assert handle.calls == 1
 
 
 async def test_an_abandoned_call_is_cancelled_at_the_encoder() -> None:
     handle = Handle(None)
-    call = asyncio.create_task(replica(handle)._encode([], []))
+    call = asyncio.create_task(ModelHandle("encoder", handle).call("encode", [], []))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
     assert handle.responses[0].cancelled
+
+
+async def test_one_death_is_counted_once_however_many_calls_it_fails() -> None:
+    deaths: list[None] = []
+    handle = Handle(*[RayActorError() for _ in range(5)], *[Reply(()) for _ in range(5)])
+    model = ModelHandle("encoder", handle, lambda: deaths.append(None))
+    await asyncio.gather(*(model.call("encode", [], []) for _ in range(5)))
+    assert len(deaths) == 1
+    assert model.alive
+
+
+async def test_it_is_told_when_no_replica_is_left_and_when_one_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handles, "_PROBE_S", 0.05)
+    monkeypatch.setattr(handles, "_AGAIN_S", 0.02)
+    monkeypatch.setattr(handles, "_AGAIN_WHEN_FAULTY_S", 0.02)
+    told: list[bool] = []
+
+    async def changed(alive: bool) -> None:
+        told.append(alive)
+
+    handle = Handle(RayActorError(), Reply(()))
+    # A replica that was started again but cannot be warmed is not back.
+    handle.infos = [*[RayActorError() for _ in range(10)], EncoderFault("no memory")]
+    model = ModelHandle("encoder", handle, changed=changed)
+    await model.call("encode", [], [])
+    async with asyncio.timeout(5):
+        while told != [False, True]:
+            await asyncio.sleep(0.01)
+    assert model.alive
+    assert not handle.infos

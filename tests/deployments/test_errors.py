@@ -10,6 +10,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 import services.errors
+from deployments.access import tokens
 from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
 from deployments.gateway import errors
 from deployments.gateway.errors import DOMAIN, TABLE, describe
@@ -49,6 +50,13 @@ EXPECTED = {
     DeadlineExpired: (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     TimeoutError: (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     errors.EncoderUnavailable: (CODE.UNAVAILABLE, "MODEL_UNAVAILABLE"),
+    errors.Starting: (CODE.UNAVAILABLE, "MODEL_STARTING"),
+    errors.TokenMissing: (CODE.UNAUTHENTICATED, "TOKEN_MISSING"),
+    tokens.UnknownToken: (CODE.UNAUTHENTICATED, "TOKEN_UNKNOWN"),
+    tokens.ExpiredToken: (CODE.UNAUTHENTICATED, "TOKEN_EXPIRED"),
+    errors.ScopeMissing: (CODE.PERMISSION_DENIED, "SCOPE_MISSING"),
+    errors.TokenBusy: (CODE.RESOURCE_EXHAUSTED, "TOKEN_BUSY"),
+    errors.TokenRate: (CODE.RESOURCE_EXHAUSTED, "TOKEN_RATE"),
     errors.Draining: (CODE.UNAVAILABLE, "DRAINING"),
     BatcherClosed: (CODE.UNAVAILABLE, "DRAINING"),
     asyncio.CancelledError: (CODE.CANCELLED, "CANCELLED"),
@@ -73,7 +81,12 @@ def test_each_row_gives_its_status_and_reason(kind: type[BaseException]) -> None
 def test_retry_info_comes_with_shedding_and_with_nothing_else(kind: type[BaseException]) -> None:
     code, status = describe(make(kind), 1.25)
     retry = details(status).get("RetryInfo")
-    may_retry = code is CODE.UNAVAILABLE or kind in (QueueFull, errors.TooManyCalls)
+    may_retry = code is CODE.UNAVAILABLE or kind in (
+        QueueFull,
+        errors.TooManyCalls,
+        errors.TokenBusy,
+        errors.TokenRate,
+    )
     assert (retry is not None) == may_retry
     if retry is not None:
         assert retry.retry_delay.ToTimedelta().total_seconds() == 1.25  # type: ignore[attr-defined]
@@ -109,3 +122,13 @@ def test_what_nobody_foresaw_leaves_no_trace_and_no_path(caplog: pytest.LogCaptu
 def test_an_unservable_bundle_keeps_its_path_to_itself() -> None:
     _, status = describe(BundleError("/srv/bundles/emoji: wrong hash"), 0.5)
     assert b"/srv" not in status.SerializeToString()
+
+
+def test_an_error_that_knows_when_to_come_back_says_so() -> None:
+    _, status = describe(errors.TokenRate("slow down", 7.5), 0.5)
+    assert details(status)["RetryInfo"].retry_delay.ToTimedelta().total_seconds() == 7.5  # type: ignore[attr-defined]
+
+
+def test_every_error_carries_its_request_id() -> None:
+    _, status = describe(QueueFull(), 0.5, "abc")
+    assert details(status)["ErrorInfo"].metadata["request_id"] == "abc"  # type: ignore[attr-defined]

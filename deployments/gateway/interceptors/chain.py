@@ -9,7 +9,7 @@ to be collected.
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,11 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from deployments.gateway.errors import MalformedRequest, RequestTooLarge
+from deployments.access.tokens import Token
+from deployments.gateway.errors import STARTING, MalformedRequest, RequestTooLarge, Starting
 
 OURS = "/monofacet."
+REFLECTION = "/grpc.reflection."
 
 
 @dataclass(slots=True)
@@ -36,8 +38,12 @@ class Call:
         The request of a unary call; None when the requests are a stream.
     streaming
         Whether requests or responses are a stream.
-    code
-        The status so far.
+    code, reason
+        The status so far, and the ErrorInfo reason of a failure.
+    request_id
+        Its name in the log.
+    token
+        Who calls, once known; None where the server has no tokens.
     """
 
     method: str
@@ -45,6 +51,9 @@ class Call:
     request: Any
     streaming: bool
     code: grpc.StatusCode = grpc.StatusCode.OK
+    reason: str = ""
+    request_id: str = ""
+    token: Token | None = None
 
 
 Layer = Callable[[Call], AbstractAsyncContextManager[None]]
@@ -86,10 +95,16 @@ async def _decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield request
 
 
+async def _never(requests: Any, context: Any) -> AsyncIterator[bytes]:
+    """Stand in for a method that is not served yet; a layer refuses its calls before they get here."""
+    raise Starting(STARTING)
+    yield b""
+
+
 class Chain(aio.ServerInterceptor):  # type: ignore[misc]
     """Puts `layers`, outermost first, around the calls of our own services.
 
-    Health and reflection pass untouched: they must answer whatever the load.
+    Health passes untouched: it must answer whoever asks, whatever the load.
 
     Parameters
     ----------
@@ -97,29 +112,49 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
         What to put around each call.
     max_request_bytes
         Bytes of one request message.
+    reflection_layers
+        What to put around reflection, which shows what there is to call.
+    awaited
+        Names of methods (`monofacet.v1.FeatureService/Encode`) that will be served once the model is warm.
+        Until then the layers refuse their calls, where gRPC alone would say that there is no such method.
     """
 
-    def __init__(self, layers: Sequence[Layer], max_request_bytes: int) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        max_request_bytes: int,
+        reflection_layers: Sequence[Layer] = (),
+        awaited: Collection[str] = (),
+    ) -> None:
         self._layers = tuple(layers)
         self._max_request_bytes = max_request_bytes
+        self._reflection_layers = tuple(reflection_layers)
+        self._awaited = frozenset(awaited)
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
     ) -> Any:
         """Return the method's handler inside the layers."""
         handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(OURS):
-            return handler
-        return self._wrap(handler, handler_call_details.method[1:])
+        path = handler_call_details.method
+        if handler is None and path[1:] in self._awaited:
+            handler = grpc.stream_stream_rpc_method_handler(_never)
+        if handler is None:
+            return None
+        if path.startswith(OURS):
+            return self._wrap(handler, path[1:], self._layers)
+        if path.startswith(REFLECTION):
+            return self._wrap(handler, path[1:], self._reflection_layers)
+        return handler
 
-    def _wrap(self, handler: Any, method: str) -> Any:
+    def _wrap(self, handler: Any, method: str, layers: Sequence[Layer]) -> Any:
         inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         streaming = handler.request_streaming or handler.response_streaming
 
         async def behave(request: Any, context: Any) -> Any:
             call = Call(method, context, None if handler.request_streaming else request, streaming)
             async with AsyncExitStack() as stack:
-                for layer in self._layers:
+                for layer in layers:
                     await stack.enter_async_context(layer(call))
                 argument = _decoded(request) if handler.request_streaming else request
                 if not inspect.isasyncgenfunction(inner):
@@ -137,6 +172,8 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
         }[handler.request_streaming, handler.response_streaming]
         return make(
             behave,
-            request_deserializer=checked_deserializer(handler.request_deserializer, self._max_request_bytes),
+            request_deserializer=checked_deserializer(
+                handler.request_deserializer or bytes, self._max_request_bytes
+            ),
             response_serializer=handler.response_serializer,
         )

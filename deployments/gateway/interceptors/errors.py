@@ -10,6 +10,7 @@ from grpc import aio
 
 from deployments.gateway.errors import STATUS_DETAILS_KEY, answer_for, describe, reason_of
 from deployments.gateway.interceptors.chain import Call, Layer
+from deployments.gateway.interceptors.requests import REQUEST_ID
 from deployments.metrics import Metrics
 
 
@@ -34,11 +35,12 @@ def errors_layer(metrics: Metrics, retry_after_s: float) -> Layer:
             call.code = answer_for(asyncio.CancelledError()).code
             raise error
         except Exception as error:
-            call.code, status = describe(error, retry_after_s)
-            metrics.rejected.labels(reason_of(status)).inc()
-            await call.context.abort(
-                call.code, status.message, ((STATUS_DETAILS_KEY, status.SerializeToString()),)
-            )
+            call.code, status = describe(error, retry_after_s, call.request_id)
+            call.reason = reason_of(status)
+            metrics.rejected.labels(call.reason).inc()
+            # `abort` replaces the trailing metadata that was set before.
+            trailing = ((STATUS_DETAILS_KEY, status.SerializeToString()), (REQUEST_ID, call.request_id))
+            await call.context.abort(call.code, status.message, trailing)
 
     def layer(call: Call) -> AbstractAsyncContextManager[None]:
         return around(call)

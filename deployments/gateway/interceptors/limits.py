@@ -1,4 +1,4 @@
-"""The layer that refuses calls while the server is full or stopping."""
+"""The layer that refuses calls while the server is full, starting or stopping."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from deployments.gateway.errors import Draining, TooManyCalls
+from deployments.gateway.errors import STARTING, Draining, Starting, TooManyCalls
 from deployments.gateway.interceptors.chain import Call
 
 
 class Admission:
-    """Counts the calls in progress and closes the door when the server drains.
+    """Counts the calls in progress; shuts the door until the models are warm, and when the server drains.
 
     Parameters
     ----------
@@ -22,15 +22,19 @@ class Admission:
     def __init__(self, max_calls: int) -> None:
         self._max_calls = max_calls
         self._calls = 0
-        self._closed = False
+        self.closed = False
+        # Whether the models are there; `GatewayServer` says so.
+        self.open = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     @asynccontextmanager
     async def layer(self, _: Call) -> AsyncIterator[None]:
         """Admit one call, or refuse it."""
-        if self._closed:
+        if self.closed:
             raise Draining
+        if not self.open:
+            raise Starting(STARTING)
         if self._calls >= self._max_calls:
             raise TooManyCalls(f"{self._calls} calls are in progress; try later")
         self._calls += 1
@@ -44,7 +48,7 @@ class Admission:
 
     def close(self) -> None:
         """Refuse every new call from here on."""
-        self._closed = True
+        self.closed = True
 
     async def idle(self) -> None:
         """Wait until no call is in progress."""

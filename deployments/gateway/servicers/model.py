@@ -48,6 +48,7 @@ def limits(settings: Settings) -> pb.Limits:
         max_queued_inputs=settings.max_queued_items,
         max_stream_in_flight=settings.stream_window,
         max_score_pairs=settings.max_score_pairs,
+        max_audit_items=settings.max_audit_items,
         max_page_size=settings.max_page_size,
         max_call_duration=duration(settings.max_call_s),
         max_concurrent_calls=settings.max_concurrent_calls,

@@ -1,0 +1,99 @@
+"""The layers that ask who is calling, whether they may, and whether they call too much."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import limits
+import limits.storage
+import limits.strategies
+
+from deployments.access.scopes import SCOPES, allows
+from deployments.access.tokens import TokenStore
+from deployments.gateway.errors import ScopeMissing, TokenBusy, TokenMissing, TokenRate
+from deployments.gateway.interceptors.chain import Call, Layer
+
+_SCHEME = "bearer"
+
+
+def presented_token(metadata: object) -> str:
+    """Return the bearer token of a call's metadata.
+
+    Raises
+    ------
+    TokenMissing
+        When there is none, or something else.
+    """
+    for key, value in metadata or ():  # type: ignore[attr-defined]
+        if key == "authorization" and isinstance(value, str):
+            scheme, _, token = value.partition(" ")
+            if scheme.lower() == _SCHEME and token.strip():
+                return token.strip()
+    raise TokenMissing("a token is needed: authorization: Bearer ...")
+
+
+def access_layer(store: TokenStore | None) -> Layer:
+    """Return the layer that admits by token and scope.
+
+    Parameters
+    ----------
+    store
+        The tokens in force; None admits everyone.
+    """
+
+    @asynccontextmanager
+    async def around(call: Call) -> AsyncIterator[None]:
+        if store is not None:
+            token = store.find(presented_token(call.context.invocation_metadata()))
+            call.token = token
+            # A method without a row cannot be served at all; should one slip through, nobody may call it.
+            needed = SCOPES.get(call.method)
+            if needed is None or not allows(token.scopes, needed):
+                raise ScopeMissing(f"this token may not call {call.method}; it needs scope {needed}")
+        yield
+
+    return around
+
+
+class TokenLimits:
+    """Bounds what one token may do: calls at once, and calls begun in a span of time.
+
+    Parameters
+    ----------
+    calls
+        Calls in progress of one token, unless its line says otherwise.
+    rate
+        As `600/minute`, unless its line says otherwise; empty for no limit.
+    """
+
+    def __init__(self, calls: int, rate: str) -> None:
+        self._calls = calls
+        self._rate = limits.parse(rate) if rate else None
+        self._in_progress: Counter[str] = Counter()
+        # A moving window keeps one time a call. It is exact, so RetryInfo can say when the next call fits.
+        self._limiter = limits.strategies.MovingWindowRateLimiter(limits.storage.MemoryStorage())
+
+    @asynccontextmanager
+    async def layer(self, call: Call) -> AsyncIterator[None]:
+        """Admit one call of a token, or refuse it; callers without tokens share the server's own limits."""
+        token = call.token
+        if token is None:
+            yield
+            return
+        most = token.calls or self._calls
+        if self._in_progress[token.name] >= most:
+            raise TokenBusy(f"{most} calls of this token are in progress; try later")
+        rate = token.rate or self._rate
+        if rate is not None and not self._limiter.hit(rate, token.name):
+            reset = self._limiter.get_window_stats(rate, token.name).reset_time
+            raise TokenRate(f"this token may begin {rate}; try later", max(0.001, reset - time.time()))
+        self._in_progress[token.name] += 1
+        try:
+            yield
+        finally:
+            self._in_progress[token.name] -= 1
+            if not self._in_progress[token.name]:
+                del self._in_progress[token.name]
