@@ -1,0 +1,64 @@
+"""Filtering: other activations for suspicious features, decoded and normalised again."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import numpy as np
+from jaxtyping import Float
+
+from services.defense.features import Look, Reason, Suspects
+from services.defense.scores import decode
+
+
+class FilterMode(StrEnum):
+    """What becomes of suspicious features."""
+
+    DROP = "DROP"
+    KEEP_NORMAL = "KEEP_NORMAL"
+    RESTORE = "RESTORE"
+
+
+_DROPPED = (Reason.MOVED, Reason.TEXT, Reason.UNSTABLE)
+_ABNORMAL = (Reason.UNSEEN, Reason.EXCESS)
+
+
+def drop(found: Suspects) -> Float[np.ndarray, " m"]:
+    """Return z' = 0 where an attack is known to move a feature, where it is TEXT and where it is unstable, else z."""
+    suspicious = np.logical_or.reduce([found.reasons[reason] for reason in _DROPPED])
+    return np.where(suspicious, np.float32(0), found.values)
+
+
+def keep_normal(found: Suspects) -> Float[np.ndarray, " m"]:
+    """Return z' = z where a feature is normal under clean statistics, else 0."""
+    abnormal = np.logical_or.reduce([found.reasons[reason] for reason in _ABNORMAL])
+    return np.where(abnormal, np.float32(0), found.values)
+
+
+def restore(found: Suspects) -> Float[np.ndarray, " m"]:
+    """Return z' = z~, the smoothed picture's activation, where a feature is unstable, else z."""
+    return np.where(found.reasons[Reason.UNSTABLE], found.twin, found.values)
+
+
+MODES = {FilterMode.DROP: drop, FilterMode.KEEP_NORMAL: keep_normal, FilterMode.RESTORE: restore}
+
+
+def rebuild(
+    look: Look,
+    found: Suspects,
+    filtered: Float[np.ndarray, " m"],
+    rows: Float[np.ndarray, "n d"],
+    origin: Float[np.ndarray, " d"],
+    keep_residual: bool,
+) -> Float[np.ndarray, " d"]:
+    """Return the embedding of activations z', of unit length.
+
+    e' = norm(z' D + b), and with the residual e' = norm(e + (z' - z) D): what no feature explains is then kept. An
+    embedding of which nothing is left is returned as it was, because a direction that means nothing is worse.
+    """
+    if keep_residual:
+        raw = look.unit + (filtered - found.values) @ rows[found.indices]
+    else:
+        raw = decode(found.indices, filtered, rows, origin)
+    length = float(np.linalg.norm(raw))
+    return (raw / length).astype(np.float32) if length > 1e-6 else look.unit
