@@ -1,0 +1,120 @@
+"""What the service sees of a batch of pictures, computed with its own functions on the reference backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from services.defense.features import FeatureStatistics, Look
+from services.defense.scores import detection_scores
+from services.defense.smoothing import SIGMA, noise, smooth
+from services.dictionaries import Dictionary, Modality
+from training.defense.victim import Victim
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Pictures as the service sees them.
+
+    Attributes
+    ----------
+    unit, twin : float32 arrays, shape (B, d)
+        Embeddings of the pictures and of the smoothed pictures.
+    z, twin_z : float32 arrays, shape (B, n)
+        Their activations.
+    noise : float32 array, shape (B,)
+        r4.
+    """
+
+    unit: Float[np.ndarray, "B d"]
+    twin: Float[np.ndarray, "B d"]
+    z: Float[np.ndarray, "B n"]
+    twin_z: Float[np.ndarray, "B n"]
+    noise: Float[np.ndarray, " B"]
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    def look(self, i: int) -> Look:
+        """Return the look at picture i."""
+        return _look(self.unit[i], self.z[i])
+
+    def twin_look(self, i: int) -> Look:
+        """Return the look at the smoothed picture i."""
+        return _look(self.twin[i], self.twin_z[i])
+
+    def take(self, index: np.ndarray) -> Observed:
+        """Return some of the pictures."""
+        return Observed(*(value[index] for value in vars(self).values()))
+
+
+def _look(unit: np.ndarray, z: np.ndarray) -> Look:
+    active = np.flatnonzero(z)
+    return Look(unit, active, z[active])
+
+
+def join(parts: Sequence[Observed]) -> Observed:
+    """Return several batches as one."""
+    return Observed(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
+
+@torch.no_grad()
+def observe(victim: Victim, dictionary: Dictionary, images: Float[Tensor, "B 3 H W"]) -> Observed:
+    """Look at pictures in [0, 1] twice."""
+    units, twins, levels = [], [], []
+    for piece in images.split(32):
+        smoothed = smooth(piece, SIGMA)
+        units.append(victim(piece))
+        twins.append(victim(smoothed))
+        levels.append(noise(piece, smoothed))
+    unit, twin = torch.cat(units), torch.cat(twins)
+    encode = dictionary.encode
+    return Observed(
+        unit.numpy(),
+        twin.numpy(),
+        encode(unit, Modality.IMAGE).numpy(),
+        encode(twin, Modality.IMAGE).numpy(),
+        torch.cat(levels).numpy(),
+    )
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """D, float32 (n, d), and b, float32 (d,), of a dictionary for images."""
+
+    rows: Float[np.ndarray, "n d"]
+    origin: Float[np.ndarray, " d"]
+
+    @classmethod
+    def of(cls, dictionary: Dictionary) -> Decoder:
+        """Read them."""
+        with torch.no_grad():
+            nothing = torch.zeros(1, dictionary.n_features)
+            return cls(
+                dictionary.decoder_rows(Modality.IMAGE).numpy().copy(),
+                dictionary.decode(nothing, Modality.IMAGE)[0].numpy(),
+            )
+
+
+def scores(
+    observed: Observed, statistics: FeatureStatistics, decoder: Decoder, second_look: bool
+) -> Float[np.ndarray, "B k"]:
+    """Return the detection scores of every picture."""
+    return np.stack(
+        [
+            detection_scores(
+                observed.look(i),
+                float(observed.noise[i]),
+                observed.twin_look(i) if second_look else None,
+                statistics,
+                decoder.rows,
+                decoder.origin,
+            )
+            for i in range(len(observed))
+        ]
+    )

@@ -1,0 +1,174 @@
+"""The study's figures as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+LOOKS = ("one look", "two looks")
+
+
+def cell(figure: Mapping[str, Any]) -> str:
+    """Return "0.93 [0.90, 0.96]" of a figure with its interval."""
+    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def markdown(figures: Mapping[str, Any]) -> str:
+    """Return every table of the study."""
+    samples, settings = figures["samples"], figures["settings"]
+    parts = [
+        f"{samples['evaluation_attacked']} attacked and {samples['evaluation_clean']} clean validation drawings, none "
+        f"of whose concepts the detector was calibrated on ({samples['calibration_attacked']} attacked in 9 ways, "
+        f"{samples['calibration_clean']} clean pictures); accuracy is among {samples['labels']} labels; "
+        f"{settings['steps']} gradients an attack. Brackets are 95% bootstrap intervals over pictures.\n",
+        "### Detection: attack and epsilon left out of calibration\n",
+        detection(figures["detection"]),
+        "### What each score tells alone (AUROC)\n",
+        single(figures["single_scores"]),
+        "### Clean pictures called adversarial\n",
+        false_positives(figures["false_positives"]),
+        f"### Accuracy at {settings['false_positive_rate']:.0%} false positives\n",
+        robustness(figures["robustness"]),
+        "### Targeted attacks: share taken for the target\n",
+        targeted(figures["targeted"]),
+        "### Other defences (accuracy)\n",
+        baselines(figures["baselines"]),
+        "### The attacker who knows the defence\n",
+        adaptive(figures["adaptive"]),
+    ]
+    if "openmoji" in figures:
+        parts += ["### openmoji, an artist that nothing was made from\n", openmoji(figures["openmoji"])]
+    return "\n".join(parts)
+
+
+def detection(figures: Mapping[str, Any]) -> str:
+    """Write AUROC and TPR of both detectors, by attack."""
+    header = [
+        "attack",
+        *(f"{look}: {what}" for look in LOOKS for what in ("AUROC", "TPR at 1% FPR", "at 5%")),
+    ]
+    rows = []
+    for attack, row in figures.items():
+        cells = [attack]
+        for look in LOOKS:
+            found = row[look]
+            cells += [cell(found["auroc"]), cell(found["detected"]["1%"]), cell(found["detected"]["5%"])]
+        rows.append(cells)
+    return table(header, rows)
+
+
+def single(figures: Mapping[str, Any]) -> str:
+    """Write the AUROC of each score, by attack."""
+    names = list(next(iter(figures.values())))
+    return table(
+        ["attack", *(f"r{k}: {name.replace('_', ' ')}" for k, name in enumerate(names, 1))],
+        [[attack, *(f"{row[name]['value']:.2f}" for name in names)] for attack, row in figures.items()],
+    )
+
+
+def false_positives(figures: Mapping[str, Any]) -> str:
+    """Write false positive rates, by harmless change."""
+    header = ["picture", *(f"{look}, at {rate}" for look in LOOKS for rate in ("1%", "5%"))]
+    return table(
+        header,
+        [
+            [name, *(cell(row[look][rate]) for look in LOOKS for rate in ("1%", "5%"))]
+            for name, row in figures.items()
+        ],
+    )
+
+
+def robustness(figures: Mapping[str, Any]) -> str:
+    """Write accuracy before and after, by attack."""
+    columns = ("accuracy", "filter_all", "flagged", "flagged_or_right")
+    header = [
+        "pictures",
+        "no defence",
+        *(f"{look}: {c.replace('_', ' ')}" for look in LOOKS for c in columns),
+    ]
+    return table(
+        header,
+        [
+            [name, cell(row["undefended"]), *(cell(row[look][c]) for look in LOOKS for c in columns)]
+            for name, row in figures.items()
+        ],
+    )
+
+
+def targeted(figures: Mapping[str, Any]) -> str:
+    """Write the success of targeted attacks, before and after."""
+    header = [
+        "attack",
+        "unattacked",
+        "before",
+        *(f"{look}: {w}" for look in LOOKS for w in ("after", "unflagged")),
+    ]
+    return table(
+        header,
+        [
+            [
+                name,
+                cell(row["clean"]),
+                cell(row["before"]),
+                *(cell(row[look][what]) for look in LOOKS for what in ("after", "unflagged")),
+            ]
+            for name, row in figures.items()
+        ],
+    )
+
+
+def baselines(figures: Mapping[str, Any]) -> str:
+    """Write the accuracy of each defence."""
+    names = list(next(iter(figures.values())))
+    return table(
+        ["defence", *names],
+        [[defence, *(cell(row[name]) for name in names)] for defence, row in figures.items()],
+    )
+
+
+def adaptive(figures: Mapping[str, Any]) -> str:
+    """Write what is left under the adaptive attack."""
+    columns = {
+        "undefended": "unattacked accuracy",
+        "accuracy": "accuracy",
+        "flagged": "flagged",
+        "evades": "wrong and not flagged",
+        "auroc": "AUROC",
+    }
+    return table(
+        ["defence", "epsilon", *columns.values()],
+        [
+            [look, epsilon, *(cell(row[name]) for name in columns)]
+            for look, rows in figures.items()
+            for epsilon, row in rows.items()
+        ],
+    )
+
+
+def openmoji(figures: Mapping[str, Any]) -> str:
+    """Write the figures of the test artist."""
+    rows = [
+        [
+            look,
+            cell(row["auroc"]),
+            cell(row["detected"]["1%"]),
+            cell(row["false_positives"]["1%"]),
+            cell(row["false_positives"]["5%"]),
+            cell(row["clean_accuracy"]),
+            cell(row["accuracy"]),
+        ]
+        for look, row in figures.items()
+        if look in LOOKS
+    ]
+    rows.append(["none", "", "", "", "", cell(figures["undefended_clean"]), cell(figures["undefended"])])
+    header = [
+        f"PGD 4/255 on {figures['images']} drawings", "AUROC", "TPR at 1%", "FPR at 1%", "FPR at 5%",
+        "clean accuracy", "accuracy",
+    ]  # fmt: skip
+    return table(header, rows)
