@@ -1,0 +1,1 @@
+"""Steered text-to-image generation: the steering maths, and Stable Diffusion run one step at a time."""

@@ -1,0 +1,91 @@
+"""What a caller asks of features: edits and how they enter the pipeline. Plain values, no torch.
+
+An edit moves activations z towards a target, z'_j = (1 - a) z_j + a target_j, where a is its strength. So
+strength 0 changes nothing whatever the operation, and strength 1 reaches the target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from services.tables import Label
+
+Path = Literal["embedding", "prompt"]
+Guidance = Literal["conditional", "contrastive"]
+
+MAX_STRENGTH = 4.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The target is `factor` times the activation: 0 removes a feature, 2 doubles it."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class SetQuantile:
+    """The target is the quantile `q`, in [0, 1], of the activations that the feature has where it is active."""
+
+    q: float
+
+
+@dataclass(frozen=True)
+class FromReference:
+    """The target is the activation of a reference: an encoded image file or a text, exactly one of the two."""
+
+    image: bytes | None = None
+    text: str | None = None
+
+
+Operation = Scale | SetQuantile | FromReference
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit.
+
+    Attributes
+    ----------
+    features : tuple of int, or Label
+        Feature ids, or every feature of a label of the dictionary's modality table.
+    operation : Scale, SetQuantile or FromReference
+        What the target is.
+    strength : float
+        a, in [0, 4]; over 1 goes past the target.
+    """
+
+    features: tuple[int, ...] | Label
+    operation: Operation
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Steering:
+    """The edits of one request, in order, and their way into the pipeline.
+
+    Attributes
+    ----------
+    edits : tuple of Edit
+        Each works on what the one before left. None: nothing is steered.
+    dictionary : str
+        Whose features they are; empty for the bundle's default.
+    path : {"embedding", "prompt"} or None
+        None for the pipeline's own.
+    guidance : {"conditional", "contrastive"}
+        Where the change goes: to the conditional side of classifier-free guidance, or also, negated, to the
+        unconditional side.
+    delta : float or None
+        If set, in [0, 2], the change is rescaled so that ||e' - e|| / rho is this: edits of different features
+        become comparable.
+    """
+
+    edits: tuple[Edit, ...] = ()
+    dictionary: str = ""
+    path: Path | None = None
+    guidance: Guidance = "conditional"
+    delta: float | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.edits)
