@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, cast
 
 from ray import serve
@@ -21,6 +22,8 @@ from services.tables import ModalityTable
 log = logging.getLogger("monofacet")
 
 APP_NAME = "monofacet"
+# Seconds between two looks for the file that asks a gateway to drain.
+_DRAIN_POLL_S = 0.5
 
 
 def confine_to_loopback(settings: Settings) -> None:
@@ -110,7 +113,7 @@ def _warm_encoder(settings: Settings) -> Any:
     from deployments.model import TowerModel, load_dictionaries
     from services.bundle import Bundle
 
-    # The command verified the hashes before it started any replica.
+    # Whoever started the application has verified the hashes.
     bundle = Bundle.load(settings.bundle, verify=False)
     model = TowerModel(bundle, settings)
     model.warm_up(settings.max_batch_items)
@@ -141,6 +144,9 @@ class GatewayReplica:
         self._server = GatewayServer(settings, catalogue)
         lost = self._server.metrics.replica_restarts.labels("encoder").inc
         self._encoder = ModelHandle("encoder", encoder, lost, self._server.set_serving)
+        if settings.drain_file is not None:
+            settings.drain_file.unlink(missing_ok=True)
+            self._watching = asyncio.create_task(self._drain_once_there(settings.drain_file))
         self._ports = await self._server.open()
         self._warming = asyncio.create_task(self._serve_when_warm())
 
@@ -162,6 +168,12 @@ class GatewayReplica:
         if isinstance(answer, InvalidInput):
             raise answer
         return answer
+
+    async def _drain_once_there(self, file: Path) -> None:
+        while not file.exists():
+            await asyncio.sleep(_DRAIN_POLL_S)
+        log.info("draining: %s is there", file.name)
+        await self._server.drain()
 
     def ports(self) -> tuple[int, int]:
         """Return the gRPC port and the metrics port."""
@@ -271,8 +283,15 @@ def from_config(arguments: dict[str, Any]) -> serve.Application:
     ------
     ValueError
         For a name that is no setting, and for a value out of range.
+    BundleError
+        When the bundle cannot be served.
     """
     unknown = sorted(set(arguments) - set(Settings.model_fields))
     if unknown:
         raise ValueError(f"no such settings: {', '.join(unknown)}")
-    return build(Settings(**arguments))
+    from services.bundle import Bundle
+
+    settings = Settings(**arguments)
+    # The replicas do not check the hashes again, so what starts them does.
+    Bundle.load(settings.bundle)
+    return build(settings)

@@ -81,7 +81,7 @@ class GreedyBatcher(Generic[Item, Result]):
     max_queued
         Weight that may wait; a submission that would pass it is refused with `QueueFull`.
     concurrency
-        Batches that may run at once.
+        Batches that may run at once; may be changed later.
     weigh
         Weight of an item; 1 by default.
     cancel_abandoned
@@ -102,7 +102,7 @@ class GreedyBatcher(Generic[Item, Result]):
         self._run = run
         self._max_batch = max_batch
         self._max_queued = max_queued
-        self._concurrency = concurrency
+        self.concurrency = concurrency
         self._weigh = weigh
         self._tickets: deque[_Ticket[Item, Result]] = deque()
         self._queued = 0
@@ -176,13 +176,13 @@ class GreedyBatcher(Generic[Item, Result]):
 
     def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
         # One turn of the event loop later, so that callers who arrived in the same turn share a batch.
-        if self._wakeup is None and len(self._running) < self._concurrency:
+        if self._wakeup is None and len(self._running) < self.concurrency:
             self._wakeup = loop.call_soon(self._start)
 
     def _start(self) -> None:
         self._wakeup = None
         loop = asyncio.get_running_loop()
-        while len(self._running) < self._concurrency:
+        while len(self._running) < self.concurrency:
             batch = self._next_batch(loop.time())
             if not batch.entries:
                 return

@@ -174,6 +174,14 @@ class Settings(BaseSettings):
     )
     max_page_size: int = Field(1_000, ge=1, le=1_000, description="Feature cards of one page.")
 
+    # Verdicts.
+    defense_false_positive_rate: Literal[0.01, 0.05] = Field(
+        0.01,
+        description="Operating point of FilterAdversarial: the share of clean images that may be called adversarial, "
+        "0.01 or 0.05, as measured on the bundle's calibration images. 0.01 by default: a service that is asked for "
+        "every image answers mostly clean ones.",
+    )
+
     # Overload and time.
     max_concurrent_calls: int = Field(
         512, ge=1, description="RPCs in progress at once; one more is refused, so that memory is bounded."
@@ -235,8 +243,8 @@ class Settings(BaseSettings):
     messages_in_flight: int = Field(
         2,
         ge=1,
-        description="Gathered messages on their way to the encoder at once: one is computed while the next "
-        "is decoded. More would only make them smaller.",
+        description="Gathered messages on their way to one replica of the encoder at once: one is computed "
+        "while the next is decoded. More would only make them smaller.",
     )
 
     # Scale. One machine needs none of it; on a cluster the chart sets it.
@@ -266,6 +274,25 @@ class Settings(BaseSettings):
     encoder_gpus: float = Field(0.0, ge=0, description="GPUs of one replica; below 1 replicas share one.")
     encoder_resource: str = Field(
         "", description="Custom Ray resource of which an encoder takes one; empty for any node."
+    )
+    generator: bool = Field(
+        True, description="Generate images, if the bundle has a pipeline; off for a cluster without the room."
+    )
+    generator_replicas: int = Field(
+        1, ge=1, description="Replicas of the generator, the fewest if autoscaled; each holds the pipeline."
+    )
+    generator_max_replicas: int = Field(
+        0, ge=0, description="Most replicas of the generator; 0, or not more than the fewest: a fixed number."
+    )
+    generator_target_ongoing: float = Field(
+        2.0, gt=0, description="Generations in progress of one replica beyond which Serve adds another."
+    )
+    generator_cpus: float = Field(
+        0.0, ge=0, description="Cores that Ray reserves for one replica; 0 reserves none, for one machine."
+    )
+    generator_gpus: float = Field(0.0, ge=0, description="GPUs of one replica; below 1 replicas share one.")
+    generator_resource: str = Field(
+        "", description="Custom Ray resource of which a generator takes one; empty for any node."
     )
     object_store_bytes: int = Field(
         128 * MIB,

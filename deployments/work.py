@@ -26,12 +26,16 @@ class Work:
         Keep so many features an item, those with the largest activations; None keeps all active ones.
     truncate_text
         Cut texts at the context length instead of refusing them.
+    looks
+        0 to encode the images. 1 to tell their noise, too, which is cheap. 2 to encode them smoothed besides, for a
+        second forward.
     """
 
     items: tuple[bytes | str, ...]
     dictionary: str | None = None
     max_features: int | None = None
     truncate_text: bool = False
+    looks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,11 @@ class Encoded:
         One an item, or empty when no dictionary was asked for.
     queue_s, inference_s
         Seconds waited for the model, and seconds of decoding and of the batches that held the items.
+    noise
+        How noisy each image is, in pixel levels (`services.defense.smoothing.noise`), float32, shape (items,); 0 for
+        a text, and empty where no look was asked for.
+    twin
+        The same of the smoothed images (a text is its own twin); None where no second look was asked for.
     """
 
     unit: NDArray[np.float32]
@@ -71,6 +80,8 @@ class Encoded:
     features: tuple[Features, ...] = ()
     queue_s: float = 0.0
     inference_s: float = 0.0
+    noise: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    twin: Encoded | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +103,13 @@ class Reply:
         `[2].image.data`.
     records
         Each forward is reported exactly once, also one whose callers have gone.
+    replica
+        Who answers: a name that no other replica has.
     """
 
     answers: tuple[Encoded | Exception, ...]
     records: tuple[BatchRecord, ...] = field(default=())
+    replica: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from deployments.work import Encoded, Reply, Work
 
 Send = Callable[[list[Work], list[float | None]], Awaitable[Reply]]
 DEPLOYMENT = "encoder"
+# Seconds after which a replica that has not answered is taken to be gone, or idle beside others that suffice.
+_FORGET_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class EncoderClient:
         self._metrics = metrics
         self._backend = backend
         self._direct_items = 0
+        self._heard: dict[str, float] = {}
         self._gathered: GreedyBatcher[_Waiting, Encoded | Exception] = GreedyBatcher(
             self._send_all,
             max_batch=settings.coalesce_items,
@@ -108,12 +111,20 @@ class EncoderClient:
         finally:
             self._direct_items -= items
 
+    def _hear(self, replica: str) -> None:
+        """Keep every replica busy: as many messages on their way as there are replicas that answer."""
+        now = asyncio.get_running_loop().time()
+        self._heard[replica] = now
+        self._heard = {name: at for name, at in self._heard.items() if now - at <= _FORGET_S}
+        self._gathered.concurrency = self._settings.messages_in_flight * len(self._heard)
+
     async def _send_all(self, message: list[_Waiting]) -> list[Encoded | Exception]:
         now = asyncio.get_running_loop().time()
         remaining = [None if w.deadline is None else w.deadline - now for w in message]
         if all(s is not None and s <= 0 for s in remaining):
             raise DeadlineExpired
         reply = await self._send([w.work for w in message], remaining)
+        self._hear(reply.replica)
         for record in reply.records:
             self._metrics.batch_size.labels(DEPLOYMENT).observe(record.items)
             self._metrics.inference_duration.labels(DEPLOYMENT, self._backend).observe(record.seconds)

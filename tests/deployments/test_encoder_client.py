@@ -1,0 +1,53 @@
+"""How many messages a gateway has on their way: enough for every replica, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from deployments.gateway.encoder_client import EncoderClient
+from deployments.metrics import Metrics
+from deployments.settings import Settings
+from deployments.work import Encoded, Reply, Work
+
+
+class Encoders:
+    """Stands in for replicas that answer in turn; counts the messages that are with them at once."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.messages = 0
+        self.at_once = 0
+        self.most_at_once = 0
+
+    async def send(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        name = self.names[self.messages % len(self.names)]
+        self.messages += 1
+        await asyncio.sleep(0.002)
+        self.at_once -= 1
+        answer = Encoded(np.zeros((1, 2), np.float32), np.ones(1, np.float32))
+        return Reply(tuple(answer for _ in works), replica=name)
+
+
+async def most_at_once(encoders: Encoders) -> int:
+    settings = Settings(messages_in_flight=2, coalesce_items=1)
+    client = EncoderClient(encoders.send, settings, Metrics(), "torch")
+    for _ in range(4):
+        await client.encode(Work(("warm",)))
+    encoders.most_at_once = 0
+    await asyncio.gather(*(client.encode(Work(("a",))) for _ in range(40)))
+    return encoders.most_at_once
+
+
+@pytest.mark.parametrize(("replicas", "messages"), [(1, 2), (2, 4), (4, 8)])
+async def test_each_replica_that_answers_is_kept_busy(replicas: int, messages: int) -> None:
+    assert await most_at_once(Encoders([str(n) for n in range(replicas)])) == messages
+
+
+async def test_a_replica_that_is_no_longer_heard_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.gateway.encoder_client._FORGET_S", 0.0)
+    assert await most_at_once(Encoders(["a", "b"])) == 2
