@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import safetensors
+import torch
 from numpy.typing import NDArray
 
 from deployments.settings import Settings
 from deployments.work import EncoderInfo
 from services.bundle import Bundle
+from services.defense.smoothing import noise, smooth
 from services.dictionaries.base import Dictionary
 from services.encoding.images import ImageLimits, ImagePreprocess, decode_image
 from services.encoding.load import load_towers
@@ -73,6 +75,16 @@ class TowerModel:
         """Return unit embeddings (batch, d) and norms (batch,) of tokens (batch, context)."""
         embeddings = self._towers.encode_texts(tokens)
         return embeddings.unit, embeddings.norm
+
+    def smooth(self, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Return pixels (batch, 3, H, W) smoothed, and how noisy each image is, float32 (batch,)."""
+        mean, std = self._preprocess.mean, self._preprocess.std
+        # Smoothing is of the picture, so the towers' scaling is undone for it.
+        images = torch.from_numpy(pixels * std + mean)
+        with torch.inference_mode():
+            smoothed = smooth(images)
+            level = noise(images, smoothed)
+        return (smoothed.numpy() - mean) / std, level.numpy()
 
     def info(self) -> EncoderInfo:
         """Describe the towers and what they run on."""

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from services.defense.detector import Detector
 from services.defense.features import FeatureStatistics
 from services.defense.filtering import FilterMode
-from services.defense.scores import ONE_LOOK, TWO_LOOKS
+from services.defense.scores import ONE_LOOK, SIGMA, TWO_LOOKS
 from services.errors import ManifestError
 
 CONFIG_KEYS = {
@@ -51,8 +51,6 @@ class DefenseCalibration:
         Of the towers that it was made on.
     dictionary : str
         The dictionary whose features are judged.
-    sigma : float
-        Of the smoothing, in units of the pixel range.
     statistics : FeatureStatistics
         Of that dictionary.
     detectors, choices : mapping of bool to Detector, FilterChoice
@@ -67,7 +65,6 @@ class DefenseCalibration:
 
     tower_fingerprint: str
     dictionary: str
-    sigma: float
     statistics: FeatureStatistics
     detectors: Mapping[bool, Detector]
     choices: Mapping[bool, FilterChoice]
@@ -89,6 +86,11 @@ class DefenseCalibration:
             tensors = safetensors.numpy.load_file(weights)
             if set(document) != CONFIG_KEYS:
                 raise ManifestError(f"{config.name} must hold exactly the keys {sorted(CONFIG_KEYS)}")
+            if document["sigma"] != SIGMA:
+                # Its thresholds would be of another detector.
+                raise ManifestError(
+                    f"{config.name} was calibrated with another smoothing: {document['sigma']}"
+                )
             units = tensors["label_units"].astype(np.float32)
             labels = tuple(document["labels"])
             if len(labels) != len(units):
@@ -96,7 +98,6 @@ class DefenseCalibration:
             return cls(
                 tower_fingerprint=str(document["tower_fingerprint"]),
                 dictionary=str(document["dictionary"]),
-                sigma=float(document["sigma"]),
                 statistics=FeatureStatistics(
                     tensors["firing_rate"],
                     tensors["upper"],
@@ -132,7 +133,7 @@ class DefenseCalibration:
         document = {
             "tower_fingerprint": self.tower_fingerprint,
             "dictionary": self.dictionary,
-            "sigma": self.sigma,
+            "sigma": SIGMA,
             "tolerance": statistics.tolerance,
             "detectors": {
                 name: {

@@ -14,6 +14,10 @@ from services.defense.features import FeatureStatistics, Look
 ONE_LOOK = ("reconstruction_error", "text_share", "moved_share", "noise")
 TWO_LOOKS = (*ONE_LOOK, "instability")
 
+# Range of the smoothing of the second look, in units of the pixel range: above budgets of 8/255, below the edges of
+# drawings.
+SIGMA = 20 / 255
+
 
 def decode(
     indices: Int[np.ndarray, " m"],

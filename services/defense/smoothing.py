@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-# Range of the kernel in units of the pixel range: above budgets of 8/255, below the edges of drawings.
-SIGMA = 20 / 255
+from services.defense.scores import SIGMA
 
 _NEIGHBOURS = tuple((dy, dx) for dy in range(3) for dx in range(3))
 

@@ -22,6 +22,7 @@ class DebugModel:
     def __init__(self) -> None:
         self.forwards: list[int] = []
         self.prepared = 0
+        self.smoothed = 0
         self._free = threading.Event()
         self._free.set()
         self.entered = threading.Semaphore(0)
@@ -57,6 +58,10 @@ class DebugModel:
         return (batch / norm[:, None]).astype(np.float32), norm
 
     encode_images = encode_texts = _encode
+
+    def smooth(self, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        self.smoothed += len(pixels)
+        return np.roll(pixels, 1, axis=1), pixels[:, 0].astype(np.float32)
 
     def info(self) -> EncoderInfo:
         return EncoderInfo("debug", "cpu", "fp32", 1, EMBED_DIM, 32, 16, 14.3, 0)

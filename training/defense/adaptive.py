@@ -58,7 +58,7 @@ class Defended:
     ) -> tuple[Float[Tensor, "B k"], Float[Tensor, "B d"], Float[Tensor, "B d"]]:
         """Return the detection scores, the embeddings and the filtered embeddings."""
         statistics, modality = self.calibration.statistics, Modality.IMAGE
-        smoothed = smooth(images, self.calibration.sigma)
+        smoothed = smooth(images)
         e = self.victim(images)
         z = straight_through(self.dictionary, e)
         energy = z.square() / z.square().sum(1, keepdim=True).clamp_min(1e-12)

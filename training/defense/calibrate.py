@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from services.defense import DefenseCalibration, FilterChoice, FilterMode, screen
-from services.defense.detector import Detector, fit_detector
+from services.defense.detector import Detector
 from services.defense.features import FeatureStatistics
 from services.defense.scores import ONE_LOOK, TWO_LOOKS
-from services.defense.smoothing import SIGMA
 from services.dictionaries import Dictionary, Modality
 from training.defense.data import StudyData
+from training.defense.fit import fit_detector
 from training.defense.measure import correct
 from training.defense.observe import Decoder, Observed, join, scores
 
@@ -158,7 +158,6 @@ def calibrate(
     start = DefenseCalibration(
         tower_fingerprint=fingerprint,
         dictionary=dictionary.name,
-        sigma=SIGMA,
         statistics=statistics,
         detectors=detectors_from(seen, sorted(seen.attacked), statistics, decoder),
         choices=dict.fromkeys((False, True), FilterChoice(FilterMode.KEEP_NORMAL, True)),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from services.defense.features import FeatureStatistics, Look
 from services.defense.scores import detection_scores
-from services.defense.smoothing import SIGMA, noise, smooth
+from services.defense.smoothing import noise, smooth
 from services.dictionaries import Dictionary, Modality
 from training.defense.victim import Victim
 
@@ -68,7 +68,7 @@ def observe(victim: Victim, dictionary: Dictionary, images: Float[Tensor, "B 3 H
     """Look at pictures in [0, 1] twice."""
     units, twins, levels = [], [], []
     for piece in images.split(32):
-        smoothed = smooth(piece, SIGMA)
+        smoothed = smooth(piece)
         units.append(victim(piece))
         twins.append(victim(smoothed))
         levels.append(noise(piece, smoothed))
