@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup demo test lint format bench protos monitoring corpus clip bundle lock clean
+.PHONY: help setup demo test lint format bench protos chart corpus clip bundle lock clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -45,8 +45,8 @@ bench: $(STAMP)  ## Measure; prints a table and writes out/bench/*.json
 protos: $(STAMP)  ## Generate the stubs from protos/
 	$(BIN)/python clients/python/tools/generate.py
 
-monitoring: $(STAMP)  ## Write the alert rules and the dashboard from the metrics table
-	$(BIN)/python -m deployments.monitoring
+chart: $(STAMP)  ## Write what the chart holds of the code: alerts, dashboard, environment, schema of the settings
+	$(BIN)/python -m deployments.chart
 
 tests/foreign/node_modules/.package-lock.json: tests/foreign/package-lock.json
 	cd tests/foreign && npm ci --ignore-scripts --no-audit --no-fund

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from deployments.monitoring.__main__ import FILES
+from deployments.chart import RULES
 from tests.observability.tools import tool
 
 JOB = "monofacet"
@@ -66,7 +66,7 @@ def running_prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
     config = {
         # Fast, so that a test of seconds has something to see.
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": [str(FILES / "rules.yaml")],
+        "rule_files": [str(RULES)],
         "scrape_configs": [{"job_name": JOB, "static_configs": [{"targets": [target]}]}],
     }
     file = directory / "prometheus.yml"

@@ -11,7 +11,7 @@ import yaml
 from prometheus_client import Histogram
 
 from deployments import metrics as m
-from deployments.monitoring.__main__ import FILES, generated
+from deployments.chart import CHART, RULES, generated
 from deployments.monitoring.dashboard import WIDTH, dashboard
 from deployments.monitoring.promql import calls, rate, select
 from deployments.monitoring.rules import alerts, streaming_methods
@@ -20,9 +20,9 @@ from tests.observability.tools import tool
 RULE_TESTS = Path(__file__).with_name("rules_test.yaml")
 
 
-@pytest.mark.parametrize("name", sorted(generated()))
-def test_the_chart_holds_what_the_table_generates(name: str) -> None:
-    assert (FILES / name).read_text() == generated()[name], "run: python -m deployments.monitoring"
+@pytest.mark.parametrize("path", generated(), ids=lambda path: path.name)
+def test_the_chart_holds_what_the_code_says(path: Path) -> None:
+    assert path.read_text() == generated()[path], "run: make chart"
 
 
 def test_every_row_of_the_table_is_a_metric_and_every_metric_a_row() -> None:
@@ -31,7 +31,7 @@ def test_every_row_of_the_table_is_a_metric_and_every_metric_a_row() -> None:
 
 
 def test_every_metric_of_the_table_is_shown() -> None:
-    text = generated()["dashboard.json"] + generated()["rules.yaml"]
+    text = generated()[CHART / "files" / "dashboard.json"] + generated()[RULES]
     assert [row.name for row in m.TABLE if row.name not in text] == []
 
 
@@ -59,9 +59,7 @@ def test_streams_are_told_from_unary_methods_by_their_descriptors() -> None:
 
 
 def test_the_rules_are_valid() -> None:
-    done = subprocess.run(
-        [tool("promtool"), "check", "rules", FILES / "rules.yaml"], capture_output=True, text=True
-    )
+    done = subprocess.run([tool("promtool"), "check", "rules", RULES], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
