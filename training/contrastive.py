@@ -5,12 +5,12 @@ from __future__ import annotations
 import open_clip
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def encode_text(model: open_clip.CLIP, tokens: Tensor) -> Float[Tensor, "batch d"]:
-    """Return unit text embeddings of tokenised texts, int64 [batch, context].
+def encode_text(model: open_clip.CLIP, tokens: Int[Tensor, "batch context"]) -> Float[Tensor, "batch d"]:
+    """Return unit text embeddings of tokenised texts.
 
     Texts are encoded in two groups, short and long, each cut to its longest text: causal attention makes that
     exact, and most captions are a third of the longest.
@@ -29,30 +29,32 @@ def encode_text(model: open_clip.CLIP, tokens: Tensor) -> Float[Tensor, "batch d
 
 def contrastive_loss(
     images: Float[Tensor, "batch d"],
-    texts: Float[Tensor, "captions d"],
-    bank: Float[Tensor, "others d"],
-    target: Tensor,
-    ignore: Bool[Tensor, "batch captions_and_others"],
+    captions: Float[Tensor, "captions d"],
+    target: Int[Tensor, " batch"],
+    ignore: Bool[Tensor, "batch captions"],
     scale: Tensor,
+    text_weight: float,
 ) -> Tensor:
-    """Return the mean of the two cross-entropies described in the docstring of `training.clip`.
+    """Return CLIP's two cross-entropies: of an image over all captions, of a caption over the batch's images.
 
     Parameters
     ----------
-    images, texts, bank : Tensor
-        Unit embeddings of the batch's images, of its distinct captions, and of other captions.
+    images, captions : Tensor
+        Unit embeddings of the batch's images, and of every caption that may be an answer.
     target : Tensor
-        Caption index of each image, int64 [batch].
+        The caption of each image.
     ignore : Tensor
-        Image-caption pairs that are neither positive nor negative.
+        Image-caption pairs that are neither positive nor negative; never a target.
     scale : Tensor
         Inverse temperature.
+    text_weight : float
+        Weight of the caption's cross-entropy; a caption shares its target evenly among its images.
     """
-    logits = scale * images @ torch.cat([texts, bank]).T
-    logits = logits.masked_fill(ignore, float("-inf"))
+    logits = (scale * images @ captions.T).masked_fill(ignore, float("-inf"))
     to_text = F.cross_entropy(logits, target)
-    positive = F.one_hot(target, len(texts)).float().T
-    log_share = F.log_softmax(logits[:, : len(texts)].T, dim=1)
+    present, inverse = target.unique(return_inverse=True)
+    positive = F.one_hot(inverse, len(present)).T.float()
+    log_share = F.log_softmax(logits[:, present].T, dim=1)
     # Where a pair is ignored both factors are void: 0 * -inf must count as 0.
     to_image = -(torch.where(positive > 0, log_share, 0.0) * positive).sum(1) / positive.sum(1)
-    return (to_text + to_image.mean()) / 2
+    return to_text + text_weight * to_image.mean()

@@ -117,6 +117,15 @@ def retrieval(
     )
 
 
+def participation_ratio(embeddings: Embeddings) -> float:
+    """Return how many directions the variance of embeddings fills: (sum of eigenvalues)^2 / sum of their squares.
+
+    Between 1, all on a line, and the smaller of n and d, the same in all directions.
+    """
+    variances = np.linalg.svd(embeddings - embeddings.mean(0), compute_uv=False) ** 2
+    return float(variances.sum() ** 2 / (variances**2).sum())
+
+
 def gender_score(
     images: Embeddings, man: Float[np.ndarray, " d"], woman: Float[np.ndarray, " d"]
 ) -> np.ndarray:
