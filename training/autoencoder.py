@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ class AutoencoderSettings:
     lr : float
         Peak learning rate; rises over 100 steps, falls as a cosine.
     channels : tuple[int, ...]
-        Widths at 64, 32, 16 and 8 pixels a side; the first must be 12 or more, the last twice `latent` or more.
+        Widths at 64, 32, 16 and 8 pixels a side; no two in a row alike; the first 12 or
+        more, the third `latent` or more, a quarter of the last more than half of `latent`.
     latent : int
         Channels of the latent.
     noise : float
@@ -195,7 +197,7 @@ def write_encoder(
         signs = torch.tensor([1.0, -1.0]).repeat((size - 2 * pairs) // 2)
         last.bias[start + 2 * pairs : start + 2 * pairs + len(signs)] = ANCHOR * signs
         encoder.conv_norm_out.weight[start : start + size] = ANCHOR * (len(signs) / size) ** 0.5
-    encoder.conv_out.bias[latent:] = 2 * float(np.log(noise))
+    encoder.conv_out.bias[latent:] = 2 * math.log(noise)
     encoder.requires_grad_(False)
     return eighth, bias
 
@@ -262,7 +264,7 @@ class AutoencoderTrainer:
     def rate(self) -> float:
         """Return the share of the peak learning rate at this step."""
         progress = self.step / self.settings.steps
-        return min(1.0, (self.step + 1) / 100) * (0.02 + 0.98 * (1 + np.cos(np.pi * progress)) / 2)
+        return min(1.0, (self.step + 1) / 100) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
 
     def train_step(self) -> float:
         """Take one optimiser step and return the loss."""

@@ -1,0 +1,208 @@
+"""What the diffusion learns from: latents of the drawings, and what the towers say of them and of their captions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from services.encoding.clip import build_clip, read_clip_config
+from services.encoding.texts import Tokeniser
+from training.autoencoder import to_tensor
+from training.embeddings import CONFIG_FILE, WEIGHTS_FILE, EmbeddingSet
+from training.pairs import Corpus
+from training.text_encoder import convert_text_tower, hidden_states
+
+HELD_OUT_SHARE = 0.08
+
+
+def held_out_combinations(columns: dict[str, np.ndarray], share: float = HELD_OUT_SHARE) -> np.ndarray:
+    """Return which drawings show a profession, gender and skin tone that the diffusion never sees together.
+
+    A combination is held out by a hash of its words, with all its artists; each of the three is still seen with
+    others. The towers did see them: only the generator must combine what it learnt apart.
+
+    Parameters
+    ----------
+    columns : dict[str, np.ndarray]
+        The corpus's columns.
+    share : float
+        Of the combinations.
+
+    Returns
+    -------
+    np.ndarray
+        bool [n].
+    """
+    keys = [
+        "|".join(parts) if all(parts) else ""
+        for parts in zip(columns["profession"], columns["gender"], columns["tone"], strict=True)
+    ]
+    chosen = {
+        k: int(hashlib.sha256(k.encode()).hexdigest()[:8], 16) < share * 2**32 for k in set(keys) - {""}
+    }
+    return np.array([chosen.get(key, False) for key in keys])
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The towers' side of the training set.
+
+    Attributes
+    ----------
+    fingerprint : str
+        Of the towers.
+    images : Tensor
+        Raw image embeddings (not normalised), float32 [n, d].
+    caption : Tensor
+        Row of `texts` with the drawing's caption, int64 [n].
+    captions : np.ndarray
+        Distinct captions, str [t].
+    texts : Tensor
+        Raw text embeddings of the captions in each template, float32 [templates, t, d].
+    states : Tensor
+        The text tower's token states of the captions, float16 [t, context, width].
+    empty : Tensor
+        The same of the empty prompt, float16 [context, width].
+    """
+
+    fingerprint: str
+    images: Float[Tensor, "n d"]
+    caption: Int[Tensor, " n"]
+    captions: np.ndarray
+    texts: Float[Tensor, "templates t d"]
+    states: Float[Tensor, "t context width"]
+    empty: Float[Tensor, "context width"]
+
+    @classmethod
+    def build(cls, clip: Path, embeddings: EmbeddingSet, rows: np.ndarray) -> Conditions:
+        """Read the towers' embeddings of corpus `rows` and run the text tower over the captions.
+
+        Parameters
+        ----------
+        clip : Path
+            Folder of the towers, in open_clip's format.
+        embeddings : EmbeddingSet
+            By the same towers, of all `rows`.
+        rows : np.ndarray
+            Corpus rows, int64 [n].
+        """
+        config = read_clip_config(clip / CONFIG_FILE)
+        encoder = convert_text_tower(build_clip(config, clip / WEIGHTS_FILE), config)
+        tokens = torch.from_numpy(Tokeniser(config).tokenise(["", *embeddings.captions], True))
+        states = hidden_states(encoder, tokens).half()
+        position = np.full(int(embeddings.rows.max()) + 1, -1)
+        position[embeddings.rows] = np.arange(len(embeddings.rows))
+        index = position[rows]
+        return cls(
+            fingerprint=embeddings.fingerprint,
+            images=torch.from_numpy(embeddings.images[index] * embeddings.image_norm[index, None]),
+            caption=torch.from_numpy(embeddings.caption[index].astype(np.int64)),
+            captions=embeddings.captions,
+            texts=torch.from_numpy(embeddings.texts * embeddings.text_norm[..., None]),
+            states=states[1:],
+            empty=states[0],
+        )
+
+    def equaliser(self, shrink: float = 0.01) -> Float[Tensor, "d d"]:
+        """Return the matrix that gives embeddings an identity second moment, (M + shrink tr(M) / d I)^-1/2.
+
+        Embeddings of a small CLIP fill few of their dimensions, and their mean is far from zero: without this the
+        UNet's first layer sees little but the mean. Second moment and not covariance, so that zeros stay zeros.
+        Shrinkage keeps directions that carry only noise from being blown up.
+        """
+        both = torch.cat([self.images, self.texts[0]]).double()
+        moment = both.T @ both / len(both)
+        values, vectors = torch.linalg.eigh(moment)
+        floor = shrink * (values.sum() - values.max()) / len(values)
+        return (vectors * (values.clamp(min=0) + floor).rsqrt() @ vectors.T).float()
+
+
+@torch.inference_mode()
+def drawing_latents(vae_folder: Path, corpus: Corpus, rows: np.ndarray) -> Float[Tensor, "n latent 8 8"]:
+    """Return the latents of corpus rows, float32; the encoder draws no noise."""
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+    parts = []
+    for start in range(0, len(rows), 128):
+        images = to_tensor(corpus.plain[rows[start : start + 128]])
+        parts.append(vae.encode(images).latent_dist.mode() * vae.config.scaling_factor)
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class DiffusionData:
+    """Everything a training step draws from.
+
+    Attributes
+    ----------
+    latents : Tensor
+        Of the drawings that are trained on, float32 [n, latent, 8, 8].
+    conditions : Conditions
+        Of the same drawings.
+    held_out_latents : Tensor
+        Of the validation drawings, float32 [m, latent, 8, 8].
+    held_out : Conditions
+        Of the same.
+    """
+
+    latents: Float[Tensor, "n latent 8 8"]
+    conditions: Conditions
+    held_out_latents: Float[Tensor, "m latent 8 8"]
+    held_out: Conditions
+
+    @classmethod
+    def build(cls, corpus: Corpus, clip: Path, embeddings: Path, vae: Path, cache: Path) -> DiffusionData:
+        """Read the corpus's training artists; latents are cached, as they do not depend on the towers.
+
+        Parameters
+        ----------
+        corpus : Corpus
+            Pictures and words.
+        clip, embeddings, vae : Path
+            The towers' folder, their embeddings (npz), the autoencoder's folder.
+        cache : Path
+            Where latents are kept.
+        """
+        rows = corpus.rows("train")
+        rows = rows[~held_out_combinations(corpus.columns)[rows]]
+        validation = corpus.rows("validation")
+        stamp = hashlib.sha256(
+            json.dumps([rows.tolist(), validation.tolist()]).encode()
+            + (vae / "config.json").read_bytes()
+            + _encoder_bytes(vae)
+        ).hexdigest()
+        kept = np.load(cache) if cache.exists() else None
+        if kept is None or str(kept["stamp"]) != stamp:
+            print("encoding the drawings", flush=True)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            kept = {
+                "train": drawing_latents(vae, corpus, rows).numpy(),
+                "validation": drawing_latents(vae, corpus, validation).numpy(),
+            }
+            np.savez(cache, stamp=stamp, **kept)
+        known = EmbeddingSet.load(embeddings)
+        conditions = Conditions.build(clip, known, np.concatenate([rows, validation]))
+        split = len(rows)
+        parts = [
+            Conditions(
+                **{**vars(conditions), "images": conditions.images[s], "caption": conditions.caption[s]}
+            )
+            for s in (slice(0, split), slice(split, None))
+        ]
+        return cls(torch.from_numpy(kept["train"]), parts[0], torch.from_numpy(kept["validation"]), parts[1])
+
+
+def _encoder_bytes(vae: Path) -> bytes:
+    from safetensors.torch import load_file
+
+    weights = load_file(vae / "diffusion_pytorch_model.safetensors")
+    return b"".join(
+        v.float().numpy().tobytes() for k, v in sorted(weights.items()) if k.startswith("encoder.")
+    )

@@ -1,0 +1,133 @@
+"""Make the bundle's pipeline from what was trained, with the quantiles that steering needs.
+
+``python -m training.diffusion_export --bundle bundles/emoji`` writes ``diffusion/`` (a diffusers
+`StableUnCLIPImg2ImgPipeline` in half-precision safetensors, and ``monofacet.json``), ``steering/`` (quantiles of every
+dictionary's activations on the training pairs), and renews the manifest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableUnCLIPImg2ImgPipeline
+
+from services.bundle import Bundle, refresh_manifest
+from services.dictionaries import Modality
+from services.encoding.clip import build_clip, read_clip_config
+from services.imaging.statistics import ActivationStatistics
+from training.diffusion import DiffusionSettings, DiffusionTrainer, add_paths, load_trainer, serving_solver
+from training.embeddings import CONFIG_FILE, WEIGHTS_FILE, EmbeddingSet
+from training.text_encoder import build_tokenizer, convert_text_tower
+
+STEPS, GUIDANCE = 12, 3.0
+
+
+def assemble_pipeline(trainer: DiffusionTrainer, clip: Path, vae: Path) -> StableUnCLIPImg2ImgPipeline:
+    """Return the trained model as a stock pipeline, float32.
+
+    It has no image encoder: the image tower of the bundle is not a `CLIPVisionModelWithProjection`, and whoever runs
+    the pipeline gives the joint embedding itself, as ``image_embeds``.
+
+    Parameters
+    ----------
+    trainer : DiffusionTrainer
+        Whose averaged weights to take.
+    clip, vae : Path
+        Folders of the towers and of the autoencoder.
+    """
+    config = read_clip_config(clip / CONFIG_FILE)
+    noising = {k: v for k, v in trainer.noiser.scheduler.config.items() if not k.startswith("_")}
+    return StableUnCLIPImg2ImgPipeline(
+        feature_extractor=None,
+        image_encoder=None,
+        image_normalizer=trainer.noiser.normaliser,
+        image_noising_scheduler=DDPMScheduler(**noising),
+        tokenizer=build_tokenizer(config.context_length),
+        text_encoder=convert_text_tower(build_clip(config, clip / WEIGHTS_FILE), config),
+        unet=trainer.exported(),
+        scheduler=serving_solver(),
+        vae=AutoencoderKL.from_pretrained(vae),
+    )
+
+
+def write_pipeline(
+    pipeline: StableUnCLIPImg2ImgPipeline, folder: Path, fingerprint: str, steps: int, guidance: float
+) -> None:
+    """Write a pipeline in half precision, and what the manifest says of it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("unet", "vae", "text_encoder"):
+        getattr(pipeline, name).half()
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    (folder / "monofacet.json").write_text(
+        json.dumps(
+            {
+                "pipeline": "StableUnCLIPImg2ImgPipeline",
+                "conditioning": "embedding",
+                "tower_fingerprint": fingerprint,
+                "height": 64,
+                "width": 64,
+                "num_inference_steps": steps,
+                "guidance_scale": guidance,
+                "noise_level": 0,
+                "embedding_from_prompt": True,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
+
+
+@torch.inference_mode()
+def write_quantiles(bundle: Bundle, embeddings: EmbeddingSet) -> None:
+    """Write the activation quantiles of every dictionary on the training pairs."""
+    index = embeddings.where("fit", "pool")
+    sides = (
+        (Modality.IMAGE, torch.from_numpy(embeddings.images[index])),
+        (Modality.TEXT, torch.from_numpy(embeddings.mean_texts()[np.unique(embeddings.caption[index])])),
+    )
+    for name in bundle.dictionary_names:
+        dictionary = bundle.dictionary(name)
+        z = [torch.cat([dictionary.encode(p, m) for p in e.split(2048)]).numpy() for m, e in sides]
+        ActivationStatistics.measure(*z).write(
+            bundle.path / "steering" / f"{name}.safetensors",
+            dictionary=name,
+            tower_fingerprint=embeddings.fingerprint,
+        )
+
+
+def main() -> None:
+    """Export from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_paths(parser)
+    parser.add_argument("--bundle", type=Path, default=Path("bundles/emoji"))
+    parser.add_argument("--inference-steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    stored = json.loads((arguments.out / "settings.json").read_text())
+    settings = DiffusionSettings(**{**stored, "channels": tuple(stored["channels"])})
+    trainer = load_trainer(arguments, settings)
+    trainer.resume()
+    bundle = Bundle.load(arguments.bundle, verify=False)
+    fingerprint = trainer.data.conditions.fingerprint
+    if bundle.manifest.clip.fingerprint != fingerprint:
+        raise SystemExit("the bundle holds other towers than the diffusion was trained on")
+    write_quantiles(bundle, EmbeddingSet.load(arguments.embeddings))
+    pipeline = assemble_pipeline(trainer, arguments.clip, arguments.autoencoder / "vae")
+    folder = bundle.path / "diffusion"
+    write_pipeline(pipeline, folder, fingerprint, arguments.inference_steps, arguments.guidance)
+    record = {"settings": asdict(settings), "step": trainer.step}
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    refresh_manifest(bundle.path)
+    total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{Bundle.load(bundle.path).id}: diffusion {total / 1e6:.1f} MB, after {trainer.step} steps")
+
+
+if __name__ == "__main__":
+    main()

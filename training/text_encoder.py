@@ -1,0 +1,127 @@
+"""The bundle's open_clip text tower as transformers' `CLIPTextModel` and `CLIPTokenizer`, which pipelines expect.
+
+Nothing is trained: the same numbers under other names. A test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from services.encoding.clip import ClipConfig
+from services.errors import UnsupportedModel
+
+# open_clip's merges: the file holds a version line and more than CLIP uses.
+MERGES = 49152 - 256 - 2
+# A block of open_clip's transformer, and where transformers keeps the same weights.
+RENAMED = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+
+
+def convert_text_tower(model: Any, config: ClipConfig) -> CLIPTextModel:
+    """Return the text tower of an open_clip model as a `CLIPTextModel`.
+
+    Its last hidden state equals the tower's token states after the final layer norm, and its pooled output, times the
+    text projection, the tower's raw embedding.
+
+    Parameters
+    ----------
+    model : open_clip.CLIP
+        With a causal transformer that reads its result at the end token.
+    config : ClipConfig
+        Of the model.
+
+    Raises
+    ------
+    UnsupportedModel
+        Where the tower is not of CLIP's own form.
+    """
+    text = config.model_cfg["text_cfg"]
+    if isinstance(model, open_clip.CustomTextCLIP) or getattr(model, "text_pool_type", "argmax") != "argmax":
+        raise UnsupportedModel("only CLIP's own text tower, read at the end token, has a CLIPTextModel")
+    if model.attn_mask is None:
+        raise UnsupportedModel("the text tower is not causal, which CLIPTextModel always is")
+    width, layers = int(text["width"]), int(text["layers"])
+    converted = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=model.vocab_size,
+            hidden_size=width,
+            intermediate_size=int(width * text.get("mlp_ratio", 4.0)),
+            projection_dim=config.embed_dim,
+            num_hidden_layers=layers,
+            num_attention_heads=int(text["heads"]),
+            max_position_embeddings=config.context_length,
+            hidden_act="quick_gelu" if config.model_cfg.get("quick_gelu") else "gelu",
+            pad_token_id=0,
+            bos_token_id=49406,
+            eos_token_id=49407,
+        )
+    )
+    state = dict(_renamed(model, layers))
+    found = converted.state_dict()
+    prefix = "text_model." if any(name.startswith("text_model.") for name in found) else ""
+    converted.load_state_dict({prefix + name: value for name, value in state.items()}, strict=True)
+    return converted.eval().requires_grad_(False)
+
+
+def _renamed(model: Any, layers: int) -> list[tuple[str, Tensor]]:
+    result = [
+        ("embeddings.token_embedding.weight", model.token_embedding.weight),
+        ("embeddings.position_embedding.weight", model.positional_embedding),
+        ("final_layer_norm.weight", model.ln_final.weight),
+        ("final_layer_norm.bias", model.ln_final.bias),
+    ]
+    for i in range(layers):
+        block: nn.Module = model.transformer.resblocks[i]
+        target = f"encoder.layers.{i}"
+        for source, name in RENAMED.items():
+            module = block.get_submodule(source)
+            result += [(f"{target}.{name}.{kind}", getattr(module, kind)) for kind in ("weight", "bias")]
+        attention: Any = block.get_submodule("attn")
+        for kind, packed in (("weight", attention.in_proj_weight), ("bias", attention.in_proj_bias)):
+            parts = packed.chunk(3)
+            result += [
+                (f"{target}.self_attn.{name}_proj.{kind}", part)
+                for name, part in zip("qkv", parts, strict=True)
+            ]
+    return [(name, value.detach().clone().float()) for name, value in result]
+
+
+def build_tokenizer(context_length: int) -> CLIPTokenizer:
+    """Return CLIP's tokenizer as transformers has it, padded with zeros as open_clip pads.
+
+    Parameters
+    ----------
+    context_length : int
+        Tokens, start and end included.
+    """
+    source = Path(open_clip.tokenizer.default_bpe())
+    lines = gzip.decompress(source.read_bytes()).decode().split("\n")[1 : MERGES + 1]
+    merges = [tuple(line.split()) for line in lines]
+    letters = list(open_clip.tokenizer.bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        merges=merges,
+        # "!" is token 0, which open_clip pads with, as in Stable Diffusion 2.
+        pad_token="!",
+        model_max_length=context_length,
+    )
+
+
+@torch.inference_mode()
+def hidden_states(encoder: CLIPTextModel, tokens: Tensor, batch: int = 256) -> Tensor:
+    """Return the states a pipeline's cross-attention sees, float32 [n, context, width]."""
+    return torch.cat([encoder(part).last_hidden_state for part in tokens.split(batch)])
