@@ -20,18 +20,21 @@ class Watched:
     paths
         The files.
     look_s
-        Seconds between two looks.
+        Seconds between two looks; `LOOK_S` by default.
     clock
         Monotonic seconds, for tests.
     """
 
     def __init__(
-        self, paths: Sequence[Path], look_s: float = LOOK_S, clock: Callable[[], float] = time.monotonic
+        self,
+        paths: Sequence[Path],
+        look_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._paths = tuple(paths)
-        self._look_s = look_s
+        self._look_s = LOOK_S if look_s is None else look_s
         self._clock = clock
-        self._next_look = clock() + look_s
+        self._next_look = clock() + self._look_s
         self._seen = self._stamps()
 
     def changed(self) -> bool:

@@ -32,6 +32,7 @@ class Gateway:
     server: GatewayServer
     channel: aio.Channel
     settings: Settings
+    port: int
 
     @property
     def features(self) -> Any:
@@ -79,7 +80,7 @@ def open_gateway(tiny: Bundle) -> Open:
         options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
         async with aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
             try:
-                yield Gateway(model, encoder, server, channel, settings)
+                yield Gateway(model, encoder, server, channel, settings, port)
             finally:
                 model.release()
                 await server.drain()
