@@ -80,7 +80,6 @@ class FeatureStatistics:
         attacked: tuple[Float[np.ndarray, "pairs n"], Float[np.ndarray, "pairs n"]],
         smoothed: tuple[Float[np.ndarray, "pairs n"], Float[np.ndarray, "pairs n"]],
         text: Bool[np.ndarray, " n"],
-        z_score: float = 2.0,
     ) -> FeatureStatistics:
         """Measure the statistics.
 
@@ -94,20 +93,18 @@ class FeatureStatistics:
             Activations of the same clean images.
         text : bool array
             Features labelled TEXT.
-        z_score : float
-            A feature is moved where the mean rise of its energy is over so many standard errors.
         """
         return cls(
             firing_rate=(clean > 0).mean(0).astype(np.float32),
             upper=np.quantile(clean, EXCESS, axis=0).astype(np.float32),
-            moved=moved_features(*attacked, z_score),
+            moved=moved_features(*attacked),
             text=text,
             tolerance=change_tolerance(*smoothed),
         )
 
 
 def moved_features(
-    before: Float[np.ndarray, "pairs n"], after: Float[np.ndarray, "pairs n"], z_score: float
+    before: Float[np.ndarray, "pairs n"], after: Float[np.ndarray, "pairs n"], z_score: float = 2.0
 ) -> Bool[np.ndarray, " n"]:
     """Return where the energy z_j^2 rises by more than `z_score` standard errors of its mean over pairs."""
     rise = after.astype(np.float64) ** 2 - before.astype(np.float64) ** 2

@@ -42,10 +42,11 @@ class Seen:
     attacked: Mapping[Setting, Observed]
 
 
-def clean_activations(dictionary: Dictionary, units: np.ndarray) -> np.ndarray:
-    """Return the activations of clean embeddings, float32 (N, n)."""
+def clean_activations(dictionary: Dictionary, units: np.ndarray, limit: int = 6_000) -> np.ndarray:
+    """Return the activations of clean embeddings, float32 (N, n), of a random `limit` of them where there are more."""
+    chosen = np.random.default_rng(0).permutation(len(units))[:limit]
     with torch.no_grad():
-        return dictionary.encode(torch.from_numpy(units), Modality.IMAGE).numpy()
+        return dictionary.encode(torch.from_numpy(units[chosen]), Modality.IMAGE).numpy()
 
 
 def statistics_from(

@@ -11,17 +11,11 @@ import numpy as np
 import torch
 
 from services.defense import DefenseCalibration
+from services.defense.features import moved_features
 from services.defense.scores import TWO_LOOKS
 from training.defense import baselines as others
 from training.defense.adaptive import Defended, adaptive, evasion
-from training.defense.calibrate import (
-    Seen,
-    Setting,
-    answered,
-    clean_activations,
-    detectors_from,
-    statistics_from,
-)
+from training.defense.calibrate import Seen, Setting, answered, detectors_from
 from training.defense.corruptions import HARMLESS, jpeg
 from training.defense.data import Drawings
 from training.defense.measure import auroc, correct, mean
@@ -130,8 +124,8 @@ def left_out(context: Context, setting: Setting) -> DefenseCalibration:
     rest = [s for s in context.seen.attacked if s[0] != setting[0] and s[1] != setting[1]]
     # The epsilon nearest to the middle of the range teaches r3, as in the calibration that ships.
     learnt_on = min(rest, key=lambda s: (abs(s[1] - 4), s[0]))
-    clean_z = clean_activations(context.study.dictionary, context.study.data.clean_units)
-    statistics = statistics_from(context.seen, learnt_on, clean_z, context.study.text)
+    moved = moved_features(context.seen.base.z, context.seen.attacked[learnt_on].z)
+    statistics = replace(context.calibration.statistics, moved=moved)
     detectors = detectors_from(context.seen, rest, statistics, context.decoder)
     return replace(context.calibration, statistics=statistics, detectors=detectors)
 

@@ -47,6 +47,7 @@ from monofacet._inputs import Image, Input, Pair
 from monofacet._types import (
     ActiveFeature,
     ClassificationResult,
+    DetectionScores,
     DictionaryInfo,
     EncodeResult,
     FeatureCard,
@@ -54,6 +55,9 @@ from monofacet._types import (
     FeatureOrder,
     FeaturePage,
     FeatureQuery,
+    FilteredImage,
+    FilterMode,
+    FilterResult,
     ImageExample,
     Limits,
     ModalityClassification,
@@ -64,13 +68,25 @@ from monofacet._types import (
     ScoreSettings,
     SparseFeatures,
     StreamResult,
+    SuspicionReason,
+    SuspiciousFeature,
     TextExample,
     Timings,
     Tower,
+    Verdict,
+    ZeroShotLabel,
 )
 from monofacet._version import __version__
 
 __all__ = [
+    "DetectionScores",
+    "FilterMode",
+    "FilterResult",
+    "FilteredImage",
+    "SuspiciousFeature",
+    "SuspicionReason",
+    "Verdict",
+    "ZeroShotLabel",
     "ActiveFeature",
     "AsyncClient",
     "AuthenticationError",

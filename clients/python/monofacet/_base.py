@@ -18,7 +18,13 @@ SMALL_INPUTS = 32
 SMALL_BYTES = 1024 * 1024
 
 # The services whose health is asked for, and the empty name for the server as a whole.
-SERVICES = ("", "monofacet.v1.FeatureService", "monofacet.v1.ModalityService", "monofacet.v1.ModelService")
+SERVICES = (
+    "",
+    "monofacet.v1.FeatureService",
+    "monofacet.v1.ModalityService",
+    "monofacet.v1.DefenseService",
+    "monofacet.v1.ModelService",
+)
 
 
 class Deadline:
@@ -121,24 +127,26 @@ class BaseClient:
         }
 
 
-def is_small(inputs: Sequence[common_pb2.Input]) -> bool:
+def is_small(inputs: Sequence[common_pb2.Input], reserved: int = 0) -> bool:
     """Tell whether a batch fits any server.
 
     Parameters
     ----------
     inputs
         The whole batch.
+    reserved
+        Texts that every part brings besides.
 
     Returns
     -------
     bool
         True if it can be sent without knowing the server's limits.
     """
-    return len(inputs) <= SMALL_INPUTS and sum(item.ByteSize() for item in inputs) <= SMALL_BYTES
+    return len(inputs) + reserved <= SMALL_INPUTS and sum(item.ByteSize() for item in inputs) <= SMALL_BYTES
 
 
 def split_within(
-    inputs: Sequence[common_pb2.Input], limits: Limits | None
+    inputs: Sequence[common_pb2.Input], limits: Limits | None, reserved: int = 0
 ) -> list[Sequence[common_pb2.Input]]:
     """Split a batch within the server's limits.
 
@@ -148,6 +156,8 @@ def split_within(
         The whole batch.
     limits
         Of the server, or None for the contract's ceilings.
+    reserved
+        Texts that every part brings besides.
 
     Returns
     -------
@@ -155,10 +165,11 @@ def split_within(
         Parts, in order.
     """
     if limits is None:
-        return split(inputs)
+        return split(inputs, MAX_INPUTS - reserved)
     # 0 is a field that the server did not set.
     return split(
         inputs,
-        min(limits.max_inputs or MAX_INPUTS, MAX_INPUTS),
+        # A server that takes no image beside so many texts says so itself.
+        max(1, min(limits.max_inputs or MAX_INPUTS, MAX_INPUTS) - reserved),
         min(limits.max_request_bytes or MAX_REQUEST_BYTES, MAX_REQUEST_BYTES),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from monofacet._sync.defense import DefenseCalls
 from monofacet._sync.features import FeatureCalls
 from monofacet._sync.modality import ModalityCalls
 from monofacet._sync.models import ModelCalls
@@ -9,7 +10,7 @@ from monofacet._sync.models import ModelCalls
 __all__ = ["Client"]
 
 
-class Client(FeatureCalls, ModalityCalls, ModelCalls):
+class Client(FeatureCalls, ModalityCalls, DefenseCalls, ModelCalls):
     """Calls a Monofacet server. Safe to share between threads; use it as a context manager or `close` it.
 
     Parameters

@@ -74,16 +74,20 @@ class SyncCore(BaseClient):
         self,
         inputs: Input | Iterable[Input],
         call: Callable[[Sequence[common_pb2.Input]], Response],
+        *,
+        field: str = "inputs",
+        reserved: int = 0,
     ) -> tuple[list[Response], list[int]]:
         batch = to_inputs(inputs)
-        parts = [batch] if is_small(batch) else split_within(batch, self._server_limits())
+        small = is_small(batch, reserved)
+        parts = [batch] if small else split_within(batch, self._server_limits(), reserved)
         answers = []
         offset = 0
         for part in parts:
             try:
                 answers.append(call(part))
             except exceptions.CallError as error:
-                raise shift_violations(error, "inputs", offset) from error.__cause__
+                raise shift_violations(error, field, offset) from error.__cause__
             offset += len(part)
         return answers, [len(part) for part in parts]
 

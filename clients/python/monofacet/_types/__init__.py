@@ -1,5 +1,15 @@
 """What the client returns: small frozen dataclasses over numpy arrays and PIL images."""
 
+from monofacet._types.defense import (
+    DetectionScores,
+    FilteredImage,
+    FilterMode,
+    FilterResult,
+    SuspicionReason,
+    SuspiciousFeature,
+    Verdict,
+    ZeroShotLabel,
+)
 from monofacet._types.encoding import EncodeResult, Floats, SparseFeatures, StreamResult, Timings
 from monofacet._types.modality import (
     ActiveFeature,
@@ -19,6 +29,14 @@ from monofacet._types.modality import (
 from monofacet._types.model import DictionaryInfo, Limits, Model, Runtime, Tower
 
 __all__ = [
+    "DetectionScores",
+    "FilterMode",
+    "FilterResult",
+    "FilteredImage",
+    "SuspiciousFeature",
+    "SuspicionReason",
+    "Verdict",
+    "ZeroShotLabel",
     "ActiveFeature",
     "ClassificationResult",
     "DictionaryInfo",

@@ -11,10 +11,12 @@ from google.protobuf import duration_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from monofacet._base import SERVICES
-from monofacet.testing._model import BUNDLE, DICTIONARY, EMBED_DIM, LABELS, N_FEATURES, THUMBNAIL, FakeModel
+from monofacet.testing._fake_defense import FakeDefense
+from monofacet.testing._model import BUNDLE, DICTIONARY, EMBED_DIM, LABELS, N_FEATURES, THUMBNAIL
 from monofacet.testing._status import abort, status_with_details
 from monofacet.v1 import (
     common_pb2,
+    defense_service_pb2_grpc,
     feature_service_pb2,
     feature_service_pb2_grpc,
     modality_service_pb2,
@@ -28,7 +30,7 @@ SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 
 
 class FakeMonofacet(
-    FakeModel,
+    FakeDefense,
     feature_service_pb2_grpc.FeatureServiceServicer,
     modality_service_pb2_grpc.ModalityServiceServicer,
     model_service_pb2_grpc.ModelServiceServicer,
@@ -51,6 +53,7 @@ class FakeMonofacet(
         """
         feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(self, server)
         modality_service_pb2_grpc.add_ModalityServiceServicer_to_server(self, server)
+        defense_service_pb2_grpc.add_DefenseServiceServicer_to_server(self, server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, server)
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
 
