@@ -191,6 +191,8 @@ class Connection:
         """
         options: list[tuple[str, str | int]] = [
             ("grpc.primary_user_agent", f"monofacet-python/{__version__}"),
+            # A name with several addresses is several gateways: share the calls, and outlive one of them.
+            ("grpc.lb_policy_name", "round_robin"),
             # The server's limit is the one that counts: its refusal says what the limit is.
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
