@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deployments.audit import run_audit
+from deployments.audit_request import AuditRequest
 from deployments.batching import DeadlineExpired, GreedyBatcher, QueueFull
 from deployments.settings import Settings
 from deployments.work import BatchRecord, Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work
+from services.bias.audit import Audit
 from services.dictionaries.base import Dictionary, Modality, SparseRow, sparse_rows
 from services.errors import InvalidInput
 from services.modality import ModalitySettings, score_pairs, stack_rows
@@ -156,17 +161,31 @@ class Encoder:
         records, self._records = tuple(self._records), []
         return Reply(tuple(answers), records)
 
-    async def score(self, request: ScoreRequest) -> ModalityTable | InvalidInput:
-        """Score pairs in a thread; bootstraps and shuffles take seconds.
+    async def score(
+        self, request: ScoreRequest | AuditRequest
+    ) -> ModalityTable | tuple[Audit, ...] | InvalidInput:
+        """Score pairs, or audit ablations, in a thread; bootstraps and random sets take seconds.
 
         Returns
         -------
-        The table, or what is wrong with the pairs.
+        The table or the audits, or what is wrong with the pairs or items.
         """
+        gone = threading.Event()
+        compute = partial(self._compute, request, gone)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._score_thread, self._score, request)
+            return await asyncio.get_running_loop().run_in_executor(self._score_thread, compute)
         except InvalidInput as error:
             return error
+        finally:
+            # Ends an audit whose caller has gone; nothing once it is done.
+            gone.set()
+
+    def _compute(
+        self, request: ScoreRequest | AuditRequest, gone: threading.Event
+    ) -> ModalityTable | tuple[Audit, ...]:
+        if isinstance(request, AuditRequest):
+            return run_audit(request, self._dictionaries[request.dictionary], gone.is_set)
+        return self._score(request)
 
     def _score(self, request: ScoreRequest) -> ModalityTable:
         n_features = self._dictionaries[request.dictionary].n_features

@@ -16,8 +16,8 @@ from deployments.gateway.decoders import Decoders
 from services.bias.ablation import Mode, Side
 from services.bias.calibration import BiasCalibration
 from services.bias.plan import Plan
-from services.dictionaries.base import Modality
 from services.errors import InvalidInput, NotCalibrated, UnknownFeature
+from services.modalities import Modality
 
 MODES = {
     pb.ABLATION_MODE_UNSPECIFIED: Mode.ZERO,

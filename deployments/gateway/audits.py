@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from monofacet.v1 import bias_service_pb2 as pb
 
-from deployments.audit import AuditRequest
+from deployments.audit_request import AuditRequest
 from deployments.gateway.ablations import Resolved
 from deployments.gateway.messages import timings
 from deployments.work import Encoded, Features
-from services.bias.audit import Audit, Profession
 from services.bias.calibration import BiasCalibration
 from services.bias.cases import MAN, UNGENDERED, WOMAN
-from services.bias.measures import Change, Estimate
 from services.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from services.bias.audit import Audit, Profession
+    from services.bias.measures import Change, Estimate
 
 GENDERS = {pb.GENDER_UNSPECIFIED: UNGENDERED, pb.GENDER_WOMAN: WOMAN, pb.GENDER_MAN: MAN}
 # Named in the answer; beyond them only counted.

@@ -10,6 +10,7 @@ import asyncio
 from dataclasses import dataclass
 
 import numpy as np
+import safetensors
 from numpy.typing import NDArray
 
 from services.bundle import Bundle
@@ -56,16 +57,23 @@ class Decoders:
 
 
 def read_decoders(bundle: Bundle, name: str) -> dict[Modality, Decoder]:
-    """Read the decoders of a dictionary, by modality."""
-    import torch
+    """Read the decoders of a dictionary, by modality, from its file: building the dictionary would take torch."""
+    entry = bundle.manifest.dictionaries[name]
+    if entry.weights is None:
+        identity = Decoder(np.eye(entry.embed_dim, dtype=np.float32), np.zeros(entry.embed_dim, np.float32))
+        return dict.fromkeys(Modality, identity)
+    with safetensors.safe_open(str(bundle.path / entry.weights), framework="numpy") as file:
+        names = set(file.keys())
 
-    dictionary = bundle.dictionary(name)
-    nothing = torch.zeros(1, dictionary.n_features)
-    with torch.inference_mode():
+        def read(*candidates: str) -> NDArray[np.float32]:
+            found = next(candidate for candidate in candidates if candidate in names)
+            return np.ascontiguousarray(file.get_tensor(found), dtype=np.float32)
+
         return {
-            modality: Decoder(
-                np.ascontiguousarray(dictionary.decoder_rows(modality).numpy()),
-                dictionary.decode(nothing, modality)[0].numpy(),
+            m: Decoder(
+                # A pair of dictionaries has everything twice.
+                read(f"{m}.decoder", "decoder"),
+                read(f"{m}.pre_bias_{m}", f"pre_bias_{m}", f"bias_{m}"),
             )
-            for modality in Modality
+            for m in Modality
         }

@@ -9,22 +9,17 @@ from monofacet.v1 import bias_service_pb2 as pb
 from numpy.typing import NDArray
 
 from deployments.gateway.ablations import Resolved
-from deployments.work import Encoded, Features
+from deployments.work import Encoded
 from services.bias.ablation import FeatureAblation, kept
+from services.bias.activations import Stacked
 from services.bias.calibration import BiasCalibration
 from services.bias.gender import gender_scores, probability
-from services.dictionaries.base import Modality, SparseRow
-from services.modality.scores import stack_rows
+from services.modalities import Modality
 
 
 def modality_of(item: bytes | str) -> Modality:
     """Return which tower encodes `item`."""
     return Modality.TEXT if isinstance(item, str) else Modality.IMAGE
-
-
-def rows_of(features: Sequence[Features]) -> list[SparseRow]:
-    """Return active features as sparse matrices take them."""
-    return [SparseRow(row.indices, row.values) for row in features]
 
 
 def classify_gender(
@@ -64,8 +59,8 @@ def classify_gender(
             continue
         ablator = resolved.plan.ablators[modality]
         # Without features asked for, as for LEACE, there are none.
-        active_rows = rows_of([encoded.features[i] for i in chosen]) if encoded.features else []
-        z = stack_rows(active_rows, len(resolved.sides[modality].rows))
+        rows = [encoded.features[i] for i in chosen] if encoded.features else None
+        z = Stacked.silent(len(chosen)) if rows is None else Stacked.of(rows)
         changed = ablator(e, z)
         after = _scores(changed, calibration, logit_scale, threshold)
         share = kept(e, changed)

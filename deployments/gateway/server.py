@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, cast
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from monofacet.v1 import (
+    bias_service_pb2,
+    bias_service_pb2_grpc,
     feature_service_pb2,
     feature_service_pb2_grpc,
     modality_service_pb2,
@@ -22,6 +24,7 @@ from prometheus_client import start_http_server
 from deployments.access.check import open_certificate, open_tokens
 from deployments.access.scopes import check_scopes, methods_of
 from deployments.gateway.catalogue import Catalogue
+from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient, Send
 from deployments.gateway.interceptors.access import TokenLimits, access_layer
 from deployments.gateway.interceptors.chain import Chain, decoded_layer
@@ -33,6 +36,7 @@ from deployments.gateway.interceptors.requests import requests_layer
 from deployments.gateway.interceptors.traces import encoder_spans, start_tracing, traces_layer
 from deployments.gateway.interceptors.validation import validation_layer
 from deployments.gateway.late import LateServices
+from deployments.gateway.servicers.bias import BiasServicer, RunAudit
 from deployments.gateway.servicers.feature import FeatureServicer
 from deployments.gateway.servicers.modality import ModalityServicer, Score
 from deployments.gateway.servicers.model import ModelServicer
@@ -48,6 +52,7 @@ DESCRIPTORS = tuple(
     for module, name in (
         (feature_service_pb2, "FeatureService"),
         (modality_service_pb2, "ModalityService"),
+        (bias_service_pb2, "BiasService"),
         (model_service_pb2, "ModelService"),
     )
 )
@@ -191,11 +196,25 @@ class GatewayServer:
             encoder_spans(self._traces, queue_s, inference_s)
 
         encoder = EncoderClient(send, settings, metrics, info.backend, traced)
+        decoders = Decoders(catalogue.bundle)
         feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(
             FeatureServicer(encoder, catalogue, settings, metrics), self._services
         )
         modality_service_pb2_grpc.add_ModalityServiceServicer_to_server(
             ModalityServicer(encoder, score, catalogue, settings, metrics), self._services
+        )
+        bias_service_pb2_grpc.add_BiasServiceServicer_to_server(
+            BiasServicer(
+                encoder,
+                # The encoder computes audits where it computes scores.
+                cast(RunAudit, score),
+                catalogue,
+                decoders,
+                info.logit_scale,
+                settings,
+                metrics,
+            ),
+            self._services,
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
             ModelServicer(catalogue, info, settings), self._services

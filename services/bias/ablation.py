@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import scipy.linalg
-import scipy.sparse as sp
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
+from services.bias.activations import SparseActivations, decode_part
 from services.bias.gender import unit
 
 # Directions whose singular value is under this share of the largest add nothing but float32's rounding.
@@ -56,7 +55,7 @@ class Side:
 class Ablator(Protocol):
     """Anything that takes gender, or something else, out of embeddings of one modality."""
 
-    def __call__(self, e: Float[np.ndarray, "batch d"], z: sp.csr_array) -> Float[np.ndarray, "batch d"]:
+    def __call__(self, e: Float[np.ndarray, "batch d"], z: SparseActivations) -> Float[np.ndarray, "batch d"]:
         """Return unit embeddings after the removal; a row of which nothing is left is zero."""
 
 
@@ -82,7 +81,7 @@ class FeatureAblation:
         self._shift = side.means[features] @ side.rows[features] if mode is Mode.MEAN else None
         self._basis = row_basis(side.rows[features]) if mode is Mode.PROJECT else None
 
-    def __call__(self, e: Float[np.ndarray, "batch d"], z: sp.csr_array) -> Float[np.ndarray, "batch d"]:
+    def __call__(self, e: Float[np.ndarray, "batch d"], z: SparseActivations) -> Float[np.ndarray, "batch d"]:
         """Return e' of unit embeddings `e` with activations `z`, shape (batch, n)."""
         if self._basis is not None:
             return unit(e - (e @ self._basis) @ self._basis.T)
@@ -91,14 +90,11 @@ class FeatureAblation:
             changed = changed + self._shift
         return unit(changed)
 
-    def part(self, z: sp.csr_array) -> Float[np.ndarray, "batch d"]:
+    def part(self, z: SparseActivations) -> Float[np.ndarray, "batch d"]:
         """Return sum_{j in S} z_j d_j."""
-        values = np.where(self._removed[z.indices], z.data, np.float32(0))
-        chosen = sp.csr_array((values, z.indices, z.indptr), shape=z.shape)
-        part: NDArray[np.float32] = np.asarray(chosen @ self._rows)
-        return part
+        return decode_part(z, self._removed, self._rows)
 
-    def active(self, z: sp.csr_array) -> NDArray[np.int64]:
+    def active(self, z: SparseActivations) -> NDArray[np.int64]:
         """Return how many features of S each input activates, int64 (batch,)."""
         hits = (self._removed[z.indices] & (z.data != 0)).astype(np.int64)
         counted: NDArray[np.int64] = np.diff(np.concatenate([[0], np.cumsum(hits)])[z.indptr])
@@ -107,9 +103,11 @@ class FeatureAblation:
 
 def row_basis(rows: Float[np.ndarray, "s d"]) -> Float[np.ndarray, "d r"]:
     """Return U, an orthonormal basis of the span of `rows`, r <= min(s, d), float32."""
-    basis: Any = scipy.linalg.orth(rows.T.astype(np.float64), rcond=RANK_TOLERANCE)
-    result: NDArray[np.float32] = basis.astype(np.float32)
-    return result
+    left, singular, _ = np.linalg.svd(rows.T.astype(np.float64), full_matrices=False)
+    basis: NDArray[np.float32] = left[:, singular > RANK_TOLERANCE * singular.max(initial=0)].astype(
+        np.float32
+    )
+    return basis
 
 
 def kept(

@@ -31,8 +31,8 @@ from services.bias.measures import (
 from services.bias.null_tests import THRESHOLD_FREE, NullTest, nothing, null_tests
 from services.bias.plan import Plan, neighbours_kept
 from services.bias.probe import probe_scores
-from services.dictionaries.base import Modality
 from services.errors import NotEnoughItems
+from services.modalities import Modality
 
 LEVEL = 0.05
 CURVE_POINTS = 101

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 
 from services.bias.association import Association
 from services.bias.leace import Leace
-from services.dictionaries.base import Modality
 from services.errors import ManifestError
+from services.modalities import Modality
 
 CONFIG_KEYS = {"tower_fingerprint", "prompts", "thresholds", "dictionaries", "figures"}
 _ASSOCIATION = ("value", "low", "high", "share")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 WOMAN, MAN, UNGENDERED = 1, 0, -1
 # Of each gender; with one there is nothing to resample.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.special import expit
 
 Floats = NDArray[np.float64]
 
@@ -47,4 +46,5 @@ def probability(
     threshold : float
         Score at which both genders are equally likely.
     """
-    return np.asarray(expit(logit_scale * (scores - threshold)), dtype=np.float64)
+    # The sigmoid by tanh: no overflow, however large the logit.
+    return np.asarray(0.5 + 0.5 * np.tanh(logit_scale / 2 * (scores - threshold)), dtype=np.float64)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import Bool, Float
 
+from services.bias.activations import SparseActivations
 from services.bias.gender import unit
 
 # Directions with a share of the largest variance under this are null directions of the data, as in the paper's Sigma^+.
@@ -61,6 +61,6 @@ class Leace:
         erased: Float[np.ndarray, "batch d"] = e - ((e - self.mean) @ self.v)[:, None] * self.u
         return erased
 
-    def __call__(self, e: Float[np.ndarray, "batch d"], z: sp.csr_array) -> Float[np.ndarray, "batch d"]:
+    def __call__(self, e: Float[np.ndarray, "batch d"], z: SparseActivations) -> Float[np.ndarray, "batch d"]:
         """Return norm(r(e)); `z` is not used."""
         return unit(self.raw(e))

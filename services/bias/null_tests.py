@@ -15,7 +15,7 @@ from services.bias.gender import gender_scores
 from services.bias.measures import Floats, Labels, best_threshold, threshold_figures, weighted_auc
 from services.bias.null import feature_strata, matched_sets, p_value, scorer
 from services.bias.plan import Plan
-from services.dictionaries.base import Modality
+from services.modalities import Modality
 from services.modality.scores import firing_rates
 
 # Items that the null is taken on, drawn at random from more: a random set costs the time of these.

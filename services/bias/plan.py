@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from services.bias.ablation import Ablator, FeatureAblation, Mode, Side
 from services.bias.cases import Cases
-from services.dictionaries.base import Modality
+from services.modalities import Modality
 
 # Items that neighbours are looked for among, drawn at random from more: the time grows with their square.
 NEIGHBOUR_ITEMS = 2_000

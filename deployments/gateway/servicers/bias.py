@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import bias_service_pb2_grpc
 
-from deployments.audit import AuditRequest
+from deployments.audit_request import AuditRequest
 from deployments.batching import QueueFull
 from deployments.gateway.ablations import Ablations
 from deployments.gateway.audits import AuditItems, audit_settings
@@ -24,10 +24,12 @@ from deployments.gateway.messages import check_texts, items_of, relocated, timin
 from deployments.metrics import Metrics
 from deployments.settings import Settings
 from deployments.work import Encoded, Work
-from services.bias.audit import Audit
 from services.errors import InvalidInput
 
-RunAudit = Callable[[AuditRequest], Awaitable[tuple[Audit, ...]]]
+if TYPE_CHECKING:
+    from services.bias.audit import Audit
+
+RunAudit = Callable[[AuditRequest], Awaitable["tuple[Audit, ...]"]]
 
 _CLASSIFY = "monofacet.v1.BiasService/ClassifyGender"
 _AUDIT = "monofacet.v1.BiasService/AuditGender"
@@ -179,9 +181,7 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
             except InvalidInput as error:
                 bad = bad_items(error)
                 if not skip or not bad:
-                    raise relocated(
-                        error, lambda i, p=tuple(places): f"items[{start + p[i]}].input"
-                    ) from error  # type: ignore[misc]
+                    raise _of_stream(error, [start + place for place in places]) from error
                 for i, why in bad.items():
                     items.skip(start + places[i], chosen[i], why)
                 places = [place for i, place in enumerate(places) if i not in bad]
@@ -221,6 +221,11 @@ def bad_items(error: InvalidInput) -> dict[int, InvalidInput]:
         if match is not None:
             found[int(match.group(1))] = InvalidInput(description, reason=error.reason)
     return found
+
+
+def _of_stream(error: InvalidInput, places: Sequence[int]) -> InvalidInput:
+    """Return `error` of a work with paths that count the items over the stream; `places` are theirs in it."""
+    return relocated(error, lambda i: f"items[{places[i]}].input")
 
 
 def _in_stream(error: InvalidInput, start: int) -> InvalidInput:

@@ -1,8 +1,9 @@
 """Embeddings whose gender and stereotype directions are known, because they were put there.
 
-e = norm(common + sum_j z_j d_j + noise) with orthonormal rows d_j. Rows 0 and 1 carry gender (one a gender), row 2
-carries a stereotype (as does row 6): they fire with the professions that are drawn as men, whoever is in the picture. Rows 3 to 5
-fire on everybody alike: a constant shift of the score when they are removed. The others say what the picture shows.
+e = norm(sum_j z_j d_j + noise) with rows d_j, orthonormal but for those that lean on the gender axis. Rows 0 and 1
+carry gender (one a gender). Rows 2 and 6 carry a stereotype: they fire with the professions that are drawn as men,
+whoever is in the picture. Rows 3 to 5 fire on everybody alike: a constant shift of the score when they are removed.
+The others say what the picture shows.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
-from services.bias import MAN, UNGENDERED, WOMAN, AuditSettings, Cases, Side
-from services.dictionaries.base import Modality
+from services.bias.ablation import Side
+from services.bias.audit import AuditSettings
+from services.bias.cases import MAN, UNGENDERED, WOMAN, Cases
+from services.modalities import Modality
 
 D, N_FEATURES = 128, 120
 WOMAN_FEATURE, MAN_FEATURE, STEREOTYPE, CONSTANT = 0, 1, (2, 6), (3, 4, 5)

@@ -5,20 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from services.bias import (
-    UNGENDERED,
-    WOMAN,
-    Leace,
-    Mode,
-    Plan,
-    Verdict,
-    associate,
-    audit,
-    gender_scores,
-    rank_by_association,
-)
-from services.bias.audit import audit_scores
-from services.dictionaries.base import Modality
+from services.bias.ablation import Mode
+from services.bias.associate import associate
+from services.bias.association import rank_by_association
+from services.bias.audit import Verdict, audit, audit_scores
+from services.bias.cases import UNGENDERED, WOMAN
+from services.bias.gender import gender_scores
+from services.bias.leace import Leace
+from services.bias.plan import Plan
+from services.modalities import Modality
 from tests.services.bias.planted import (
     CONSTANT,
     MAN_FEATURE,

@@ -1,0 +1,81 @@
+"""Computes audits where the dictionaries are: in the encoder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deployments.audit_request import AuditRequest
+from deployments.batching import DeadlineExpired
+from services.bias.ablation import Mode, Side
+from services.bias.audit import Audit, AuditSettings, audit
+from services.bias.cases import Cases
+from services.bias.plan import Plan
+from services.dictionaries.base import Dictionary, Modality, SparseRow
+from services.modality.scores import stack_rows
+
+
+def run_audit(
+    request: AuditRequest, dictionary: Dictionary, cancelled: Callable[[], bool]
+) -> tuple[Audit, ...]:
+    """Audit every ablation of `request`.
+
+    Parameters
+    ----------
+    request
+        Items and ablations.
+    dictionary
+        The one that the request names.
+    cancelled
+        Whether the caller has gone.
+
+    Raises
+    ------
+    NotEnoughItems
+        With fewer than two items of either gender.
+    DeadlineExpired
+        When the deadline passes, or the caller goes, before it is done.
+    """
+    end = None if request.remaining_s is None else time.monotonic() + request.remaining_s
+
+    def check() -> None:
+        if cancelled() or (end is not None and time.monotonic() >= end):
+            raise DeadlineExpired
+
+    with torch.inference_mode():
+        sides = {
+            modality: Side(dictionary.decoder_rows(modality).numpy(), request.means[modality])
+            for modality in Modality
+        }
+    cases = Cases(
+        request.unit,
+        stack_rows([SparseRow(row.indices, row.values) for row in request.features], dictionary.n_features),
+        request.is_text,
+        request.gender,
+        np.array(request.profession),
+        cluster_numbers(request.cluster),
+    )
+    settings = AuditSettings(
+        request.logit_scale, request.bootstrap_samples, request.null_sets, request.min_group, request.seed
+    )
+    audits = []
+    for mode, features in request.plans:
+        check()
+        plan = (
+            Plan(Mode.LEACE, request.leace)
+            if features is None
+            else Plan.of_features(sides, features, Mode(mode))
+        )
+        audits.append(audit(cases, request.direction, sides, plan, settings, check))
+    return tuple(audits)
+
+
+def cluster_numbers(names: tuple[str, ...]) -> NDArray[np.int64]:
+    """Return one number an item, the same for items of one cluster."""
+    numbers: dict[object, int] = {}
+    # An item without a cluster gets a key that no name can be.
+    return np.array([numbers.setdefault(name or i, len(numbers)) for i, name in enumerate(names)], np.int64)
