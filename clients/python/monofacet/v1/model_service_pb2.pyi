@@ -187,6 +187,74 @@ class Runtime(_message.Message):
 Global___Runtime: _TypeAlias = Runtime  # noqa: Y015
 
 @_typing.final
+class Pipeline(_message.Message):
+    """The text-to-image pipeline."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    MAX_HEIGHT_FIELD_NUMBER: _builtins.int
+    MAX_WIDTH_FIELD_NUMBER: _builtins.int
+    NUM_INFERENCE_STEPS_FIELD_NUMBER: _builtins.int
+    MAX_INFERENCE_STEPS_FIELD_NUMBER: _builtins.int
+    GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FROM_PROMPT_FIELD_NUMBER: _builtins.int
+    TAKES_IMAGE_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """Its class in diffusers: `StableDiffusionPipeline` or `StableUnCLIPImg2ImgPipeline`."""
+    height: _builtins.int
+    """Default size of an image, pixels."""
+    width: _builtins.int
+    """Default size of an image, pixels."""
+    max_height: _builtins.int
+    """Largest size of an image, pixels."""
+    max_width: _builtins.int
+    """Largest size of an image, pixels."""
+    num_inference_steps: _builtins.int
+    """Default number of denoising steps."""
+    max_inference_steps: _builtins.int
+    """Largest number of denoising steps."""
+    guidance_scale: _builtins.float
+    """Default scale of classifier-free guidance; 1 is none."""
+    embedding_from_prompt: _builtins.bool
+    """Whether the prompt's own text embedding conditions an image that has no reference picture."""
+    takes_image: _builtins.bool
+    """Whether it takes reference pictures."""
+    ready: _builtins.bool
+    """Whether it is loaded and warm; the fields before this one are known earlier, but for the paths."""
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ways to steer it, its own first: `embedding`, `prompt`. Empty: its images cannot be steered."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        paths: _abc.Iterable[_builtins.str] | None = ...,
+        height: _builtins.int = ...,
+        width: _builtins.int = ...,
+        max_height: _builtins.int = ...,
+        max_width: _builtins.int = ...,
+        num_inference_steps: _builtins.int = ...,
+        max_inference_steps: _builtins.int = ...,
+        guidance_scale: _builtins.float = ...,
+        embedding_from_prompt: _builtins.bool = ...,
+        takes_image: _builtins.bool = ...,
+        ready: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding_from_prompt", b"embedding_from_prompt", "guidance_scale", b"guidance_scale", "height", b"height", "kind", b"kind", "max_height", b"max_height", "max_inference_steps", b"max_inference_steps", "max_width", b"max_width", "num_inference_steps", b"num_inference_steps", "paths", b"paths", "ready", b"ready", "takes_image", b"takes_image", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pipeline: _TypeAlias = Pipeline  # noqa: Y015
+
+@_typing.final
 class Limits(_message.Message):
     """Every limit of the server. A request past one is refused; these are the values in force, never above the contract's."""
 
@@ -208,6 +276,8 @@ class Limits(_message.Message):
     MIN_IMAGE_SIDE_FIELD_NUMBER: _builtins.int
     MAX_IMAGE_ASPECT_RATIO_FIELD_NUMBER: _builtins.int
     MAX_AUDIT_ITEMS_FIELD_NUMBER: _builtins.int
+    MAX_IMAGES_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_IMAGES_FIELD_NUMBER: _builtins.int
     max_inputs: _builtins.int
     """Inputs in an Encode or ClassifyModality request."""
     max_request_bytes: _builtins.int
@@ -236,6 +306,10 @@ class Limits(_message.Message):
     """The longer side of one image is at most this many times the shorter one."""
     max_audit_items: _builtins.int
     """Items of one AuditGender call."""
+    max_images: _builtins.int
+    """Images of one Generate call, their unsteered twins counted. At least 1."""
+    max_queued_images: _builtins.int
+    """Images that may wait for the generator; one more is refused. At least 1."""
     @_builtins.property
     def image_formats(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Image formats that are read: `PNG`, `JPEG`, `WEBP`."""
@@ -263,10 +337,12 @@ class Limits(_message.Message):
         min_image_side: _builtins.int = ...,
         max_image_aspect_ratio: _builtins.int = ...,
         max_audit_items: _builtins.int = ...,
+        max_images: _builtins.int = ...,
+        max_queued_images: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["max_call_duration", b"max_call_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_formats", b"image_formats", "max_audit_items", b"max_audit_items", "max_call_duration", b"max_call_duration", "max_concurrent_calls", b"max_concurrent_calls", "max_image_aspect_ratio", b"max_image_aspect_ratio", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_inputs", b"max_inputs", "max_page_size", b"max_page_size", "max_queued_inputs", b"max_queued_inputs", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_score_pairs", b"max_score_pairs", "max_stream_in_flight", b"max_stream_in_flight", "max_text_bytes", b"max_text_bytes", "min_image_side", b"min_image_side"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["image_formats", b"image_formats", "max_audit_items", b"max_audit_items", "max_call_duration", b"max_call_duration", "max_concurrent_calls", b"max_concurrent_calls", "max_image_aspect_ratio", b"max_image_aspect_ratio", "max_image_bytes", b"max_image_bytes", "max_image_pixels", b"max_image_pixels", "max_images", b"max_images", "max_inputs", b"max_inputs", "max_page_size", b"max_page_size", "max_queued_images", b"max_queued_images", "max_queued_inputs", b"max_queued_inputs", "max_request_bytes", b"max_request_bytes", "max_response_bytes", b"max_response_bytes", "max_score_pairs", b"max_score_pairs", "max_stream_in_flight", b"max_stream_in_flight", "max_text_bytes", b"max_text_bytes", "min_image_side", b"min_image_side"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -339,6 +415,7 @@ class Model(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    PIPELINE_FIELD_NUMBER: _builtins.int
     bundle: _builtins.str
     """Its id, as `name@hash`."""
     name: _builtins.str
@@ -375,6 +452,10 @@ class Model(_message.Message):
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelFile]:
         """Its files, by path. Only in GetModel."""
 
+    @_builtins.property
+    def pipeline(self) -> Global___Pipeline:
+        """The text-to-image pipeline. Not set: the bundle has none."""
+
     def __init__(
         self,
         *,
@@ -389,10 +470,11 @@ class Model(_message.Message):
         limits: Global___Limits | None = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         files: _abc.Iterable[Global___ModelFile] | None = ...,
+        pipeline: Global___Pipeline | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "runtime", b"runtime", "tower", b"tower"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "pipeline", b"pipeline", "runtime", b"runtime", "tower", b"tower"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "description", b"description", "dictionaries", b"dictionaries", "files", b"files", "licences", b"licences", "limits", b"limits", "metrics", b"metrics", "name", b"name", "runtime", b"runtime", "sha256", b"sha256", "tower", b"tower"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "description", b"description", "dictionaries", b"dictionaries", "files", b"files", "licences", b"licences", "limits", b"limits", "metrics", b"metrics", "name", b"name", "pipeline", b"pipeline", "runtime", b"runtime", "sha256", b"sha256", "tower", b"tower"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
