@@ -1,0 +1,150 @@
+"""How two pictures differ in colour, texture, structure and to an eye; how two sets of pictures differ.
+
+All take uint8 arrays [n, H, W, 3]. The network behind texture, perceptual distance and KID is EfficientNet-Lite0 with
+its ImageNet weights, which come as a package: LPIPS and InceptionV3 do not. Figures compare within this project, not
+with published KIDs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from training.judge import Backbone, as_batch
+
+Pixels = np.ndarray
+Row = Float[np.ndarray, " n"]
+
+# sRGB (D65) to XYZ, and the white it is relative to: IEC 61966-2-1.
+XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
+WHITE = np.array([0.95047, 1.0, 1.08883])
+# Blocks of EfficientNet-Lite0 at a half, a quarter and an eighth of the side.
+TAPS = (0, 2, 4)
+
+
+def lab(pixels: Pixels) -> Float[np.ndarray, "n h w 3"]:
+    """Return CIE L*a*b* of sRGB pixels, float64; L* from 0 to 100."""
+    value = pixels / 255.0
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    t = linear @ XYZ.T / WHITE
+    f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack(
+        [116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1
+    )
+
+
+def colour_distance(a: Pixels, b: Pixels) -> Row:
+    """Return the earth mover's distance of the L*, a* and b* histograms, summed over the three; Lab units.
+
+    In one dimension it is the mean distance of the sorted values, so no bins are needed.
+    """
+    x, y = (np.sort(lab(p).reshape(len(p), -1, 3), axis=1) for p in (a, b))
+    return np.abs(x - y).mean(1).sum(1)
+
+
+def structure_distance(a: Pixels, b: Pixels) -> Row:
+    """Return 1 - the correlation of gradient magnitudes of luminance: where edges are, whatever their colour."""
+    edges = []
+    for pixels in (a, b):
+        light = lab(pixels)[..., 0]
+        gy, gx = np.gradient(light, axis=(1, 2))
+        flat = np.hypot(gx, gy).reshape(len(pixels), -1)
+        flat -= flat.mean(1, keepdims=True)
+        edges.append(flat / np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-9))
+    return 1 - (edges[0] * edges[1]).sum(1)
+
+
+class Eye:
+    """Texture and perceptual distances by a network's early feature maps."""
+
+    def __init__(self) -> None:
+        self.backbone = Backbone()
+
+    @torch.inference_mode()
+    def maps(self, pixels: Pixels) -> list[Tensor]:
+        """Return the feature maps at `TAPS`, each float32 [n, c, h, w]."""
+        model = self.backbone.model
+        x = model._swish(model._bn0(model._conv_stem(self.backbone.prepare(as_batch(pixels)))))
+        found = []
+        for i, block in enumerate(model._blocks[: TAPS[-1] + 1]):
+            x = block(x)
+            if i in TAPS:
+                found.append(x)
+        return found
+
+    def distances(self, a: Pixels, b: Pixels, batch: int = 64) -> tuple[Row, Row]:
+        """Return texture and perceptual distances.
+
+        Texture: relative distance of Gram matrices (Gatys et al., 2016), mean over maps. Perceptual: squared distance
+        of maps at unit length in each position (Zhang et al., 2018, without their learnt weights), summed over maps.
+        """
+        texture, perceptual = [], []
+        for start in range(0, len(a), batch):
+            pairs = list(zip(*(self.maps(p[start : start + batch]) for p in (a, b)), strict=True))
+            grams = [[torch.einsum("nchw,ndhw->ncd", m, m).flatten(1) for m in pair] for pair in pairs]
+            texture.append(
+                torch.stack([(x - y).norm(dim=1) / (x.norm(dim=1) + y.norm(dim=1)) for x, y in grams]).mean(0)
+            )
+            units = [[F.normalize(m, dim=1) for m in pair] for pair in pairs]
+            perceptual.append(torch.stack([(x - y).square().sum(1).mean((1, 2)) for x, y in units]).sum(0))
+        return torch.cat(texture).numpy(), torch.cat(perceptual).numpy()
+
+    def features(self, pixels: Pixels) -> Float[np.ndarray, "n 1280"]:
+        """Return pooled features of the last map, for distances between sets."""
+        return self.backbone.pooled(as_batch(pixels)).numpy()
+
+
+@dataclass(frozen=True)
+class Kid:
+    """Kernel inception distance, times 1,000, with its 95% bootstrap interval over pictures of both sets."""
+
+    value: float
+    low: float
+    high: float
+
+
+def kid(a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"], resamples: int = 200, seed: int = 0) -> Kid:
+    """Return the unbiased squared MMD of two sets of features under the kernel (x.y / d + 1)^3.
+
+    Binkowski et al. (2018), equation 4. Features are scaled to unit mean square first, as the kernel expects of
+    InceptionV3's. A resample's repeated pictures would count as equal pairs, so pairs of one picture are left out.
+    """
+    scale = np.sqrt(np.square(np.concatenate([a, b])).mean())
+    x, y = a.astype(np.float64) / scale, b.astype(np.float64) / scale
+    d = x.shape[1]
+    kxx, kyy, kxy = ((p @ q.T / d + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+    np.fill_diagonal(kxx, 0.0)
+    np.fill_diagonal(kyy, 0.0)
+    rng = np.random.default_rng(seed)
+
+    def mmd(u: np.ndarray, v: np.ndarray) -> float:
+        within = [w @ k @ w / (w.sum() ** 2 - np.square(w).sum()) for w, k in ((u, kxx), (v, kyy))]
+        return float(sum(within) - 2 * (u @ kxy @ v) / (u.sum() * v.sum()))
+
+    draws = [
+        mmd(*(rng.multinomial(n, np.full(n, 1 / n)).astype(float) for n in (len(x), len(y))))
+        for _ in range(resamples)
+    ]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Kid(1000 * mmd(np.ones(len(x)), np.ones(len(y))), 1000 * float(low), 1000 * float(high))
+
+
+def nearest(queries: Float[np.ndarray, "n d"], known: Float[np.ndarray, "m d"]) -> tuple[Row, np.ndarray]:
+    """Return the cosine distance to the nearest known row, and which one it is.
+
+    Parameters
+    ----------
+    queries, known : np.ndarray
+        Features, of any length.
+    """
+    centre = known.mean(0)
+    q, k = ((f - centre) / np.linalg.norm(f - centre, axis=1, keepdims=True) for f in (queries, known))
+    similarity = q @ k.T
+    return 1 - similarity.max(1), similarity.argmax(1)
