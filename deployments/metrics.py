@@ -96,6 +96,7 @@ BATCH_SIZE = Row(Histogram, "monofacet_batch_size", "Items of one forward.", ("d
 GENERATION_STEPS = Row(
     Counter, "monofacet_generation_steps_total", "Denoising steps done, counted once an image."
 )
+VERDICTS = ("clean", "adversarial")
 ADVERSARIAL = Row(
     Counter, "monofacet_adversarial_total", "Images that FilterAdversarial judged, by verdict.", ("verdict",)
 )
@@ -162,6 +163,9 @@ class Metrics:
         self.batch_size = BATCH_SIZE.make(r)
         self.generation_steps = GENERATION_STEPS.make(r)
         self.adversarial = ADVERSARIAL.make(r)
+        for verdict in VERDICTS:
+            # Prometheus sees no growth in a series whose first sample is not zero.
+            self.adversarial.labels(verdict)
         self.model_info = MODEL_INFO.make(r)
         self.serving = SERVING.make(r)
         self.draining = DRAINING.make(r)
