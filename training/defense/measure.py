@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 RESAMPLES = 1_000
 
@@ -24,12 +24,15 @@ def mean(values: np.ndarray, seed: int = 0) -> Figure:
 def auroc(clean: Float[np.ndarray, " c"], attacked: Float[np.ndarray, " a"], seed: int = 0) -> Figure:
     """Return the probability that an attacked image scores over a clean one."""
     rng = np.random.default_rng(seed)
-    truth = np.r_[np.zeros(len(clean)), np.ones(len(attacked))]
-    draws = [
-        roc_auc_score(truth, np.r_[rng.choice(clean, len(clean)), rng.choice(attacked, len(attacked))])
-        for _ in range(200)
-    ]
-    return _figure(roc_auc_score(truth, np.r_[clean, attacked]), np.array(draws))
+    draws = [_wins(rng.choice(clean, len(clean)), rng.choice(attacked, len(attacked))) for _ in range(200)]
+    return _figure(_wins(clean, attacked), np.array(draws))
+
+
+def _wins(clean: np.ndarray, attacked: np.ndarray) -> float:
+    """Return the Mann-Whitney statistic as a share: ties count half."""
+    ranks = rankdata(np.r_[clean, attacked])[len(clean) :]
+    count = len(attacked)
+    return float((ranks.sum() - count * (count + 1) / 2) / (len(clean) * count))
 
 
 def _figure(value: float, draws: np.ndarray) -> Figure:
