@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -49,6 +49,10 @@ class Model(Protocol):
         """Return unit embeddings (batch, d) and norms (batch,)."""
         ...
 
+    def smooth(self, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Return images of a batch smoothed, for a second look, and how noisy each is, shape (batch,)."""
+        ...
+
     def info(self) -> EncoderInfo:
         """Describe the towers and what they run on."""
         ...
@@ -68,6 +72,7 @@ class _Prepared:
     array: NDArray[Any]
     dictionary: str | None
     max_features: int | None
+    looks: int
 
 
 # What becomes of an item before it is queued.
@@ -79,6 +84,8 @@ class _Row:
     unit: NDArray[np.float32]
     norm: np.float32
     features: Features | None
+    noise: float = 0.0
+    twin: _Row | None = None
 
 
 def strongest(row: SparseRow, limit: int | None) -> Features:
@@ -91,6 +98,19 @@ def ascending(row: Features) -> SparseRow:
     """Return the active features of one input by feature id, as sparse matrices want them."""
     order = np.argsort(row.indices)
     return SparseRow(row.indices[order], row.values[order])
+
+
+def encoded(rows: Sequence[_Row], queue_s: float, inference_s: float, looks: int) -> Encoded:
+    """Return the answer that `rows`, one an item, make up."""
+    return Encoded(
+        np.stack([row.unit for row in rows]),
+        np.array([row.norm for row in rows], np.float32),
+        tuple(row.features for row in rows if row.features is not None),
+        queue_s,
+        inference_s,
+        np.array([row.noise for row in rows] if looks else [], np.float32),
+        encoded([row.twin or row for row in rows], 0.0, 0.0, 0) if looks > 1 else None,
+    )
 
 
 def group_numbers(names: Sequence[str]) -> NDArray[np.int64] | None:
@@ -228,14 +248,8 @@ class Encoder:
         except Exception:  # one caller's failure must not fail the others of the message
             log.exception("a batch failed")
             return EncoderFailed("the encoder failed")
-        rows = outcome.results
-        return Encoded(
-            np.stack([row.unit for row in rows]),
-            np.array([row.norm for row in rows], np.float32),
-            tuple(row.features for row in rows if row.features is not None),
-            outcome.queue_s,
-            decode_s + outcome.run_s,
-        )
+        looks = max((item.looks for item in good), default=0)
+        return encoded(outcome.results, outcome.queue_s, decode_s + outcome.run_s, looks)
 
     async def _prepare(
         self, works: Sequence[Work], deadlines: Sequence[float | None]
@@ -272,7 +286,7 @@ class Encoder:
             log.exception("an item cannot be decoded")
             return EncoderFailed("the encoder failed")
         modality = Modality.TEXT if is_text else Modality.IMAGE
-        return _Prepared(modality, array, work.dictionary, work.max_features)
+        return _Prepared(modality, array, work.dictionary, work.max_features, 0 if is_text else work.looks)
 
     async def _run(self, items: list[_Prepared]) -> list[_Row]:
         return await asyncio.get_running_loop().run_in_executor(self._forward_thread, self._forward, items)
@@ -285,13 +299,35 @@ class Encoder:
             if not chosen:
                 continue
             batch = np.stack([items[i].array for i in chosen])
-            run = self._model.encode_images if modality is Modality.IMAGE else self._model.encode_texts
-            unit, norm = run(batch)
-            features = self._features([items[i] for i in chosen], unit, modality)
-            for row, i in enumerate(chosen):
-                rows[i] = _Row(unit[row], norm[row], features[row])
+            encoded_rows = self._rows([items[i] for i in chosen], batch, modality)
+            if modality is Modality.IMAGE:
+                encoded_rows = self._look_again([items[i] for i in chosen], batch, encoded_rows)
+            for i, row in zip(chosen, encoded_rows, strict=True):
+                rows[i] = row
         self._records.append(BatchRecord(len(items), time.perf_counter() - started))
         return [row for row in rows if row is not None]
+
+    def _rows(self, items: Sequence[_Prepared], batch: NDArray[Any], modality: Modality) -> list[_Row]:
+        run = self._model.encode_images if modality is Modality.IMAGE else self._model.encode_texts
+        unit, norm = run(batch)
+        return list(map(_Row, unit, norm, self._features(items, unit, modality)))
+
+    def _look_again(self, items: Sequence[_Prepared], batch: NDArray[Any], rows: list[_Row]) -> list[_Row]:
+        """Add the noise, and the twin, of the images that are to be looked at again."""
+        looked = [i for i, item in enumerate(items) if item.looks]
+        if not looked:
+            return rows
+        smoothed, noise = self._model.smooth(batch[looked])
+        rows = list(rows)
+        for i, level in zip(looked, noise, strict=True):
+            rows[i] = replace(rows[i], noise=float(level))
+        twice = [k for k, i in enumerate(looked) if items[i].looks > 1]
+        if twice:
+            again = [looked[k] for k in twice]
+            twins = self._rows([items[i] for i in again], smoothed[twice], Modality.IMAGE)
+            for i, twin in zip(again, twins, strict=True):
+                rows[i] = replace(rows[i], twin=twin)
+        return rows
 
     def _features(
         self, items: Sequence[_Prepared], unit: NDArray[np.float32], modality: Modality

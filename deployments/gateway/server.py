@@ -12,6 +12,8 @@ from grpc_reflection.v1alpha import reflection
 from monofacet.v1 import (
     bias_service_pb2,
     bias_service_pb2_grpc,
+    defense_service_pb2,
+    defense_service_pb2_grpc,
     feature_service_pb2,
     feature_service_pb2_grpc,
     modality_service_pb2,
@@ -37,6 +39,7 @@ from deployments.gateway.interceptors.traces import encoder_spans, start_tracing
 from deployments.gateway.interceptors.validation import validation_layer
 from deployments.gateway.late import LateServices
 from deployments.gateway.servicers.bias import BiasServicer, RunAudit
+from deployments.gateway.servicers.defense import DefenseServicer
 from deployments.gateway.servicers.feature import FeatureServicer
 from deployments.gateway.servicers.modality import ModalityServicer, Score
 from deployments.gateway.servicers.model import ModelServicer
@@ -53,6 +56,7 @@ DESCRIPTORS = tuple(
         (feature_service_pb2, "FeatureService"),
         (modality_service_pb2, "ModalityService"),
         (bias_service_pb2, "BiasService"),
+        (defense_service_pb2, "DefenseService"),
         (model_service_pb2, "ModelService"),
     )
 )
@@ -214,6 +218,10 @@ class GatewayServer:
                 settings,
                 metrics,
             ),
+            self._services,
+        )
+        defense_service_pb2_grpc.add_DefenseServiceServicer_to_server(
+            DefenseServicer(encoder, catalogue, decoders, info.logit_scale, settings, metrics),
             self._services,
         )
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(
