@@ -2,7 +2,7 @@
 
 It knows nothing of models. It adds no wait, so a lone caller pays nothing for it; under load the running
 batch is the wait, and batches grow by themselves. Work whose caller has gone, or whose deadline passed,
-is dropped before it runs. A ticket is what one caller submitted: one item or hundreds, and tickets share
+is dropped before it runs. A ticket is what one caller submitted: one item or hundreds, and callers share
 batches item by item.
 """
 
@@ -56,6 +56,7 @@ class _Ticket(Generic[Item, Result]):
     done: asyncio.Future[None]
     deadline: float | None
     submitted: float
+    caller: object
     next: int = 0
     unfinished: int = 0
     started: float | None = None
@@ -116,7 +117,9 @@ class GreedyBatcher(Generic[Item, Result]):
         """Weight of the items that wait."""
         return self._queued
 
-    async def submit(self, items: Sequence[Item], *, deadline: float | None = None) -> Outcome[Result]:
+    async def submit(
+        self, items: Sequence[Item], *, deadline: float | None = None, caller: object = None
+    ) -> Outcome[Result]:
         """Queue the items of one caller and wait for their results.
 
         Cancelling the caller abandons what has not started yet.
@@ -127,6 +130,9 @@ class GreedyBatcher(Generic[Item, Result]):
             At least one item.
         deadline
             Time of the event loop's clock (`loop.time()`, seconds) after which no item may start.
+        caller
+            Whose it is, where one caller submits many tickets, as a stream does; tickets without one are each
+            a caller of their own.
 
         Raises
         ------
@@ -149,7 +155,13 @@ class GreedyBatcher(Generic[Item, Result]):
             if self._queued and self._queued + weight > self._max_queued:
                 raise QueueFull
         ticket: _Ticket[Item, Result] = _Ticket(
-            items, [None] * len(items), loop.create_future(), deadline, loop.time(), unfinished=len(items)
+            items,
+            [None] * len(items),
+            loop.create_future(),
+            deadline,
+            loop.time(),
+            caller if caller is not None else object(),
+            unfinished=len(items),
         )
         self._tickets.append(ticket)
         self._queued += weight
@@ -201,14 +213,18 @@ class GreedyBatcher(Generic[Item, Result]):
                 task.cancel()
 
     def _next_batch(self, now: float) -> _Batch[Item, Result]:
-        """Fill a batch: half of it one item a ticket, oldest first, the rest in order of arrival.
+        """Fill a batch: half of it one item a caller, oldest first, the rest in order of arrival.
 
-        The first half keeps a ticket of hundreds from holding back single items; the second half finishes
+        The first half keeps a caller of hundreds from holding back single items; the second half finishes
         tickets one after another, so that callers do not all wait for the same moment.
         """
         self._prune(now)
         batch: _Batch[Item, Result] = _Batch()
+        callers: set[object] = set()
         for ticket in list(self._tickets):
+            if ticket.caller in callers:
+                continue
+            callers.add(ticket.caller)
             if batch.weight * 2 >= self._max_batch or not self._take(batch, ticket):
                 break
         for ticket in list(self._tickets):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,18 @@ class _Prepared:
 
 
 # What becomes of an item before it is queued.
-_Decoded = _Prepared | InvalidInput | EncoderFailed | DeadlineExpired
+_Failed = EncoderFailed | DeadlineExpired | QueueFull
+_Decoded = _Prepared | InvalidInput | _Failed
+# Items that one thread decodes in one go: few, so that a large message does not hold back the next one's.
+_DECODED_TOGETHER = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Undecoded:
+    """One item of a work, on its way to be decoded."""
+
+    work: Work
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +153,18 @@ class Encoder:
         self._model = model
         self._dictionaries = dictionaries
         self._records: list[BatchRecord] = []
+        self._name = secrets.token_hex(8)
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         # One thread: two forwards at once would only share the same cores.
         self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="forward")
         # One thread here too: it bounds the dense activations in memory to those of one call.
         self._score_thread = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._decoding: GreedyBatcher[_Undecoded, _Decoded] = GreedyBatcher(
+            self._decode_some,
+            max_batch=_DECODED_TOGETHER,
+            max_queued=settings.max_queued_items,
+            concurrency=settings.decode_threads,
+        )
         self._batcher: GreedyBatcher[_Prepared, _Row] = GreedyBatcher(
             self._run, max_batch=settings.max_batch_items, max_queued=settings.max_queued_items
         )
@@ -174,12 +193,12 @@ class Encoder:
         decode_s = time.perf_counter() - started
         answers = await asyncio.gather(
             *(
-                self._answer(items, deadline, decode_s)
-                for items, deadline in zip(prepared, deadlines, strict=True)
+                self._answer(items, deadline, decode_s, work.stream)
+                for items, deadline, work in zip(prepared, deadlines, works, strict=True)
             ),
         )
         records, self._records = tuple(self._records), []
-        return Reply(tuple(answers), records)
+        return Reply(tuple(answers), records, self._name)
 
     async def score(
         self, request: ScoreRequest | AuditRequest
@@ -231,18 +250,18 @@ class Encoder:
         self._model.close()
 
     async def _answer(
-        self, items: Sequence[_Decoded], deadline: float | None, decode_s: float
+        self, items: Sequence[_Decoded], deadline: float | None, decode_s: float, stream: str
     ) -> Encoded | Exception:
         """Run the items of one work; nothing runs if one is bad, and the error names all that are."""
         bad = [item for item in items if isinstance(item, InvalidInput)]
-        failed = next((item for item in items if isinstance(item, EncoderFailed | DeadlineExpired)), None)
+        failed = next((item for item in items if isinstance(item, _Failed)), None)
         if failed is not None:
             return failed
         if bad:
             return InvalidInput.gather(bad)
         good = [item for item in items if isinstance(item, _Prepared)]
         try:
-            outcome = await self._batcher.submit(good, deadline=deadline)
+            outcome = await self._batcher.submit(good, deadline=deadline, caller=stream or None)
         except (QueueFull, DeadlineExpired) as error:
             return error
         except Exception:  # one caller's failure must not fail the others of the message
@@ -254,30 +273,27 @@ class Encoder:
     async def _prepare(
         self, works: Sequence[Work], deadlines: Sequence[float | None]
     ) -> list[list[_Decoded]]:
-        """Decode every item of every work, in as many jobs as there are threads."""
-        loop = asyncio.get_running_loop()
-        places = [(w, i) for w, work in enumerate(works) for i in range(len(work.items))]
-        share = -(-len(places) // self._settings.decode_threads)
+        """Decode every item of every work; works of all messages share the threads item by item."""
 
-        def part(chosen: Sequence[tuple[int, int]]) -> list[_Decoded]:
-            return [self._decode(works[w], i, deadlines[w], loop.time()) for w, i in chosen]
+        async def one(work: Work, deadline: float | None) -> list[_Decoded]:
+            items = [_Undecoded(work, index) for index in range(len(work.items))]
+            try:
+                decoding = self._decoding.submit(items, deadline=deadline, caller=work.stream or None)
+                return (await decoding).results
+            except (QueueFull, DeadlineExpired) as error:
+                return [error]
 
-        parts = await asyncio.gather(
-            *(
-                loop.run_in_executor(self._decoders, part, places[start : start + share])
-                for start in range(0, len(places), share)
-            )
-        )
-        prepared: list[list[_Decoded]] = [[] for _ in works]
-        for (w, _), item in zip(places, (item for done in parts for item in done), strict=True):
-            prepared[w].append(item)
-        return prepared
+        return list(await asyncio.gather(*map(one, works, deadlines)))
 
-    def _decode(self, work: Work, index: int, deadline: float | None, now: float) -> _Decoded:
+    async def _decode_some(self, items: Sequence[_Undecoded]) -> list[_Decoded]:
+        def run() -> list[_Decoded]:
+            return [self._decode(item.work, item.index) for item in items]
+
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, run)
+
+    def _decode(self, work: Work, index: int) -> _Decoded:
         item = work.items[index]
         is_text = isinstance(item, str)
-        if deadline is not None and now >= deadline:
-            return DeadlineExpired()
         try:
             array = self._model.prepare(item, work.truncate_text)
         except InvalidInput as error:

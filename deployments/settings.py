@@ -191,14 +191,15 @@ class Settings(BaseSettings):
     max_queued_items: int = Field(
         1_024,
         ge=1,
-        description="Items waiting for the encoder; one more is refused at once, since an answer that comes "
-        "after its deadline helps nobody.",
+        description="Items at the encoder, waiting or running; one more is refused at once. Bounds memory; of "
+        "it streams, which can be made to wait, take at most half.",
     )
     max_queue_s: float = Field(
-        0.25,
+        0.5,
         gt=0,
         description="Seconds that a request may be expected to wait for the work before it, by the speed of "
-        "the last batches; one that would wait longer is refused at once.",
+        "the last batches; one that would wait longer is refused at once. What fits one forward is never "
+        "refused, nor is a request that waits for three times its own work.",
     )
     retry_after_s: float = Field(
         0.5, gt=0, description="Seconds that RetryInfo asks a refused caller to wait."

@@ -29,6 +29,9 @@ class Work:
     looks
         0 to encode the images. 1 to tell their noise, too, which is cheap. 2 to encode them smoothed besides, for a
         second forward.
+    stream
+        Name of the stream that the work is an item of; empty for a call of its own. All items of a stream share
+        one caller's part of the model.
     """
 
     items: tuple[bytes | str, ...]
@@ -36,6 +39,7 @@ class Work:
     max_features: int | None = None
     truncate_text: bool = False
     looks: int = 0
+    stream: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from deployments.batching import DeadlineExpired, GreedyBatcher, QueueFull
+from deployments.gateway.backlog import Backlog
+from deployments.gateway.errors import EncoderUnavailable
 from deployments.metrics import Metrics
 from deployments.settings import Settings
 from deployments.work import Encoded, Reply, Work
@@ -43,6 +45,8 @@ class EncoderClient:
         Label of the inference metric.
     traced
         Called with the seconds waited and the seconds computed of every answer.
+    alive
+        Whether any encoder is left; while none is, what cannot wait is told so.
     """
 
     def __init__(
@@ -52,18 +56,25 @@ class EncoderClient:
         metrics: Metrics,
         backend: str,
         traced: Callable[[float, float], None] = lambda _, __: None,
+        alive: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._alive = alive
         self._traced = traced
         self._send = send
         self._settings = settings
         self._metrics = metrics
         self._backend = backend
-        self._direct_items = 0
+        self._backlog = Backlog(
+            settings.max_queued_items,
+            settings.max_queue_s,
+            settings.max_batch_items,
+        )
         self._heard: dict[str, float] = {}
         self._gathered: GreedyBatcher[_Waiting, Encoded | Exception] = GreedyBatcher(
             self._send_all,
             max_batch=settings.coalesce_items,
-            max_queued=settings.max_queued_items,
+            # The backlog is the bound.
+            max_queued=2 * settings.max_queued_items,
             concurrency=settings.messages_in_flight,
             weigh=lambda waiting: len(waiting.work.items),
             cancel_abandoned=True,
@@ -83,16 +94,33 @@ class EncoderClient:
         ------
         InvalidInput
             With field paths that start at the item: `[2].image.data`.
-        QueueFull, DeadlineExpired
+        QueueFull
+            At once, when the request would wait too long.
+        EncoderUnavailable
+            As QueueFull, while no encoder is left.
+        DeadlineExpired
             As the batcher's.
         """
+        items = len(work.items)
+        try:
+            with self._backlog.admitted(items, work.stream or None):
+                self._metrics.queue_items.labels(DEPLOYMENT).set(self._backlog.items)
+                return await self._encode(work, remaining_s)
+        except QueueFull:
+            if not self._alive():
+                raise EncoderUnavailable("the model is not available; try later") from None
+            raise
+        finally:
+            self._metrics.queue_items.labels(DEPLOYMENT).set(self._backlog.items)
+
+    async def _encode(self, work: Work, remaining_s: float | None) -> Encoded:
         loop = asyncio.get_running_loop()
         deadline = None if remaining_s is None else loop.time() + remaining_s
         waiting = _Waiting(work, deadline)
         if len(work.items) >= self._settings.direct_items:
-            answer, waited = await self._send_alone(waiting), 0.0
+            answer, waited = (await self._send_all([waiting]))[0], 0.0
         else:
-            outcome = await self._gathered.submit([waiting], deadline=deadline)
+            outcome = await self._gathered.submit([waiting], deadline=deadline, caller=work.stream or None)
             answer, waited = outcome.results[0], outcome.queue_s
         if isinstance(answer, Exception):
             raise answer
@@ -101,22 +129,13 @@ class EncoderClient:
         self._traced(queue_s, answer.inference_s)
         return replace(answer, queue_s=queue_s)
 
-    async def _send_alone(self, waiting: _Waiting) -> Encoded | Exception:
-        items = len(waiting.work.items)
-        if self._direct_items and self._direct_items + items > self._settings.max_queued_items:
-            raise QueueFull
-        self._direct_items += items
-        try:
-            return (await self._send_all([waiting]))[0]
-        finally:
-            self._direct_items -= items
-
     def _hear(self, replica: str) -> None:
         """Keep every replica busy: as many messages on their way as there are replicas that answer."""
         now = asyncio.get_running_loop().time()
         self._heard[replica] = now
         self._heard = {name: at for name, at in self._heard.items() if now - at <= _FORGET_S}
         self._gathered.concurrency = self._settings.messages_in_flight * len(self._heard)
+        self._backlog.replicas = len(self._heard)
 
     async def _send_all(self, message: list[_Waiting]) -> list[Encoded | Exception]:
         now = asyncio.get_running_loop().time()
@@ -126,6 +145,7 @@ class EncoderClient:
         reply = await self._send([w.work for w in message], remaining)
         self._hear(reply.replica)
         for record in reply.records:
+            self._backlog.observe(record.items, record.seconds)
             self._metrics.batch_size.labels(DEPLOYMENT).observe(record.items)
             self._metrics.inference_duration.labels(DEPLOYMENT, self._backend).observe(record.seconds)
         return list(reply.answers)

@@ -108,6 +108,7 @@ class GatewayServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
+        self._alive = True
         self._services = LateServices()
         self._server.add_generic_rpc_handlers((self._services,))
         self._health_server: Any = None
@@ -199,7 +200,7 @@ class GatewayServer:
         def traced(queue_s: float, inference_s: float) -> None:
             encoder_spans(self._traces, queue_s, inference_s)
 
-        encoder = EncoderClient(send, settings, metrics, info.backend, traced)
+        encoder = EncoderClient(send, settings, metrics, info.backend, traced, lambda: self._alive)
         decoders = Decoders(catalogue.bundle)
         feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(
             FeatureServicer(encoder, catalogue, settings, metrics), self._services
@@ -240,6 +241,7 @@ class GatewayServer:
 
     async def set_serving(self, serving: bool) -> None:
         """Say SERVING, or NOT_SERVING while no encoder is there; a server that drains keeps NOT_SERVING."""
+        self._alive = serving
         if not self._admission.closed:
             await self._set_health(_SERVING if serving else _NOT_SERVING)
 
@@ -254,6 +256,11 @@ class GatewayServer:
         self._admission.close()
         await self._set_health(_NOT_SERVING)
         await self._health.enter_graceful_shutdown()
+        stopping: asyncio.Task[None] | None = None
+        if self._health_server is not None:
+            # Health has a port of its own, so this one closes at once: open connections are told to go to
+            # another gateway, instead of being refused here until the last call has finished.
+            stopping = asyncio.create_task(self._server.stop(self._settings.drain_s))
         try:
             async with asyncio.timeout(self._settings.drain_s):
                 await self._admission.idle()
@@ -263,7 +270,7 @@ class GatewayServer:
         else:
             finished = True
         # Health stays reachable until here, so that a prober reads NOT_SERVING and not a refused connection.
-        await self._server.stop(1.0)
+        await (stopping or self._server.stop(1.0))
         if self._health_server is not None:
             await self._health_server.stop(None)
         if self._metrics_server is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import urllib.request
 
 import grpc
@@ -27,7 +28,7 @@ async def test_health_is_answered_per_service(open_gateway: Open) -> None:
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(aio.AioRpcError) as caught:
-            await health.Check(health_pb2.HealthCheckRequest(service="monofacet.v1.BiasService"))
+            await health.Check(health_pb2.HealthCheckRequest(service="monofacet.v1.NoSuchService"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
@@ -54,6 +55,32 @@ async def test_draining_says_so_finishes_what_runs_and_refuses_the_rest(open_gat
             await gateway.features.Encode(REQUEST)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         assert error_details(caught.value) == ("DRAINING", [], 0.25)
+        gateway.model.release()
+        assert (await running).norms
+        assert await draining
+
+
+async def test_with_a_health_port_draining_closes_the_other_port_at_once(open_gateway: Open) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    async with (
+        open_gateway(health_port=port) as gateway,
+        aio.insecure_channel(f"127.0.0.1:{port}") as health_channel,
+    ):
+        health = health_pb2_grpc.HealthStub(health_channel)
+        gateway.model.hold()
+        running = asyncio.ensure_future(gateway.features.Encode(REQUEST))
+        await asyncio.to_thread(gateway.model.entered.acquire)
+        draining = asyncio.ensure_future(gateway.server.drain())
+        await asyncio.sleep(0.05)
+        answer = await health.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        # A new call finds no server, so a client with other addresses takes another one.
+        with pytest.raises(aio.AioRpcError) as caught:
+            await gateway.features.Encode(REQUEST)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert not caught.value.trailing_metadata()
         gateway.model.release()
         assert (await running).norms
         assert await draining

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from monofacet.v1 import feature_service_pb2 as pb
@@ -82,7 +84,8 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
             max(1, self._settings.stream_window - 2)
         )
         running: set[asyncio.Task[pb.StreamEncodeResponse]] = set()
-        reader = asyncio.create_task(self._read(request_iterator, context, window, running))
+        stream = secrets.token_hex(8)
+        reader = asyncio.create_task(self._read(request_iterator, context, window, running, stream))
         try:
             while (task := await window.get()) is not None:
                 yield await task
@@ -98,6 +101,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         context: Any,
         window: asyncio.Queue[asyncio.Task[pb.StreamEncodeResponse] | None],
         running: set[asyncio.Task[pb.StreamEncodeResponse]],
+        stream: str,
     ) -> None:
         """Turn requests into running items until the caller is done; the reader's own error comes last."""
         options = pb.EncodeOptions()
@@ -116,7 +120,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
                 elif request.WhichOneof("payload") is None:
                     validate(request)
                 else:
-                    task = asyncio.create_task(self._item(request, options, context))
+                    task = asyncio.create_task(self._item(request, options, context, stream))
                     running.add(task)
                     task.add_done_callback(running.discard)
                     task.add_done_callback(_retrieve)
@@ -129,12 +133,12 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         await window.put(None)
 
     async def _item(
-        self, request: pb.StreamEncodeRequest, options: pb.EncodeOptions, context: Any
+        self, request: pb.StreamEncodeRequest, options: pb.EncodeOptions, context: Any, stream: str
     ) -> pb.StreamEncodeResponse:
         item = request.item
         try:
             validate(item)
-            work = self._work(items_of([item.input]), options, "options")
+            work = replace(self._work(items_of([item.input]), options, "options"), stream=stream)
             check_texts(work.items, self._settings.max_text_bytes)
             encoded = await self._patiently(work, context)
         except InvalidInput as error:
