@@ -6,12 +6,15 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
-from services.errors import InvalidInput, SteeringUnsupported, TextTooLong
-from services.imaging.edits import Path, Steering
+from services.dictionaries.base import Dictionary
+from services.errors import InvalidInput, SteeringUnsupported, TextTooLong, UnknownDictionary
+from services.imaging.edits import FromReference, Path, Steering
 from services.imaging.embedder import Embedder
 from services.imaging.pipeline import STABLE_UNCLIP, Parts
 from services.imaging.prompt_path import hidden_change, steered_hidden_states
@@ -96,17 +99,25 @@ class Conditioner:
         The pipeline.
     embedder : Embedder
         The bundle's towers.
+    dictionaries : mapping of str to Dictionary
+        By name; "" is the default one.
     spaces : mapping of str to FeatureSpace
-        By dictionary name; "" is the default one.
+        Likewise.
     tower_fingerprint : str
         Of the bundle's towers.
     """
 
     def __init__(
-        self, parts: Parts, embedder: Embedder, spaces: Mapping[str, FeatureSpace], tower_fingerprint: str
+        self,
+        parts: Parts,
+        embedder: Embedder,
+        dictionaries: Mapping[str, Dictionary],
+        spaces: Mapping[str, FeatureSpace],
+        tower_fingerprint: str,
     ) -> None:
         self._parts = parts
         self._embedder = embedder
+        self._dictionaries = dictionaries
         self._spaces = spaces
         self._prompts: OrderedDict[str, tuple[Tensor, int]] = OrderedDict()
         self.takes_embedding = parts.entry.pipeline == STABLE_UNCLIP or parts.entry.ip_adapter is not None
@@ -172,11 +183,14 @@ class Conditioner:
             raise InvalidInput(message, [("image", message)], reason="REFERENCE_REQUIRED")
         name = request.steering.dictionary
         if name not in self._spaces:
-            from services.errors import UnknownDictionary
-
             raise UnknownDictionary.named(name, filter(None, self._spaces), "steering.dictionary")
+        dictionary = self._dictionaries[name]
+
+        def refer(reference: FromReference) -> NDArray[np.float32]:
+            return activations(dictionary, self._embedder.reference(reference, request.truncate))
+
         try:
-            steered = steer(base, request.steering, self._spaces[name], self._embedder.reference)
+            steered = steer(base, activations(dictionary, base), request.steering, self._spaces[name], refer)
         except InvalidInput as error:
             violations = [(f"steering.{place}", what) for place, what in error.violations]
             raise type(error)(error.message, violations, reason=error.reason) from error
@@ -206,7 +220,7 @@ class Conditioner:
         return torch.stack([zeros if row is None else row.float() for row in rows])
 
     def _embedding_dim(self) -> int:
-        return int(next(iter(self._spaces.values())).dictionary.embed_dim)
+        return int(next(iter(self._dictionaries.values())).embed_dim)
 
     def _projection(self) -> Tensor:
         if self._embedder.projection is None:
@@ -274,6 +288,14 @@ class Conditioner:
         expected = torch.from_numpy(embedder.text("a red heart").unit)
         cosine = torch.nn.functional.cosine_similarity(projected, expected, dim=0)
         return None if float(cosine) >= SAME_TOWER_COSINE else other
+
+
+@torch.inference_mode()
+def activations(dictionary: Dictionary, embedding: Embedding) -> NDArray[np.float32]:
+    """Return z, shape (n,), of one embedding."""
+    z = dictionary.encode(torch.from_numpy(embedding.unit)[None], embedding.modality)[0]
+    result: NDArray[np.float32] = z.float().numpy()
+    return result
 
 
 def _vector(embedding: Embedding) -> Tensor:

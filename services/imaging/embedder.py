@@ -84,11 +84,11 @@ class Embedder:
         embeddings = self._towers.encode_texts(self._tokeniser.tokenise([text], truncate))
         return Embedding(embeddings.unit[0], float(embeddings.norm[0]), Modality.TEXT)
 
-    def reference(self, reference: FromReference) -> Embedding:
+    def reference(self, reference: FromReference, truncate: bool = False) -> Embedding:
         """Embed the reference of an edit."""
         if reference.image is not None:
             return self.image(reference.image)
-        return self.text(reference.text or "")
+        return self.text(reference.text or "", truncate)
 
 
 def _projection(model: Any) -> Float[Tensor, "d width"] | None:

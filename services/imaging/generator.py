@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +23,12 @@ from services.imaging.embedder import Embedder
 from services.imaging.pictures import Decoder
 from services.imaging.pipeline import Parts, load_parts
 from services.imaging.reference import pipeline_folder
-from services.imaging.statistics import ActivationStatistics
-from services.imaging.steering import Embedding, FeatureSpace, Steered
+from services.imaging.spaces import feature_space
+from services.imaging.steering import Embedding, Steered
 from services.manifest import DiffusionEntry
+from services.modalities import Modality
 
-__all__ = ["GeneratedImage", "ImageRequest", "Imaging", "feature_spaces"]
+__all__ = ["GeneratedImage", "ImageRequest", "Imaging"]
 
 
 @dataclass(frozen=True)
@@ -54,26 +55,6 @@ class GeneratedImage:
         return 0.0 if self.steered is None else self.steered.delta
 
 
-def feature_spaces(
-    bundle: Bundle, dictionaries: dict[str, Dictionary] | None = None
-) -> dict[str, FeatureSpace]:
-    """Return every dictionary of `bundle` with its labels and quantiles, by name; "" is the default one."""
-    if dictionaries is None:
-        dictionaries = {name: bundle.dictionary(name) for name in bundle.dictionary_names}
-    spaces = {
-        name: FeatureSpace(
-            dictionary,
-            bundle.modality(name) if name in bundle.manifest.modality else None,
-            ActivationStatistics.read(bundle.path / bundle.manifest.steering[name])
-            if name in bundle.manifest.steering
-            else None,
-        )
-        for name, dictionary in dictionaries.items()
-    }
-    spaces[""] = spaces[bundle.manifest.default_dictionary]
-    return spaces
-
-
 class Imaging:
     """A pipeline, its towers and its dictionaries.
 
@@ -91,9 +72,11 @@ class Imaging:
         self.parts = parts
         self.entry: DiffusionEntry = parts.entry
         self._embedder = embedder
-        self._condition = Conditioner(
-            parts, embedder, feature_spaces(bundle), bundle.manifest.clip.fingerprint
-        )
+        dictionaries = {name: bundle.dictionary(name) for name in bundle.dictionary_names}
+        spaces = {name: feature_space(bundle, name, _rows(made)) for name, made in dictionaries.items()}
+        default = bundle.manifest.default_dictionary
+        dictionaries[""], spaces[""] = dictionaries[default], spaces[default]
+        self._condition = Conditioner(parts, embedder, dictionaries, spaces, bundle.manifest.clip.fingerprint)
         self.denoiser = Denoiser(parts)
         self._decoder = Decoder(parts)
 
@@ -280,3 +263,11 @@ class Imaging:
             for hook in hooks:
                 hook.remove()
         return int(kept + 6 * largest)
+
+
+def _rows(dictionary: Dictionary) -> Callable[[Modality], NDArray[np.float32]]:
+    def rows(modality: Modality) -> NDArray[np.float32]:
+        decoder: NDArray[np.float32] = dictionary.decoder_rows(modality).detach().float().numpy()
+        return decoder
+
+    return rows

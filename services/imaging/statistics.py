@@ -107,6 +107,12 @@ class ActivationStatistics:
             raise BundleFileError(f"{path.name}: quantiles of shapes {sorted(shapes)}")
         return statistics
 
+    @property
+    def active(self) -> NDArray[np.bool_]:
+        """Whether each feature was ever active, shape (n,)."""
+        seen: NDArray[np.bool_] = (self.count_image > 0) | (self.count_text > 0)
+        return seen
+
     def quantile(self, features: NDArray[np.int64], q: float, modality: Modality) -> NDArray[np.float32]:
         """Return the activation of each feature at a quantile.
 
@@ -134,10 +140,10 @@ class ActivationStatistics:
         )
         take_own = own_count[features] >= np.minimum(ENOUGH, np.maximum(other_count[features], 1))
         rows = np.where(take_own[:, None], own[features], other[features])
-        dead = features[np.maximum(own_count, other_count)[features] == 0]
+        dead = features[~self.active[features]]
         if len(dead):
             message = f"feature {dead[0]} is never active, so it has no quantiles"
-            raise InvalidInput(message, [("features", message)], reason="FEATURE_NEVER_ACTIVE")
+            raise InvalidInput(message, [("ids", message)], reason="FEATURE_NEVER_ACTIVE")
         return np.array([np.interp(q, self.probabilities, row) for row in rows], np.float32)
 
 

@@ -15,15 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from services.dictionaries.base import Dictionary, Modality
 from services.errors import InvalidInput, SteeringUnsupported, UnknownFeature
 from services.imaging.edits import MAX_STRENGTH, Edit, FromReference, Scale, SetQuantile, Steering
 from services.imaging.statistics import ActivationStatistics
-from services.tables import ModalityTable
+from services.modalities import Modality
+from services.tables import Label, ModalityTable
 
 
 @dataclass(frozen=True)
@@ -71,19 +70,28 @@ class Steered:
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """A dictionary with what edits need to know about its features.
+    """What edits need to know of a dictionary; numpy alone, so that a process without torch can steer too.
 
     Attributes
     ----------
-    dictionary : Dictionary
-        Of the tower whose embeddings are steered.
+    name : str
+        Of the dictionary.
+    n_features : int
+        n.
+    signed : bool
+        Whether activations may be negative, as those of `neurons` are.
+    rows : callable
+        From a modality to D, float32, shape (n, d).
     table : ModalityTable or None
         Labels, for edits by label.
     statistics : ActivationStatistics or None
         Quantiles, for `SetQuantile`.
     """
 
-    dictionary: Dictionary
+    name: str
+    n_features: int
+    signed: bool
+    rows: Callable[[Modality], Float[NDArray[np.float32], "n d"]]
     table: ModalityTable | None = None
     statistics: ActivationStatistics | None = None
 
@@ -101,22 +109,21 @@ class FeatureSpace:
         """
         if isinstance(edit.features, tuple):
             ids = np.array(edit.features, np.int64)
-            outside = ids[(ids < 0) | (ids >= self.dictionary.n_features)]
+            outside = ids[(ids < 0) | (ids >= self.n_features)]
             if len(outside):
-                raise UnknownFeature.numbered(int(outside[0]), self.dictionary.n_features, "ids")
+                raise UnknownFeature.numbered(int(outside[0]), self.n_features, "ids")
             return ids
         if self.table is None:
-            raise SteeringUnsupported(
-                f"dictionary {self.dictionary.name!r} has no modality table, so no labels"
-            )
+            raise SteeringUnsupported(f"dictionary {self.name!r} has no modality table, so no labels")
         ids = np.flatnonzero(self.table.label == edit.features.value)
         if not len(ids):
-            message = f"no feature of {self.dictionary.name!r} is labelled {edit.features.value}"
+            message = f"no feature of {self.name!r} is labelled {edit.features.value}"
             raise InvalidInput(message, [("label", message)])
         return ids
 
 
-Embed = Callable[[FromReference], Embedding]
+# From a reference to its activations, float32, shape (n,).
+Refer = Callable[[FromReference], NDArray[np.float32]]
 
 
 def edited(
@@ -124,12 +131,11 @@ def edited(
     edits: Sequence[Edit],
     space: FeatureSpace,
     modality: Modality,
-    embed: Embed,
+    refer: Refer,
 ) -> NDArray[np.float32]:
     """Return z' for activations `z`, shape (n,), of an embedding of `modality`.
 
-    `embed` turns a reference into its embedding. Activations stay at or above 0 except for `neurons`, whose
-    features are signed.
+    Activations stay at or above 0 unless the dictionary's are signed.
 
     Raises
     ------
@@ -143,12 +149,12 @@ def edited(
                 message = f"strength {edit.strength:g} is not in [0, {MAX_STRENGTH:g}]"
                 raise InvalidInput(message, [("strength", message)])
             ids = space.features(edit)
-            target = _target(edit, steered, ids, space, modality, embed)
+            target = _target(edit, steered, ids, space, modality, refer)
         except InvalidInput as error:
             violations = [(f"edits[{i}].{path}", what) for path, what in error.violations]
             raise type(error)(error.message, violations, reason=error.reason) from error
         moved = (1 - edit.strength) * steered[ids] + edit.strength * target
-        steered[ids] = moved if space.dictionary.kind == "neurons" else np.maximum(moved, 0)
+        steered[ids] = moved if space.signed else np.maximum(moved, 0)
     return steered
 
 
@@ -158,57 +164,56 @@ def _target(
     ids: NDArray[np.int64],
     space: FeatureSpace,
     modality: Modality,
-    embed: Embed,
+    refer: Refer,
 ) -> NDArray[np.float32]:
     operation = edit.operation
     if isinstance(operation, Scale):
         return np.float32(operation.factor) * z[ids]
     if isinstance(operation, SetQuantile):
-        if space.statistics is None:
-            raise SteeringUnsupported(
-                f"the bundle has no activation quantiles for dictionary {space.dictionary.name!r}"
-            )
-        return space.statistics.quantile(ids, operation.q, modality)
-    reference = embed(operation)
-    return activations(space.dictionary, reference)[ids]
+        statistics = space.statistics
+        if statistics is None:
+            raise SteeringUnsupported(f"the bundle has no activation quantiles for dictionary {space.name!r}")
+        target = z[ids]
+        # A label sweeps in features that no input ever activated; they have no quantile and stay as they are.
+        known = statistics.active[ids] if isinstance(edit.features, Label) else np.ones(len(ids), bool)
+        target[known] = statistics.quantile(ids[known], operation.q, modality)
+        return target
+    try:
+        return refer(operation)[ids]
+    except InvalidInput as error:
+        raise error.at("reference.text" if operation.image is None else "reference.image.data") from error
 
 
-@torch.inference_mode()
-def activations(dictionary: Dictionary, embedding: Embedding) -> NDArray[np.float32]:
-    """Return z, shape (n,), of one embedding."""
-    z = dictionary.encode(torch.from_numpy(embedding.unit)[None], embedding.modality)[0]
-    return z.float().numpy()
-
-
-@torch.inference_mode()
-def steer(embedding: Embedding, steering: Steering, space: FeatureSpace, embed: Embed) -> Steered:
+def steer(
+    embedding: Embedding, z: NDArray[np.float32], steering: Steering, space: FeatureSpace, refer: Refer
+) -> Steered:
     """Apply the edits of `steering` to an embedding.
 
     Parameters
     ----------
     embedding : Embedding
         e.
+    z : float32 array, shape (n,)
+        Its activations.
     steering : Steering
         Edits, and the size that the change is rescaled to, if any.
     space : FeatureSpace
         The dictionary that the edits are about.
-    embed : callable
-        From a reference to its embedding.
+    refer : callable
+        From a reference to its activations.
 
     Raises
     ------
     InvalidInput
         Where an edit cannot be applied, or the wanted size cannot be reached.
     """
-    z = activations(space.dictionary, embedding)
-    z_steered = edited(z, steering.edits, space, embedding.modality, embed)
-    change = torch.from_numpy(z_steered - z)
-    moved = torch.nonzero(change)[:, 0]
+    z_steered = edited(z, steering.edits, space, embedding.modality, refer)
+    # float64: the chord of a small change is a difference of nearly equal vectors.
+    change = z_steered.astype(np.float64) - z
+    (moved,) = np.nonzero(change)
     if not len(moved):
         return Steered(embedding.unit, embedding.norm, z, z_steered, 0.0)
-    rows = space.dictionary.decoder_rows(embedding.modality)
-    # float64: the chord of a small change is a difference of nearly equal vectors.
-    direction = (change[moved].double() @ rows[moved].double()).numpy()
+    direction = change[moved] @ space.rows(embedding.modality)[moved].astype(np.float64)
     unit = embedding.unit.astype(np.float64)
     if steering.delta is not None:
         direction = rescaled(unit, direction, steering.delta)
