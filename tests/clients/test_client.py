@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,37 @@ def test_resource_exhausted_is_tried_again_only_if_the_server_says_when(both: Ca
     with pytest.raises(monofacet.OverloadedError, match="QUEUE_FULL"):
         client.encode("a")
     assert len(client.channel.calls) == 3
+
+
+def test_a_server_that_says_it_will_be_back_is_waited_for(both: Call) -> None:
+    client = both()
+    client.channel.fail(grpc.StatusCode.UNAVAILABLE, retry_after=0.001, times=3 * FAST.attempts)
+    assert len(client.encode("a")) == 1
+    assert len(client.channel.calls) == 3 * FAST.attempts + 1
+
+
+def test_a_server_that_stays_overloaded_is_left_alone(both: Call) -> None:
+    client = both()
+    client.channel.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after=0.001, times=9)
+    with pytest.raises(monofacet.OverloadedError):
+        client.encode("a")
+    assert len(client.channel.calls) == FAST.attempts
+
+
+def test_no_try_comes_earlier_than_the_server_asked(both: Call) -> None:
+    client = both()
+    client.channel.fail(grpc.StatusCode.UNAVAILABLE, retry_after=0.2, times=2)
+    began = time.monotonic()
+    client.encode("a")
+    assert time.monotonic() - began >= 0.4
+
+
+def test_one_attempt_means_one_try_whatever_the_server_says(both: Call) -> None:
+    client = both(retry=monofacet.Retry(attempts=1))
+    client.channel.fail(grpc.StatusCode.UNAVAILABLE, retry_after=0.001)
+    with pytest.raises(monofacet.UnavailableError):
+        client.encode("a")
+    assert len(client.channel.calls) == 1
 
 
 def test_a_wait_past_the_deadline_is_not_begun(both: Call) -> None:

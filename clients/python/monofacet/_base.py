@@ -68,21 +68,22 @@ def backoff(retry: Retry, deadline: Deadline) -> Callable[[Exception], bool | fl
     callable
         For `stamina.retry_context`: False to give up, or the seconds to wait.
     """
-    failures = 0
+    failures = counted = 0
 
     def decide(error: Exception) -> bool | float:
-        nonlocal failures
+        nonlocal failures, counted
+        if not isinstance(error, exceptions.UnavailableError | exceptions.OverloadedError):
+            return False
+        asked = error.retry_after
+        unavailable = isinstance(error, exceptions.UnavailableError)
         failures += 1
-        if not isinstance(error, exceptions.CallError):
+        # A server that is about to be back is waited for; see `Retry`.
+        counted += not (unavailable and asked is not None)
+        if retry.attempts == 1 or counted >= retry.attempts or (asked is None and not unavailable):
             return False
-        wait = error.retry_after
-        if wait is None:
-            if not isinstance(error, exceptions.UnavailableError):
-                return False
-            wait = min(retry.wait_initial * 2 ** (failures - 1), retry.wait_max)
-        elif not isinstance(error, exceptions.UnavailableError | exceptions.OverloadedError):
-            return False
-        wait += random.uniform(0, retry.wait_jitter)
+        # Never earlier than asked, and less and less often.
+        grown = min(retry.wait_initial * 2.0 ** min(failures - 1, 60), retry.wait_max)
+        wait = max(asked or 0.0, grown) + random.uniform(0, retry.wait_jitter)
         return wait if wait < deadline.left() else False
 
     return decide
@@ -122,7 +123,8 @@ class BaseClient:
     def _retrying(self, deadline: Deadline) -> dict[str, Any]:
         return {
             "on": backoff(self._retry, deadline),
-            "attempts": self._retry.attempts,
+            # `backoff` counts.
+            "attempts": None,
             "timeout": deadline.seconds,
         }
 

@@ -45,6 +45,10 @@ class Retry:
     back. All calls of the contract can be repeated safely. A stream is not tried again: part of it was
     answered.
 
+    A server that says when to come back (RetryInfo) is never asked earlier. If it is UNAVAILABLE, because it
+    starts, stops or has lost a model, the call goes on trying for as long as its timeout allows: such a
+    server is about to be back. After any other failure `attempts` is the bound.
+
     Attributes
     ----------
     attempts
