@@ -15,138 +15,37 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
-from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
-from jaxtyping import Float, Int
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from training.autoencoder import DEFAULT_OUT as AUTOENCODER
 from training.autoencoder import sheet
 from training.corpus.build import DEFAULT_DIR
 from training.diffusion_data import Conditions, DiffusionData
+from training.diffusion_model import (
+    SCHEDULE,
+    DiffusionSettings,
+    EmbeddingNoiser,
+    build_optimisers,
+    build_unet,
+    serving_solver,
+)
 from training.embeddings import DEFAULT_CLIP
 from training.embeddings import DEFAULT_OUT as EMBEDDINGS
 from training.pairs import Corpus
 
 DEFAULT_OUT = Path("work/diffusion")
-SCHEDULE = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "squaredcos_cap_v2",
-    "prediction_type": "v_prediction",
-}
 SHEET_PROMPTS = (
     "red apple", "dog face", "woman firefighter", "sun", "red heart", "grinning face", "man astronaut dark skin tone",
     "automobile", "flag germany", "cat face", "pizza", "tulip", "thumbs up", "crown", "fish", "soccer ball",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class DiffusionSettings:
-    """Hyperparameters of a run.
-
-    Parameters
-    ----------
-    steps, batch : int
-        Optimiser steps, and drawings a step.
-    lr : float
-        Peak learning rate; rises over `warm_up` steps, falls linearly over the last `decay` of them.
-    weight_decay : float
-        Of AdamW.
-    channels : tuple[int, ...]
-        Widths at 8, 4, ... positions a side.
-    text_share, zero_share : float
-        How often the joint embedding is the caption's, and zeros; else it is the drawing's.
-    no_prompt : float
-        How often the prompt is empty; half of the samples without an embedding have none either, which is what
-        guidance subtracts.
-    noisy_share : float
-        How often the embedding is noised, by a level up to `noisy_level` of 1,000.
-    average : float
-        Decay of the weights' moving average, a step.
-    """
-
-    steps: int = 5000
-    batch: int = 32
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    warm_up: int = 100
-    decay: float = 0.4
-    channels: tuple[int, ...] = (64, 128)
-    text_share: float = 0.35
-    zero_share: float = 0.15
-    no_prompt: float = 0.15
-    noisy_share: float = 0.15
-    noisy_level: int = 400
-    average: float = 0.997
-    seed: int = 0
-
-
-def build_unet(channels: tuple[int, ...], latent: int, width: int, embed_dim: int) -> UNet2DConditionModel:
-    """Return a randomly initialised UNet: cross-attention everywhere but at full resolution.
-
-    Parameters
-    ----------
-    channels : tuple[int, ...]
-        Widths, one a resolution.
-    latent : int
-        Channels of the latent.
-    width : int
-        Of the text tower's token states.
-    embed_dim : int
-        d of the joint embedding; the class embedding takes it and as many numbers of the noise level.
-    """
-    attends = [False, *[True] * (len(channels) - 1)]
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=latent,
-        out_channels=latent,
-        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
-        block_out_channels=channels,
-        layers_per_block=1,
-        cross_attention_dim=width,
-        attention_head_dim=4,
-        norm_num_groups=16,
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=2 * embed_dim,
-        resnet_time_scale_shift="scale_shift",
-        time_embedding_dim=512,
-    )
-
-
-class EmbeddingNoiser:
-    """Noises joint embeddings as Stable unCLIP pipelines do, and appends the level.
-
-    Parameters
-    ----------
-    embeddings : Tensor
-        Raw embeddings whose mean and deviation define the unit of noise, float32 [n, d].
-    """
-
-    def __init__(self, embeddings: Float[Tensor, "n d"]) -> None:
-        self.normaliser = StableUnCLIPImageNormalizer(embedding_dim=embeddings.shape[1]).requires_grad_(False)
-        self.normaliser.mean.copy_(embeddings.mean(0))
-        self.normaliser.std.copy_(embeddings.std(0).clamp(min=1e-4))
-        self.scheduler = DDPMScheduler(**{k: v for k, v in SCHEDULE.items() if k != "prediction_type"})
-
-    def __call__(
-        self, embeddings: Float[Tensor, "n d"], levels: Int[Tensor, " n"], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Return noised raw embeddings and the sinusoids of their levels, each float32 [n, d]."""
-        noise = torch.randn(embeddings.shape, generator=generator)
-        noised = self.scheduler.add_noise(self.normaliser.scale(embeddings), noise, levels)
-        sinusoids = get_timestep_embedding(
-            levels, embeddings.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0
-        )
-        return self.normaliser.unscale(noised), sinusoids
 
 
 class DiffusionTrainer:
@@ -173,9 +72,7 @@ class DiffusionTrainer:
         self.equaliser = conditions.equaliser()
         self.noiser = EmbeddingNoiser(torch.cat([conditions.images, conditions.texts[0]]))
         self.schedule = DDPMScheduler(**SCHEDULE)
-        self.optimiser = torch.optim.AdamW(
-            self.unet.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.99)
-        )
+        self.optimisers = build_optimisers(self.unet, settings)
         self.generator = torch.Generator().manual_seed(settings.seed)
         # A concept in six skin tones is seen more often than one without, but not six times.
         counts = torch.bincount(conditions.caption, minlength=len(conditions.captions)).float()
@@ -237,12 +134,13 @@ class DiffusionTrainer:
         index = torch.multinomial(self.weights, s.batch, generator=self.generator)
         states, labels = self.conditioning(self.data.conditions, index, self.generator)
         loss = self.loss(self.data.latents[index], states, labels, self.generator)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.unet.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
-        for group in self.optimiser.param_groups:
-            group["lr"] = s.lr * self.rate()
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = s.lr * self.rate()
+            optimiser.step()
         self.step += 1
         decay = min(s.average, self.step / (self.step + 10))
         for name, value in self.unet.state_dict().items():
@@ -304,7 +202,7 @@ class DiffusionTrainer:
             "fingerprint": self.data.conditions.fingerprint,
             "unet": self.unet.state_dict(),
             "average": self.average,
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "generator": self.generator.get_state(),
             "step": self.step,
         }
@@ -324,7 +222,8 @@ class DiffusionTrainer:
             raise ValueError("the checkpoint was trained on other towers; train anew")
         self.unet.load_state_dict(state["unet"])
         self.average = state["average"]
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
         self.generator.set_state(state["generator"])
         self.step = state["step"]
 
@@ -367,11 +266,6 @@ class DiffusionTrainer:
                     log.write(json.dumps(figures) + "\n")
                 print(figures, flush=True)
                 self.write_sheet(decode)
-
-
-def serving_solver() -> DPMSolverMultistepScheduler:
-    """Return the solver that pictures are made with: DPM-Solver++ of second order (Lu et al., 2022)."""
-    return DPMSolverMultistepScheduler(**SCHEDULE, timestep_spacing="trailing", solver_order=2)
 
 
 def load_trainer(arguments: argparse.Namespace, settings: DiffusionSettings) -> DiffusionTrainer:

@@ -21,7 +21,8 @@ from services.bundle import Bundle, refresh_manifest
 from services.dictionaries import Modality
 from services.encoding.clip import build_clip, read_clip_config
 from services.imaging.statistics import ActivationStatistics
-from training.diffusion import DiffusionSettings, DiffusionTrainer, add_paths, load_trainer, serving_solver
+from training.diffusion import DiffusionTrainer, add_paths, load_trainer
+from training.diffusion_model import DiffusionSettings, serving_solver
 from training.embeddings import CONFIG_FILE, WEIGHTS_FILE, EmbeddingSet
 from training.text_encoder import build_tokenizer, convert_text_tower
 

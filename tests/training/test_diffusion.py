@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from training.diffusion import DiffusionSettings, DiffusionTrainer
+from training.diffusion import DiffusionTrainer
 from training.diffusion_data import Conditions, DiffusionData, held_out_combinations
+from training.diffusion_model import DiffusionSettings
 
 D, WIDTH, CONTEXT, LATENT, TEMPLATES = 8, 16, 6, 4, 3
 SMALL = DiffusionSettings(steps=6, batch=4, channels=(16, 32), warm_up=2)
