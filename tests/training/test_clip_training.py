@@ -109,7 +109,9 @@ def tiny_trainer(tmp_path):
     config["model_cfg"]["embed_dim"] = 16
 
     def make(folder):
-        settings = ClipSettings(steps=6, batch=8, low_share=0.0, text_steps=3, text_batch=8, seed=1)
+        settings = ClipSettings(
+            steps=6, batch=8, low_share=0.0, text_steps=3, text_batch=8, gender_from=0.0, seed=1
+        )
         return ClipTrainer(config, corpus, settings, tmp_path / folder)
 
     return make
@@ -146,6 +148,26 @@ def test_a_folded_projection_embeds_like_one_with_standardisation_behind_it():
     fold_standardisation(projection, standardise)
     # fp32 at values up to about 3
     assert torch.allclose(projection(inputs), expected, atol=1e-5)
+
+
+def test_the_gender_loss_looks_only_at_gendered_pictures_and_falls_towards_their_word(tiny_trainer):
+    trainer = tiny_trainer("gender")
+    # "thing" is the only word known, so "man" and "woman" need vectors of their own.
+    trainer.words = CaptionWords(
+        np.array(["man", "woman"]),
+        [trainer.tokenizer.encode("man"), trainer.tokenizer.encode("woman")],
+        dim=16,
+    )
+    man, woman = trainer.words(np.array([0, 1])).detach()
+    scale = torch.tensor(5.0)
+    images = torch.stack([woman, man, man])
+    right = trainer.gender_loss(images, np.array(["woman", "man", ""]), scale)
+    wrong = trainer.gender_loss(images, np.array(["man", "woman", ""]), scale)
+    margin = 5.0 * float(woman @ (woman - man))
+    # log(1 + exp(-m)) and log(1 + exp(m)), by definition of the logistic loss; fp32
+    assert float(right.detach()) == pytest.approx(np.logaddexp(0, -margin), rel=1e-4)
+    assert float(wrong.detach()) == pytest.approx(np.logaddexp(0, margin), rel=1e-4)
+    assert float(trainer.gender_loss(images, np.array(["", "", ""]), scale).detach()) == 0.0
 
 
 def test_an_untrained_text_tower_starts_as_a_sum_of_words(tiny_trainer):
