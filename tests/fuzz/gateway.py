@@ -1,0 +1,135 @@
+"""A gateway with the tiny bundle's real towers, in this process, and what its answers must be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.rpc import code_pb2, status_pb2
+from grpc import aio
+from monofacet.v1 import feature_service_pb2
+
+from deployments.encoder import Encoder
+from deployments.gateway.catalogue import Catalogue
+from deployments.gateway.server import GatewayServer
+from deployments.model import TowerModel, load_dictionaries
+from deployments.settings import Settings
+from services.bundle import Bundle
+from tests.fuzz.messages import Case
+
+CODE = grpc.StatusCode
+# What a caller's request can be answered with. INTERNAL, UNKNOWN and UNAVAILABLE are never a request's fault.
+MAPPED = {
+    CODE.OK,
+    CODE.INVALID_ARGUMENT,
+    CODE.NOT_FOUND,
+    CODE.FAILED_PRECONDITION,
+    CODE.RESOURCE_EXHAUSTED,
+    CODE.UNIMPLEMENTED,
+}
+_STREAM = "monofacet.v1.FeatureService/StreamEncode"
+_AT_ONCE = 8
+_TIMEOUT_S = 120.0
+
+
+@asynccontextmanager
+async def fuzzed_gateway(bundle: Bundle) -> AsyncIterator[aio.Channel]:
+    """Open a gateway and a channel to it."""
+    settings = Settings(port=0, metrics_port=0, backend="torch", threads=1, log_level="error", max_queue_s=60)
+    encoder = Encoder(settings, TowerModel(bundle, settings), load_dictionaries(bundle))
+
+    async def score(request: Any) -> Any:
+        answer = await encoder.score(request)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    server = GatewayServer(settings, Catalogue.read(bundle))
+    port, _ = await server.start(encoder.encode, score, encoder.info())
+    async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            yield channel
+        finally:
+            await server.drain()
+            await encoder.close()
+
+
+@dataclass
+class Findings:
+    """What came of many cases.
+
+    Attributes
+    ----------
+    statuses
+        How often each code and reason was answered.
+    amiss
+        The cases that were answered as no request may be, each with what was wrong.
+    """
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    amiss: list[tuple[Case, str]] = field(default_factory=list)
+
+
+async def send(channel: aio.Channel, case: Case) -> tuple[CODE, str, str]:
+    """Send one case.
+
+    Returns
+    -------
+    The code, the reason, and what is wrong with the answer (empty when nothing is).
+    """
+    call = channel.stream_stream(f"/{case.method}")(iter(case.messages), timeout=_TIMEOUT_S)
+    try:
+        async for answer in call:
+            wrong = _item_amiss(case.method, answer)
+            if wrong:
+                return CODE.OK, "", wrong
+    except aio.AioRpcError as error:
+        return _judge(error)
+    return CODE.OK, "", ""
+
+
+def _judge(error: aio.AioRpcError) -> tuple[CODE, str, str]:
+    trailing = dict(error.trailing_metadata() or ())
+    if "grpc-status-details-bin" not in trailing:
+        return error.code(), "", f"{error.code().name} without details: {error.details()}"
+    status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])
+    reason = status.details[0].value.decode(errors="replace") if status.details else ""
+    if error.code() not in MAPPED:
+        return error.code(), reason, f"{error.code().name}: {status.message}"
+    return error.code(), reason, ""
+
+
+def _item_amiss(method: str, answer: bytes) -> str:
+    """Return what is wrong with one answer of a stream of items, which carries statuses of its own."""
+    if method != _STREAM:
+        return ""
+    response = feature_service_pb2.StreamEncodeResponse.FromString(answer)
+    if response.WhichOneof("result") != "error":
+        return ""
+    name = code_pb2.Code.Name(response.error.code)
+    return "" if CODE[name] in MAPPED else f"item: {name}: {response.error.message}"
+
+
+async def fuzz(
+    channel: aio.Channel, make: Callable[[], Case], count: int, progress: Callable[[], None] = lambda: None
+) -> Findings:
+    """Send `count` cases, a few at a time."""
+    findings = Findings()
+    left = iter(range(count))
+
+    async def worker() -> None:
+        for _ in left:
+            case = make()
+            code, _, wrong = await send(channel, case)
+            findings.statuses[code.name] += 1
+            if wrong:
+                findings.amiss.append((case, wrong))
+            progress()
+
+    await asyncio.gather(*(worker() for _ in range(_AT_ONCE)))
+    return findings
