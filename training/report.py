@@ -8,16 +8,20 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from services.bundle import refresh_manifest
 from services.tables import Cards, ModalityTable, read_thumbnails
 from training.build_bundle import WORK
+from training.report_generation import generation_section
 from training.report_plots import label_bars, mds_histograms, monosemanticity_curves
 
+BENCH = Path("out/bench")
 TEMPLATE = "report.html.j2"
 # Cards on the page, by label.
 CARDS_SHOWN = {"CROSS": 24, "IMAGE": 12, "TEXT": 12}
@@ -86,8 +90,8 @@ def interval(value: dict[str, Any] | None, digits: int = 3) -> str:
     return f"{middle:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
-def render(work: Path) -> str:
-    """Return the page."""
+def render(work: Path, bench: Path = BENCH) -> str:
+    """Return the page; `bench` holds what the benchmarks of generated pictures wrote, if they ran."""
     dictionaries, modality = read_json(work / "dictionaries.json"), read_json(work / "modality.json")
     default = dictionaries["default"]
     table = ModalityTable.read(work / "modality" / f"{default}.parquet")
@@ -105,6 +109,7 @@ def render(work: Path) -> str:
         dictionaries=dictionaries,
         modality=modality,
         default=default,
+        generation=generation_section(bench),
         cards=feature_cards(table, cards),
         plots={
             "mds": mds_histograms(modality),
@@ -118,11 +123,16 @@ def main() -> None:
     """Write the report from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--bench", type=Path, default=BENCH, help="figures and sheets of generated pictures")
+    parser.add_argument("--bundle", type=Path, help="put the page into this bundle, and renew its manifest")
     arguments = parser.parse_args()
-    page = render(arguments.work)
+    page = render(arguments.work, arguments.bench)
     if len(page.encode()) > MAX_BYTES:
         raise SystemExit(f"the report has {len(page.encode())} bytes, more than {MAX_BYTES}")
     (arguments.work / "report.html").write_text(page, encoding="utf-8")
+    if arguments.bundle is not None:
+        shutil.copyfile(arguments.work / "report.html", arguments.bundle / "report.html")
+        refresh_manifest(arguments.bundle)
     print(f"{arguments.work / 'report.html'}: {len(page.encode()) / 1e6:.2f} MB")
 
 
