@@ -34,7 +34,7 @@ class Encoders:
 
 
 async def most_at_once(encoders: Encoders) -> int:
-    settings = Settings(messages_in_flight=2, coalesce_items=1)
+    settings = Settings(messages_in_flight=2, coalesce_items=1, max_batch_items=64)
     client = EncoderClient(encoders.send, settings, Metrics(), "torch")
     for _ in range(4):
         await client.encode(Work(("warm",)))
