@@ -1,22 +1,29 @@
-"""Builds the Ray Serve application from the settings: a gateway in front of encoders."""
+"""Builds the Ray Serve application from the settings: a gateway in front of encoders and generators."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import sys
+import time
 import warnings
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
 
 from ray import serve
 
 from deployments import logs
+from deployments.batching import BatcherClosed, QueueFull
 from deployments.gateway.errors import EncoderUnavailable
+from deployments.generation_work import Events, Failed, GenerateWork, GeneratorInfo
 from deployments.handles import ModelHandle
 from deployments.settings import Settings
 from deployments.work import EncoderFault, EncoderInfo, Reply, ScoreRequest, Work
 from services.errors import InvalidInput
+from services.manifest import MANIFEST_NAME, parse_manifest
 from services.tables import ModalityTable
 
 log = logging.getLogger("monofacet")
@@ -120,6 +127,61 @@ def _warm_encoder(settings: Settings) -> Any:
     return Encoder(settings, model, load_dictionaries(bundle))
 
 
+class GeneratorReplica:
+    """A replica of the generator. It loads its pipeline in a thread, so that the rest need not wait for it.
+
+    Parameters
+    ----------
+    settings
+        Of the server.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        confine_to_loopback(settings)
+        logs.configure(settings.log_format, settings.log_level, "generator")
+        self._settings = settings
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="load").submit(self._load)
+
+    def _load(self) -> tuple[Any, GeneratorInfo] | EncoderFault:
+        try:
+            # Imported here: nobody but this replica pays for diffusers.
+            from deployments.generator import Generator, PipelineModel
+            from services.bundle import Bundle
+
+            model = PipelineModel(Bundle.load(self._settings.bundle, verify=False), self._settings)
+            return Generator(self._settings, model), model.info()
+        except Exception as error:
+            log.exception("the generator cannot be started")
+            return EncoderFault(f"{type(error).__name__}: {error}".splitlines()[0])
+
+    async def generate(self, work: GenerateWork, remaining_s: float | None) -> AsyncIterator[Events]:
+        """See `deployments.generator.Generator.generate`; what it raises comes as a last event."""
+        began = time.monotonic()
+        loaded = await asyncio.wrap_future(self._loading)
+        if isinstance(loaded, EncoderFault):
+            yield Events((Failed(EncoderUnavailable("the generator is not available; try later")),))
+            return
+        left = None if remaining_s is None else remaining_s - (time.monotonic() - began)
+        try:
+            async with aclosing(loaded[0].generate(work, left)) as messages:
+                async for message in messages:
+                    yield message
+        except (QueueFull, BatcherClosed) as error:
+            yield Events((Failed(error),))
+
+    async def info(self) -> GeneratorInfo | EncoderFault:
+        """Describe what it runs on, once it is warm; or say why it is not."""
+        loaded = await asyncio.wrap_future(self._loading)
+        return loaded if isinstance(loaded, EncoderFault) else loaded[1]
+
+    async def __del__(self) -> None:
+        """Finish what is there; Serve awaits this when it stops the replica."""
+        if hasattr(self, "_loading") and self._loading.done():
+            loaded = self._loading.result()
+            if not isinstance(loaded, EncoderFault):
+                await loaded[0].close()
+
+
 class GatewayReplica:
     """The replica that owns the gRPC server. It takes no Serve requests but those of the command.
 
@@ -131,9 +193,13 @@ class GatewayReplica:
         Of the server.
     encoder
         Handle of the encoder's deployment.
+    generator
+        Handle of the generator's; None where no images are generated.
     """
 
-    async def __init__(self, settings: Settings, encoder: Any) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, encoder: Any, generator: Any = None
+    ) -> None:
         from deployments.gateway.catalogue import Catalogue
         from deployments.gateway.server import GatewayServer
         from services.bundle import Bundle
@@ -144,6 +210,10 @@ class GatewayReplica:
         self._server = GatewayServer(settings, catalogue)
         lost = self._server.metrics.replica_restarts.labels("encoder").inc
         self._encoder = ModelHandle("encoder", encoder, lost, self._server.set_serving)
+        self._generator = None
+        if generator is not None:
+            lost = self._server.metrics.replica_restarts.labels("generator").inc
+            self._generator = ModelHandle("generator", generator, lost, self._server.set_generating)
         if settings.drain_file is not None:
             settings.drain_file.unlink(missing_ok=True)
             self._watching = asyncio.create_task(self._drain_once_there(settings.drain_file))
@@ -155,9 +225,20 @@ class GatewayReplica:
         if isinstance(info, EncoderFault):
             log.error("not serving: encoder: %s", info.why)
             return f"encoder: {info.why}"
-        await self._server.serve(self._encode, self._score, info)
+        generate = None if self._generator is None else self._generator.stream
+        await self._server.serve(self._encode, self._score, info, generate)
         log.info("serving")
+        if self._generator is not None:
+            self._generating = asyncio.create_task(self._generate_when_warm(self._generator))
         return ""
+
+    async def _generate_when_warm(self, generator: ModelHandle) -> None:
+        info: GeneratorInfo | EncoderFault = await generator.call("info")
+        if isinstance(info, EncoderFault):
+            log.error("not generating: generator: %s", info.why)
+            return
+        await self._server.generate(info)
+        log.info("generating")
 
     async def _encode(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
         reply: Reply = await self._encoder.call("encode", works, remaining_s)
@@ -189,8 +270,9 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         """Drain; Serve awaits this when it stops the replica, whoever asked for it."""
-        if hasattr(self, "_warming"):
-            self._warming.cancel()
+        for task in ("_warming", "_generating"):
+            if hasattr(self, task):
+                getattr(self, task).cancel()
         if hasattr(self, "_server"):
             await self._server.drain()
 
@@ -243,6 +325,11 @@ def scaled(fewest: int, most: int, target_ongoing: float) -> dict[str, Any]:
     }
 
 
+def _has_pipeline(settings: Settings) -> bool:
+    manifest = parse_manifest((settings.bundle / MANIFEST_NAME).read_bytes())
+    return manifest.diffusion is not None
+
+
 def build(settings: Settings) -> serve.Application:
     """Return the application that `settings` describe."""
     common: dict[str, Any] = {
@@ -264,6 +351,26 @@ def build(settings: Settings) -> serve.Application:
         )
         .bind(settings)
     )
+    generator = None
+    if settings.generator and _has_pipeline(settings):
+        generator = (
+            _deployment(GeneratorReplica)
+            .options(
+                name="generator",
+                ray_actor_options=placed(
+                    settings.generator_cpus, settings.generator_gpus, settings.generator_resource
+                ),
+                # The engine's queue is the bound.
+                max_ongoing_requests=settings.max_queued_images + settings.max_batch_images,
+                **scaled(
+                    settings.generator_replicas,
+                    settings.generator_max_replicas,
+                    settings.generator_target_ongoing,
+                ),
+                **common,
+            )
+            .bind(settings)
+        )
     gateway = _deployment(GatewayReplica).options(
         name="gateway",
         num_replicas=settings.gateway_replicas,
@@ -272,7 +379,7 @@ def build(settings: Settings) -> serve.Application:
         ray_actor_options=placed(0, 0, settings.gateway_resource),
         **common,
     )
-    application: serve.Application = gateway.bind(settings, encoder)
+    application: serve.Application = gateway.bind(settings, encoder, generator)
     return application
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from ray import exceptions as ray_errors
@@ -81,6 +81,35 @@ class ModelHandle:
             except asyncio.CancelledError:
                 response.cancel()
                 raise
+        raise EncoderUnavailable("the model is not available; try later")
+
+    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        """Call a method of one replica that answers in a stream; once more if it died before its first answer.
+
+        Leaving the iteration cancels the call at the replica.
+
+        Raises
+        ------
+        EncoderUnavailable
+            When the second replica died as well, or the first one on the way.
+        """
+        for attempt in (1, 2):
+            begun = False
+            response = getattr(self._handle.options(stream=True), method).remote(*args)
+            try:
+                async for message in response:
+                    begun = True
+                    yield message
+                return
+            except GONE as error:
+                log.warning(
+                    "no answer from the %s (%s), attempt %d", self._name, type(error).__name__, attempt
+                )
+                self._notice()
+                if begun:
+                    break
+            finally:
+                response.cancel()
         raise EncoderUnavailable("the model is not available; try later")
 
     def _notice(self) -> None:

@@ -219,6 +219,29 @@ class Settings(BaseSettings):
         "left over from before is removed at the start.",
     )
 
+    # Generation.
+    max_images: int = Field(
+        16, ge=1, le=64, description="Images of one Generate call, their unsteered twins counted."
+    )
+    max_queued_images: int = Field(
+        64,
+        ge=1,
+        description="Images that may wait for one replica of the generator; a call that would pass it is refused "
+        "at once.",
+    )
+    max_batch_images: int = Field(
+        8,
+        ge=1,
+        description="Images of one denoising step; the others wait. On two cores a step of eight costs half of "
+        "eight steps.",
+    )
+    generation_bytes: int = Field(
+        1024 * MIB,
+        ge=1,
+        description="Memory for the activations of one step, by estimate; images that would pass it wait. One "
+        "image is always let in.",
+    )
+
     # Batching.
     max_batch_items: int = Field(
         32,

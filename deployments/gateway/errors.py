@@ -19,9 +19,12 @@ from deployments.access.tokens import ExpiredToken, UnknownToken
 from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
 from services.errors import (
     BundleError,
+    GenerationFailed,
     InvalidInput,
     MonofacetError,
+    NoPipeline,
     NotCalibrated,
+    SteeringUnsupported,
     UnknownDictionary,
     UnknownFeature,
 )
@@ -126,6 +129,9 @@ TABLE: tuple[tuple[type[BaseException], Answer], ...] = (
     (UnknownModel, Answer(_Code.NOT_FOUND, None)),
     (InvalidInput, Answer(_Code.INVALID_ARGUMENT, None)),
     (NotCalibrated, Answer(_Code.FAILED_PRECONDITION, None)),
+    (NoPipeline, Answer(_Code.UNIMPLEMENTED, None)),
+    (SteeringUnsupported, Answer(_Code.FAILED_PRECONDITION, None)),
+    (GenerationFailed, Answer(_Code.INTERNAL, None)),
     (BundleError, Answer(_Code.FAILED_PRECONDITION, None, "the bundle cannot be served")),
     (MalformedRequest, Answer(_Code.INVALID_ARGUMENT, "REQUEST_MALFORMED")),
     (RequestTooLarge, Answer(_Code.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE")),

@@ -16,6 +16,8 @@ from monofacet.v1 import (
     defense_service_pb2_grpc,
     feature_service_pb2,
     feature_service_pb2_grpc,
+    imaging_service_pb2,
+    imaging_service_pb2_grpc,
     modality_service_pb2,
     modality_service_pb2_grpc,
     model_service_pb2,
@@ -41,8 +43,10 @@ from deployments.gateway.late import LateServices
 from deployments.gateway.servicers.bias import BiasServicer, RunAudit
 from deployments.gateway.servicers.defense import DefenseServicer
 from deployments.gateway.servicers.feature import FeatureServicer
+from deployments.gateway.servicers.imaging import ImagingServicer, Stream
 from deployments.gateway.servicers.modality import ModalityServicer, Score
 from deployments.gateway.servicers.model import ModelServicer
+from deployments.generation_work import GeneratorInfo
 from deployments.metrics import Metrics
 from deployments.settings import MIB, Settings
 from deployments.work import EncoderInfo
@@ -56,11 +60,13 @@ DESCRIPTORS = tuple(
         (feature_service_pb2, "FeatureService"),
         (modality_service_pb2, "ModalityService"),
         (bias_service_pb2, "BiasService"),
+        (imaging_service_pb2, "ImagingService"),
         (defense_service_pb2, "DefenseService"),
         (model_service_pb2, "ModelService"),
     )
 )
 SERVICES = tuple(descriptor.full_name for descriptor in DESCRIPTORS)
+IMAGING = imaging_service_pb2.DESCRIPTOR.services_by_name["ImagingService"].full_name
 # A message a little over the limit is answered by us, with a reason; only a far larger one by gRPC itself.
 _SLACK_BYTES = 4 * MIB
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -111,6 +117,8 @@ class GatewayServer:
         self._alive = True
         self._services = LateServices()
         self._server.add_generic_rpc_handlers((self._services,))
+        self._alive_generator = True
+        self._model_servicer: ModelServicer | None = None
         self._health_server: Any = None
         self._metrics_server: Any = None
 
@@ -172,8 +180,10 @@ class GatewayServer:
         )
         return port, self.metrics_port
 
-    async def serve(self, send: Send, score: Score, info: EncoderInfo) -> None:
-        """Serve; called once the encoder is warm.
+    async def serve(
+        self, send: Send, score: Score, info: EncoderInfo, generate: Stream | None = None
+    ) -> None:
+        """Serve; called once the encoder is warm. Images are made from `generate` on.
 
         Parameters
         ----------
@@ -181,9 +191,12 @@ class GatewayServer:
             Carry work and scores to an encoder.
         info
             What the encoder runs on.
+        generate
+            Carries calls to a generator; None where no images are made.
         """
         bundle = self._catalogue.bundle
-        self._add_services(send, score, info)
+        self._alive_generator = generate is None
+        self._add_services(send, score, info, generate)
         self.metrics.model_info.labels(bundle.id, bundle.sha256, info.device).set(1)
         self._admission.open = True
         await self.set_serving(True)
@@ -194,7 +207,13 @@ class GatewayServer:
         await self.serve(send, score, info)
         return ports
 
-    def _add_services(self, send: Send, score: Score, info: EncoderInfo) -> None:
+    async def generate(self, info: GeneratorInfo) -> None:
+        """Say SERVING for images too; called once the generator is warm."""
+        if self._model_servicer is not None:
+            self._model_servicer.set_generator(info)
+        await self.set_generating(True)
+
+    def _add_services(self, send: Send, score: Score, info: EncoderInfo, generate: Stream | None) -> None:
         settings, catalogue, metrics = self._settings, self._catalogue, self.metrics
 
         def traced(queue_s: float, inference_s: float) -> None:
@@ -225,9 +244,11 @@ class GatewayServer:
             DefenseServicer(encoder, catalogue, decoders, info.logit_scale, settings, metrics),
             self._services,
         )
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(
-            ModelServicer(catalogue, info, settings), self._services
+        imaging_service_pb2_grpc.add_ImagingServiceServicer_to_server(
+            ImagingServicer(encoder, generate, catalogue, decoders, settings, metrics), self._services
         )
+        self._model_servicer = ModelServicer(catalogue, info, settings)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(self._model_servicer, self._services)
 
     @property
     def bundle_id(self) -> str:
@@ -244,6 +265,11 @@ class GatewayServer:
         self._alive = serving
         if not self._admission.closed:
             await self._set_health(_SERVING if serving else _NOT_SERVING)
+
+    async def set_generating(self, generating: bool) -> None:
+        """Say whether a generator is there; the other services do without."""
+        self._alive_generator = generating
+        await self.set_serving(self._alive)
 
     async def drain(self) -> bool:
         """Say NOT_SERVING, refuse new calls, wait for those in flight, and stop.
@@ -282,8 +308,9 @@ class GatewayServer:
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", *SERVICES):
-            await self._health.set(name, status)
-            self.metrics.serving.labels(name or "server").set(status == _SERVING)
+            said = _NOT_SERVING if name == IMAGING and not self._alive_generator else status
+            await self._health.set(name, said)
+            self.metrics.serving.labels(name or "server").set(said == _SERVING)
 
 
 def _nothing() -> None:

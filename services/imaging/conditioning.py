@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from services.dictionaries.base import Dictionary
 from services.errors import InvalidInput, SteeringUnsupported, TextTooLong, UnknownDictionary
-from services.imaging.edits import FromReference, Path, Steering
+from services.imaging.edits import FromReference, ImageRequest, Path
 from services.imaging.embedder import Embedder
 from services.imaging.pipeline import STABLE_UNCLIP, Parts
 from services.imaging.prompt_path import hidden_change, steered_hidden_states
@@ -25,39 +25,6 @@ REMEMBERED_PROMPTS = 64
 
 # The pipeline's text encoder is the tower in another code base: half-precision storage is all that may differ.
 SAME_TOWER_COSINE = 0.999
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """One image.
-
-    Attributes
-    ----------
-    prompt, negative_prompt : str
-        Texts; the negative one is what guidance leads away from.
-    image : bytes or None
-        Encoded reference picture, whose embedding conditions the image beside the prompt. None: the prompt's
-        own text embedding takes its place where the pipeline was trained for that.
-    steering : Steering
-        Edits.
-    seed : int
-        0 to 2^63 - 1. Of this image alone.
-    num_inference_steps, guidance_scale, height, width : number or None
-        None for the pipeline's defaults. Sizes in pixels.
-    truncate : bool
-        Cut prompts at the context length instead of refusing them.
-    """
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    image: bytes | None = None
-    steering: Steering = field(default_factory=Steering)
-    seed: int = 0
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    height: int | None = None
-    width: int | None = None
-    truncate: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ strength 0 changes nothing whatever the operation, and strength 1 reaches the ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from services.tables import Label
@@ -89,3 +89,36 @@ class Steering:
 
     def __bool__(self) -> bool:
         return bool(self.edits)
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image.
+
+    Attributes
+    ----------
+    prompt, negative_prompt : str
+        Texts; the negative one is what guidance leads away from.
+    image : bytes or None
+        Encoded reference picture, whose embedding conditions the image beside the prompt. None: the prompt's
+        own text embedding takes its place where the pipeline was trained for that.
+    steering : Steering
+        Edits.
+    seed : int
+        0 to 2^63 - 1. Of this image alone.
+    num_inference_steps, guidance_scale, height, width : number or None
+        None for the pipeline's defaults. Sizes in pixels.
+    truncate : bool
+        Cut prompts at the context length instead of refusing them.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    image: bytes | None = None
+    steering: Steering = field(default_factory=Steering)
+    seed: int = 0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    truncate: bool = False

@@ -16,9 +16,9 @@ from services.dictionaries.base import Dictionary
 from services.encoding.images import DEFAULT_LIMITS, ImageLimits
 from services.encoding.texts import DEFAULT_TEXT_LIMITS, TextLimits
 from services.errors import InvalidInput, NoPipeline, Violation
-from services.imaging.conditioning import Conditioner, Conditioning, ImageRequest
+from services.imaging.conditioning import Conditioner, Conditioning
 from services.imaging.denoiser import Batching, Denoiser, Sample
-from services.imaging.edits import FromReference, Path
+from services.imaging.edits import FromReference, ImageRequest, Path
 from services.imaging.embedder import Embedder
 from services.imaging.pictures import Decoder
 from services.imaging.pipeline import Parts, load_parts
@@ -138,6 +138,11 @@ class Imaging:
     def paths(self) -> tuple[Path, ...]:
         """The paths by which the pipeline can be steered."""
         return self._condition.paths
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether the pipeline takes reference pictures."""
+        return self._condition.takes_embedding
 
     def embed_image(self, data: bytes) -> Embedding:
         """Embed an encoded image file, as references and base pictures are."""

@@ -12,6 +12,7 @@ from monofacet.v1 import model_service_pb2_grpc
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.errors import UnknownModel
 from deployments.gateway.messages import duration, timings
+from deployments.generation_work import GeneratorInfo
 from deployments.settings import Settings
 from deployments.work import EncoderInfo
 
@@ -54,6 +55,8 @@ def limits(settings: Settings) -> pb.Limits:
         max_concurrent_calls=settings.max_concurrent_calls,
         min_image_side=settings.min_image_side,
         max_image_aspect_ratio=settings.max_image_aspect_ratio,
+        max_images=settings.max_images,
+        max_queued_images=settings.max_queued_images,
     )
 
 
@@ -113,6 +116,27 @@ def model(catalogue: Catalogue, info: EncoderInfo, settings: Settings) -> pb.Mod
     )
 
 
+def pipeline(catalogue: Catalogue, info: GeneratorInfo | None) -> pb.Pipeline | None:
+    """Describe the text-to-image pipeline; `info` is there once it is warm."""
+    entry = catalogue.bundle.manifest.diffusion
+    if entry is None:
+        return None
+    return pb.Pipeline(
+        kind=entry.pipeline,
+        paths=() if info is None else info.paths,
+        height=entry.height,
+        width=entry.width,
+        max_height=entry.max_height or entry.height,
+        max_width=entry.max_width or entry.width,
+        num_inference_steps=entry.num_inference_steps,
+        max_inference_steps=entry.max_inference_steps,
+        guidance_scale=entry.guidance_scale,
+        embedding_from_prompt=entry.embedding_from_prompt,
+        takes_image=entry.pipeline == "StableUnCLIPImg2ImgPipeline" or entry.ip_adapter is not None,
+        ready=info is not None,
+    )
+
+
 class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     """Answers ModelService.
 
@@ -130,6 +154,17 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         self._bundle = catalogue.bundle
         self._model = model(catalogue, info, settings)
         self._version = server_version()
+        self._catalogue = catalogue
+        self._describe_pipeline(None)
+
+    def set_generator(self, info: GeneratorInfo) -> None:
+        """Learn what the generator runs on, once it is warm."""
+        self._describe_pipeline(info)
+
+    def _describe_pipeline(self, info: GeneratorInfo | None) -> None:
+        described = pipeline(self._catalogue, info)
+        if described is not None:
+            self._model.pipeline.CopyFrom(described)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
         """Describe one bundle, with its files."""

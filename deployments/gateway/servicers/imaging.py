@@ -1,0 +1,158 @@
+"""ImagingService: images from a generator, and what edits do in feature space."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+from google.rpc import status_pb2  # type: ignore[import-untyped]
+from monofacet.v1 import imaging_service_pb2 as pb
+from monofacet.v1 import imaging_service_pb2_grpc
+
+from deployments.gateway.catalogue import Catalogue
+from deployments.gateway.decoders import Decoders
+from deployments.gateway.encoder_client import EncoderClient
+from deployments.gateway.errors import describe
+from deployments.gateway.messages import sparse, tensor, timings
+from deployments.gateway.pictures import picture, request_of_image
+from deployments.gateway.previews import SteeringPreviews, strongest
+from deployments.gateway.steering import steering_of, work_of
+from deployments.generation_work import Event, Events, Failed, Finished, GenerateWork, Preview, Progress
+from deployments.metrics import Metrics
+from deployments.settings import Settings
+from services.errors import NoPipeline
+from services.manifest import DiffusionEntry
+
+# Calls a method of the generator that answers in a stream: `deployments.handles.ModelHandle.stream`.
+Stream = Callable[..., AsyncIterator[Any]]
+
+DEPLOYMENT = "generator"
+_GENERATE = "monofacet.v1.ImagingService/Generate"
+_PREVIEW = "monofacet.v1.ImagingService/PreviewSteering"
+_DEFAULT_CAPTIONS = 5
+_DEFAULT_FEATURES = 20
+
+
+class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
+    """Answers ImagingService.
+
+    Parameters
+    ----------
+    encoder
+        Where inputs of previews are encoded.
+    generate
+        Carries calls to a generator; None where no images are made.
+    catalogue, decoders
+        Labels, cards and rows of the dictionaries.
+    settings, metrics
+        Of the server.
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderClient,
+        generate: Stream | None,
+        catalogue: Catalogue,
+        decoders: Decoders,
+        settings: Settings,
+        metrics: Metrics,
+    ) -> None:
+        self._stream = generate
+        self._entry = catalogue.bundle.manifest.diffusion
+        self._previews = SteeringPreviews(encoder, catalogue, decoders, settings)
+        self._settings = settings
+        self._metrics = metrics
+        self._bundle = catalogue.bundle.id
+
+    async def Generate(  # noqa: N802
+        self, request: pb.GenerateRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """Make images."""
+        entry = self._entry
+        if entry is None:
+            raise NoPipeline("this bundle has no text-to-image pipeline; PreviewSteering works without one")
+        if self._stream is None:
+            raise NoPipeline("this server makes no images; its setting `generator` is off")
+        work = work_of(request, self._settings.max_images)
+        async with aclosing(self._stream("generate", work, context.time_remaining())) as messages:  # type: ignore[type-var]
+            async for message in messages:
+                self._observe(message)
+                for event in message.events:
+                    yield await self._response(event, request, work, entry)
+
+    def _observe(self, message: Events) -> None:
+        metrics = self._metrics
+        for record in message.records:
+            metrics.batch_size.labels(DEPLOYMENT).observe(record.items)
+            metrics.inference_duration.labels(DEPLOYMENT, "torch").observe(record.seconds)
+            metrics.generation_steps.inc(record.items)
+
+    async def _response(
+        self, event: Event, request: pb.GenerateRequest, work: GenerateWork, entry: DiffusionEntry
+    ) -> pb.GenerateResponse:
+        if isinstance(event, Failed):
+            raise event.error
+        response = pb.GenerateResponse(bundle=self._bundle)
+        if isinstance(event, Progress):
+            response.progress.steps.extend(event.steps)
+            response.progress.num_inference_steps = event.num_steps
+            response.progress.waiting = event.waiting
+            return response
+        twin, index = divmod(event.number, len(work.seeds))
+        if isinstance(event, Preview):
+            response.preview.index, response.preview.unsteered = index, bool(twin)
+            response.preview.step = event.step
+            response.preview.image.data = picture(event.pixels, request.format)
+            return response
+        image = response.image
+        image.index, image.unsteered, image.seed = index, bool(twin), work.seeds[index]
+        image.delta = event.delta
+        if event.pixels is None:
+            image.finish_reason = pb.FINISH_REASON_FAILED
+            image.error.CopyFrom(self._status(event))
+        else:
+            image.finish_reason = pb.FINISH_REASON_COMPLETED
+            told = request_of_image(request, work, entry, event.number)
+            # In a thread: compressing a large picture would hold up every other call.
+            image.image.data = await asyncio.to_thread(
+                picture, event.pixels, request.format, told, self._bundle
+            )
+            self._metrics.items.labels(_GENERATE).inc()
+            self._metrics.queue_duration.labels(DEPLOYMENT).observe(event.queue_s)
+        response.timings.CopyFrom(timings(event.queue_s, event.inference_s))
+        return response
+
+    def _status(self, event: Finished) -> status_pb2.Status:
+        _, status = describe(event.error or RuntimeError("no picture"), self._settings.retry_after_s)
+        return status
+
+    async def PreviewSteering(  # noqa: N802
+        self, request: pb.PreviewSteeringRequest, context: Any
+    ) -> pb.PreviewSteeringResponse:
+        """Say what edits do to an embedding."""
+        captions = request.max_captions if request.HasField("max_captions") else _DEFAULT_CAPTIONS
+        limit = request.max_features if request.HasField("max_features") else _DEFAULT_FEATURES
+        preview = await self._previews.preview(
+            request.input,
+            steering_of(request.steering),
+            captions,
+            request.truncate_text,
+            context.time_remaining(),
+        )
+        self._metrics.items.labels(_PREVIEW).inc()
+        steered = preview.steered
+        return pb.PreviewSteeringResponse(
+            features=sparse(preview.dictionary, strongest(steered.z, limit)),
+            steered_features=sparse(preview.dictionary, strongest(steered.z_steered, limit)),
+            steered_embedding=tensor(steered.unit.astype(np.float32)),
+            delta=steered.delta,
+            captions=[pb.NearCaption(text=text, similarity=cosine) for text, cosine in preview.captions],
+            steered_captions=[
+                pb.NearCaption(text=text, similarity=cosine) for text, cosine in preview.steered_captions
+            ],
+            timings=timings(preview.queue_s, preview.inference_s),
+            bundle=self._bundle,
+        )

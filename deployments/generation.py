@@ -1,0 +1,322 @@
+"""The generation engine: denoising steps in a thread of their own, over whatever images are there.
+
+Continuous batching: after each step, finished images leave and waiting ones join, so a call waits for a place
+and never for another call's end. Between two steps, and at no other time, images whose caller has gone or
+whose deadline has passed are dropped; so a cancellation costs at most one step. Encoding prompts and decoding
+pictures happen in another thread, beside the steps of others.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
+from deployments.generation_work import Event, Failed, Finished, GenerateWork, Preview, Progress
+from deployments.work import BatchRecord
+from services.errors import GenerationFailed, MonofacetError
+
+log = logging.getLogger("monofacet.generator")
+
+
+class Sample(Protocol):
+    """What the engine sees of an image that is being made."""
+
+    index: int
+    preview: bool
+    error: MonofacetError | None
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it needs no further step."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What images must share to be in one step."""
+
+
+class GenerationModel(Protocol):
+    """What the engine needs of a pipeline; tests put a counting debug model here."""
+
+    def prepare(self, work: GenerateWork) -> tuple[list[Any], list[float]]:
+        """Return the samples of a call, images then twins, and the size of each one's steering."""
+        ...
+
+    def step(self, samples: Sequence[Any]) -> None:
+        """Take samples of one shape a step further; what fails is told by a sample's `error`."""
+        ...
+
+    def decode(self, sample: Any) -> NDArray[np.uint8]:
+        """Return the picture of a finished sample, or raise its error."""
+        ...
+
+    def preview(self, sample: Any) -> NDArray[np.uint8]:
+        """Return a rough picture."""
+        ...
+
+    def bytes_of(self, sample: Any) -> int:
+        """Estimate the memory of a sample in a step."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class _Image:
+    job: Job
+    number: int
+    sample: Sample
+    delta: float
+    bytes: int
+    last_step: int = 0
+    started: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One call in the engine.
+
+    Attributes
+    ----------
+    work
+        What it asks.
+    emit
+        Takes its events, from the engine's threads.
+    deadline
+        Time of `time.monotonic` after which nothing of it may run; None for none.
+    arrived
+        When it came.
+    gone
+        Set once its caller has left.
+    images
+        Its samples; empty until they are prepared.
+    unfinished
+        Images without a result.
+    """
+
+    work: GenerateWork
+    emit: Callable[[Event], None]
+    deadline: float | None
+    arrived: float
+    gone: bool = False
+    images: list[_Image] = field(default_factory=list)
+    unfinished: int = 0
+
+    def progress(self) -> Progress:
+        """Return how far its images are."""
+        return Progress(
+            tuple(image.sample.index for image in self.images),
+            max((image.sample.steps for image in self.images), default=0),
+            sum(not image.started for image in self.images),
+        )
+
+
+class Engine:
+    """Runs jobs.
+
+    Parameters
+    ----------
+    model
+        The pipeline.
+    max_batch
+        Images of one step.
+    max_queued
+        Images that may wait; a job that would pass it is refused.
+    max_bytes
+        Memory for the images of a step, by the model's estimate. One image is always let in.
+    """
+
+    def __init__(self, model: GenerationModel, *, max_batch: int, max_queued: int, max_bytes: int) -> None:
+        self._model = model
+        self._max_batch = max_batch
+        self._max_queued = max_queued
+        self._max_bytes = max_bytes
+        self._lock = threading.Condition()
+        self._unprepared = 0
+        self._jobs: set[Job] = set()
+        self._waiting: deque[_Image] = deque()
+        self._active: list[_Image] = []
+        self._steps = 0
+        self._records: list[BatchRecord] = []
+        self._closed = False
+        self._helper = ThreadPoolExecutor(1, thread_name_prefix="generator-helper")
+        self._thread = threading.Thread(target=self._run, name="generator-steps", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, work: GenerateWork, emit: Callable[[Event], None], remaining_s: float | None = None
+    ) -> Job:
+        """Take a job; its events come through `emit`, the last one a `Failed` or its last image's `Finished`.
+
+        Raises
+        ------
+        QueueFull
+            When its images cannot wait.
+        BatcherClosed
+            After `close`.
+        """
+        now = time.monotonic()
+        job = Job(work, emit, None if remaining_s is None else now + remaining_s, now, unfinished=work.images)
+        with self._lock:
+            if self._closed:
+                raise BatcherClosed
+            queued = self._unprepared + len(self._waiting)
+            # A job is let into an empty queue whatever its size: refusing it would refuse it for ever.
+            if queued and queued + work.images > self._max_queued:
+                raise QueueFull
+            self._unprepared += work.images
+            self._jobs.add(job)
+        self._helper.submit(self._prepare, job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job: no step of it begins from here on."""
+        with self._lock:
+            job.gone = True
+            self._lock.notify()
+
+    def take_records(self) -> tuple[BatchRecord, ...]:
+        """Return the steps that ran since the last time."""
+        with self._lock:
+            records, self._records = tuple(self._records), []
+        return records
+
+    def close(self) -> None:
+        """Take no more jobs, and wait for those that are there."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify()
+        self._thread.join()
+        self._helper.shutdown()
+
+    def _prepare(self, job: Job) -> None:
+        images: list[_Image] = []
+        try:
+            if self._alive(job):
+                samples, deltas = self._model.prepare(job.work)
+                for number, (sample, delta) in enumerate(zip(samples, deltas, strict=True)):
+                    sample.preview = job.work.preview_every > 0
+                    images.append(_Image(job, number, sample, delta, self._model.bytes_of(sample)))
+        except MonofacetError as error:
+            self._fail(job, error)
+        except Exception:
+            log.exception("a request cannot be prepared")
+            self._fail(job, GenerationFailed("the generator failed"))
+        with self._lock:
+            self._unprepared -= job.work.images
+            if images and not job.gone:
+                job.images = images
+                self._waiting.extend(images)
+            self._lock.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._drop_dead()
+                self._admit()
+                batch = self._next_batch()
+                if not batch:
+                    if self._closed and not self._jobs:
+                        return
+                    # The helper or a caller wakes it; the time-out is for deadlines.
+                    self._lock.wait(0.5 if self._jobs else None)
+                    continue
+            self._step(batch)
+
+    def _alive(self, job: Job) -> bool:
+        if not job.gone and job.deadline is not None and time.monotonic() >= job.deadline:
+            self._fail(job, DeadlineExpired())
+        return not job.gone
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        if not job.gone:
+            job.gone = True
+            job.emit(Failed(error))
+
+    def _drop_dead(self) -> None:
+        """Forget the images of jobs that are gone, expired or finished."""
+        dead = {job for job in self._jobs if not self._alive(job) or job.unfinished == 0}
+        if dead:
+            self._jobs -= dead
+            self._waiting = deque(image for image in self._waiting if image.job not in dead)
+            self._active = [image for image in self._active if image.job not in dead]
+
+    def _admit(self) -> None:
+        used = sum(image.bytes for image in self._active)
+        while self._waiting and len(self._active) < self._max_batch:
+            image = self._waiting[0]
+            if self._active and used + image.bytes > self._max_bytes:
+                return
+            self._waiting.popleft()
+            image.started = time.monotonic()
+            image.last_step = self._steps
+            used += image.bytes
+            self._active.append(image)
+
+    def _next_batch(self) -> list[_Image]:
+        """Return the images of one size whose turn it is: those of the one that has waited longest."""
+        if not self._active:
+            return []
+        first = min(self._active, key=lambda image: image.last_step)
+        return [image for image in self._active if image.sample.shape == first.sample.shape]
+
+    def _step(self, batch: list[_Image]) -> None:
+        started = time.perf_counter()
+        try:
+            self._model.step([image.sample for image in batch])
+        except Exception:
+            log.exception("a step failed")
+            for image in batch:
+                image.sample.error = GenerationFailed("the generator failed")
+        self._steps += 1
+        done = [image for image in batch if image.sample.done]
+        with self._lock:
+            self._records.append(BatchRecord(len(batch), time.perf_counter() - started))
+            for image in batch:
+                image.last_step = self._steps
+            if done:
+                self._active = [image for image in self._active if image not in done]
+        for job in dict.fromkeys(image.job for image in batch):
+            if not job.gone:
+                job.emit(job.progress())
+        for image in batch:
+            self._preview(image)
+        for image in done:
+            self._helper.submit(self._finish, image)
+
+    def _preview(self, image: _Image) -> None:
+        sample, every = image.sample, image.job.work.preview_every
+        if every and sample.index % every == 0 and not sample.done and not image.job.gone:
+            image.job.emit(Preview(image.number, sample.index, self._model.preview(sample)))
+
+    def _finish(self, image: _Image) -> None:
+        job = image.job
+        pixels, error = None, None
+        if self._alive(job):
+            try:
+                pixels = self._model.decode(image.sample)
+            except MonofacetError as caught:
+                error = caught
+            except Exception:
+                log.exception("an image cannot be decoded")
+                error = GenerationFailed("the image cannot be decoded")
+            now = time.monotonic()
+            finished = Finished(
+                image.number, pixels, error, image.delta, image.started - job.arrived, now - image.started
+            )
+            if not job.gone:
+                job.emit(finished)
+        with self._lock:
+            job.unfinished -= 1
+            self._lock.notify()
