@@ -59,10 +59,10 @@ class StudySettings:
         Of the halves, the starts and the targets.
     """
 
-    images: int = 96
+    images: int = 64
     steps: int = 10
-    adaptive_images: int = 48
-    clean_images: int = 250
+    adaptive_images: int = 32
+    clean_images: int = 200
     false_positive_rate: float = 0.01
     seed: int = 0
 

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from services.bundle import refresh_manifest
 from services.tables import Cards, ModalityTable, read_thumbnails
 from training.build_bundle import WORK
+from training.defense.tables import summary, tables
 from training.report_generation import generation_section
 from training.report_plots import label_bars, mds_histograms, monosemanticity_curves
 
@@ -90,6 +91,12 @@ def interval(value: dict[str, Any] | None, digits: int = 3) -> str:
     return f"{middle:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
+def defense_section(work: Path) -> dict[str, Any] | None:
+    """Return the tables of the defence's study; None where it was not run."""
+    figures = read_json(work / "defense.json")
+    return {"summary": summary(figures), "tables": tables(figures)} if figures else None
+
+
 def render(work: Path, bench: Path = BENCH) -> str:
     """Return the page; `bench` holds what the benchmarks of generated pictures wrote, if they ran."""
     dictionaries, modality = read_json(work / "dictionaries.json"), read_json(work / "modality.json")
@@ -110,6 +117,7 @@ def render(work: Path, bench: Path = BENCH) -> str:
         modality=modality,
         default=default,
         generation=generation_section(bench),
+        defense=defense_section(work),
         cards=feature_cards(table, cards),
         plots={
             "mds": mds_histograms(modality),

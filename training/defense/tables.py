@@ -1,8 +1,9 @@
-"""The study's figures as Markdown tables."""
+"""The study's figures as tables, for the terminal, the documentation and the bundle's report."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 LOOKS = ("one look", "two looks")
@@ -13,41 +14,59 @@ def cell(figure: Mapping[str, Any]) -> str:
     return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+@dataclass(frozen=True)
+class FigureTable:
+    """One table of the study: a title, column names, and rows of cells."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """Return it as Markdown, the title as a heading."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return f"### {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def markdown(figures: Mapping[str, Any]) -> str:
-    """Return every table of the study."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> FigureTable:
+    """Return a table; `tables` gives it its title."""
+    return FigureTable(title, header, list(rows))
+
+
+def summary(figures: Mapping[str, Any]) -> str:
+    """Return what the figures were measured on."""
     samples, settings = figures["samples"], figures["settings"]
-    parts = [
+    return (
         f"{samples['evaluation_attacked']} attacked and {samples['evaluation_clean']} clean validation drawings, none "
         f"of whose concepts the detector was calibrated on ({samples['calibration_attacked']} attacked in 9 ways, "
         f"{samples['calibration_clean']} clean pictures); accuracy is among {samples['labels']} labels; "
-        f"{settings['steps']} gradients an attack. Brackets are 95% bootstrap intervals over pictures.\n",
-        "### Detection: attack and epsilon left out of calibration\n",
-        detection(figures["detection"]),
-        "### What each score tells alone (AUROC)\n",
-        single(figures["single_scores"]),
-        "### Clean pictures called adversarial\n",
-        false_positives(figures["false_positives"]),
-        f"### Accuracy at {settings['false_positive_rate']:.0%} false positives\n",
-        robustness(figures["robustness"]),
-        "### Targeted attacks: share taken for the target\n",
-        targeted(figures["targeted"]),
-        "### Other defences (accuracy)\n",
-        baselines(figures["baselines"]),
-        "### The attacker who knows the defence\n",
-        adaptive(figures["adaptive"]),
-    ]
+        f"{settings['steps']} gradients an attack. Brackets are 95% bootstrap intervals over pictures."
+    )
+
+
+def tables(figures: Mapping[str, Any]) -> list[FigureTable]:
+    """Return every table of the study."""
+    rate = figures["settings"]["false_positive_rate"]
+    titled = {
+        "Detection: attack and epsilon left out of calibration": detection(figures["detection"]),
+        "What each score tells alone (AUROC)": single(figures["single_scores"]),
+        "Clean pictures called adversarial": false_positives(figures["false_positives"]),
+        f"Accuracy at {rate:.0%} false positives": robustness(figures["robustness"]),
+        "Targeted attacks: share taken for the target": targeted(figures["targeted"]),
+        "Other defences (accuracy)": baselines(figures["baselines"]),
+        "The attacker who knows the defence": adaptive(figures["adaptive"]),
+    }
     if "openmoji" in figures:
-        parts += ["### openmoji, an artist that nothing was made from\n", openmoji(figures["openmoji"])]
-    return "\n".join(parts)
+        titled["openmoji, an artist that nothing was made from"] = openmoji(figures["openmoji"])
+    return [replace(found, title=title) for title, found in titled.items()]
 
 
-def detection(figures: Mapping[str, Any]) -> str:
+def markdown(figures: Mapping[str, Any]) -> str:
+    """Return every table as Markdown."""
+    return "\n".join([summary(figures) + "\n", *(found.markdown() for found in tables(figures))])
+
+
+def detection(figures: Mapping[str, Any]) -> FigureTable:
     """Write AUROC and TPR of both detectors, by attack."""
     header = [
         "attack",
@@ -63,7 +82,7 @@ def detection(figures: Mapping[str, Any]) -> str:
     return table(header, rows)
 
 
-def single(figures: Mapping[str, Any]) -> str:
+def single(figures: Mapping[str, Any]) -> FigureTable:
     """Write the AUROC of each score, by attack."""
     names = list(next(iter(figures.values())))
     return table(
@@ -72,7 +91,7 @@ def single(figures: Mapping[str, Any]) -> str:
     )
 
 
-def false_positives(figures: Mapping[str, Any]) -> str:
+def false_positives(figures: Mapping[str, Any]) -> FigureTable:
     """Write false positive rates, by harmless change."""
     header = ["picture", *(f"{look}, at {rate}" for look in LOOKS for rate in ("1%", "5%"))]
     return table(
@@ -84,7 +103,7 @@ def false_positives(figures: Mapping[str, Any]) -> str:
     )
 
 
-def robustness(figures: Mapping[str, Any]) -> str:
+def robustness(figures: Mapping[str, Any]) -> FigureTable:
     """Write accuracy before and after, by attack."""
     columns = ("accuracy", "filter_all", "flagged", "flagged_or_right")
     header = [
@@ -101,7 +120,7 @@ def robustness(figures: Mapping[str, Any]) -> str:
     )
 
 
-def targeted(figures: Mapping[str, Any]) -> str:
+def targeted(figures: Mapping[str, Any]) -> FigureTable:
     """Write the success of targeted attacks, before and after."""
     header = [
         "attack",
@@ -123,7 +142,7 @@ def targeted(figures: Mapping[str, Any]) -> str:
     )
 
 
-def baselines(figures: Mapping[str, Any]) -> str:
+def baselines(figures: Mapping[str, Any]) -> FigureTable:
     """Write the accuracy of each defence."""
     names = list(next(iter(figures.values())))
     return table(
@@ -132,7 +151,7 @@ def baselines(figures: Mapping[str, Any]) -> str:
     )
 
 
-def adaptive(figures: Mapping[str, Any]) -> str:
+def adaptive(figures: Mapping[str, Any]) -> FigureTable:
     """Write what is left under the adaptive attack."""
     columns = {
         "undefended": "unattacked accuracy",
@@ -151,7 +170,7 @@ def adaptive(figures: Mapping[str, Any]) -> str:
     )
 
 
-def openmoji(figures: Mapping[str, Any]) -> str:
+def openmoji(figures: Mapping[str, Any]) -> FigureTable:
     """Write the figures of the test artist."""
     rows = [
         [
