@@ -36,17 +36,23 @@ def select(row: Row[Any], suffix: str = "", **matchers: str) -> str:
     return f"{row.name}{suffix}{{{inside}}}" if inside else f"{row.name}{suffix}"
 
 
-def rate(row: Row[Any], window: str, by: tuple[str, ...] = (JOB,), suffix: str = "", **matchers: str) -> str:
-    """Return the summed rate (1/s) of a counter, or of one series of a histogram, over `window`."""
+def _summed(
+    function: str, row: Row[Any], window: str, by: tuple[str, ...], suffix: str = "", **matchers: str
+) -> str:
     if row.kind not in (Counter, Histogram):
         raise ValueError(f"{row.name} does not only grow")
     _check(row, by)
-    return f"sum by ({', '.join(by)}) (rate({select(row, suffix, **matchers)}[{window}]))"
+    return f"sum by ({', '.join(by)}) ({function}({select(row, suffix, **matchers)}[{window}]))"
+
+
+def rate(row: Row[Any], window: str, by: tuple[str, ...] = (JOB,), suffix: str = "", **matchers: str) -> str:
+    """Return the summed rate (1/s) of a counter, or of one series of a histogram, over `window`."""
+    return _summed("rate", row, window, by, suffix, **matchers)
 
 
 def increase(row: Row[Any], window: str, by: tuple[str, ...] = (JOB,), **matchers: str) -> str:
     """Return how much a counter grew over `window`."""
-    return rate(row, window, by, **matchers).replace("(rate(", "(increase(", 1)
+    return _summed("increase", row, window, by, **matchers)
 
 
 def calls(row: Row[Any], window: str, by: tuple[str, ...] = (JOB,), **matchers: str) -> str:
