@@ -59,7 +59,7 @@ class AutoencoderSettings:
         Largest shift of a drawing, pixels: it moves edges over the patch grid.
     """
 
-    steps: int = 3500
+    steps: int = 1200
     batch: int = 8
     lr: float = 2e-3
     channels: tuple[int, ...] = (12, 24, 48, 96)
