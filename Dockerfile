@@ -8,12 +8,12 @@ FROM python:${PYTHON}-slim-bookworm AS base
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgomp1 wget \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --uid 1000 --no-create-home --home-dir /tmp monofacet \
-    && python -m venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH \
-    HOME=/tmp \
+    && useradd --uid 1000 --no-create-home --home-dir /tmp monofacet
+# No virtual environment: a login shell, which KubeRay may start Ray with, would not find it.
+ENV HOME=/tmp \
     PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
+    PIP_ROOT_USER_ACTION=ignore \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /srv/monofacet
 # What the dependencies follow from, so that a change of the code does not install them again.
