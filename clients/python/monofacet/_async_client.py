@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from monofacet._async.bias import BiasCalls
 from monofacet._async.defense import DefenseCalls
 from monofacet._async.features import FeatureCalls
+from monofacet._async.imaging import ImagingCalls
 from monofacet._async.modality import ModalityCalls
 from monofacet._async.models import ModelCalls
 
 __all__ = ["AsyncClient"]
 
 
-class AsyncClient(FeatureCalls, ModalityCalls, DefenseCalls, ModelCalls):
+class AsyncClient(FeatureCalls, ModalityCalls, BiasCalls, DefenseCalls, ImagingCalls, ModelCalls):
     """Calls a Monofacet server from asyncio; the calls and their parameters are those of `Client`.
 
     Use it in one event loop, as an asynchronous context manager, or `close` it.

@@ -22,7 +22,9 @@ SERVICES = (
     "",
     "monofacet.v1.FeatureService",
     "monofacet.v1.ModalityService",
+    "monofacet.v1.BiasService",
     "monofacet.v1.DefenseService",
+    "monofacet.v1.ImagingService",
     "monofacet.v1.ModelService",
 )
 

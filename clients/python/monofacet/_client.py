@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from monofacet._sync.bias import BiasCalls
 from monofacet._sync.defense import DefenseCalls
 from monofacet._sync.features import FeatureCalls
+from monofacet._sync.imaging import ImagingCalls
 from monofacet._sync.modality import ModalityCalls
 from monofacet._sync.models import ModelCalls
 
 __all__ = ["Client"]
 
 
-class Client(FeatureCalls, ModalityCalls, DefenseCalls, ModelCalls):
+class Client(FeatureCalls, ModalityCalls, BiasCalls, DefenseCalls, ImagingCalls, ModelCalls):
     """Calls a Monofacet server. Safe to share between threads; use it as a context manager or `close` it.
 
     Parameters

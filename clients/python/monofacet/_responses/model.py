@@ -41,6 +41,11 @@ def model(message: model_service_pb2.Model, server_version: str) -> types.Model:
         metrics=dict(message.metrics),
         files={item.path: item.sha256 for item in message.files},
         server_version=server_version,
+        pipeline=types.Pipeline(
+            **_plain(message.pipeline, types.Pipeline, skip=("paths",)), paths=tuple(message.pipeline.paths)
+        )
+        if message.HasField("pipeline")
+        else None,
     )
 
 

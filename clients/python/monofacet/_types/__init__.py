@@ -1,5 +1,23 @@
 """What the client returns: small frozen dataclasses over numpy arrays and PIL images."""
 
+from monofacet._types.bias import (
+    Ablation,
+    AblationAudit,
+    AblationMode,
+    AuditResult,
+    AuditSettings,
+    AuditVerdict,
+    Change,
+    Estimate,
+    Gender,
+    GenderClassification,
+    GenderMeasures,
+    GenderResult,
+    GenderScore,
+    NullTest,
+    ProfessionAudit,
+    SkippedItem,
+)
 from monofacet._types.defense import (
     DetectionScores,
     FilteredImage,
@@ -11,6 +29,17 @@ from monofacet._types.defense import (
     ZeroShotLabel,
 )
 from monofacet._types.encoding import EncodeResult, Floats, SparseFeatures, StreamResult, Timings
+from monofacet._types.imaging import (
+    GeneratedImage,
+    GenerateOptions,
+    GenerationEvent,
+    GenerationPreview,
+    GenerationProgress,
+    GenerationResult,
+    NearCaption,
+    SteeringEdit,
+    SteeringPreview,
+)
 from monofacet._types.modality import (
     ActiveFeature,
     ClassificationResult,
@@ -26,9 +55,35 @@ from monofacet._types.modality import (
     ScoreSettings,
     TextExample,
 )
-from monofacet._types.model import DictionaryInfo, Limits, Model, Runtime, Tower
+from monofacet._types.model import DictionaryInfo, Limits, Model, Pipeline, Runtime, Tower
 
 __all__ = [
+    "GenerateOptions",
+    "GeneratedImage",
+    "GenerationEvent",
+    "GenerationPreview",
+    "GenerationProgress",
+    "GenerationResult",
+    "NearCaption",
+    "Pipeline",
+    "SteeringEdit",
+    "SteeringPreview",
+    "Ablation",
+    "AblationAudit",
+    "AblationMode",
+    "AuditResult",
+    "AuditSettings",
+    "AuditVerdict",
+    "Change",
+    "Estimate",
+    "Gender",
+    "GenderClassification",
+    "GenderMeasures",
+    "GenderResult",
+    "GenderScore",
+    "NullTest",
+    "ProfessionAudit",
+    "SkippedItem",
     "DetectionScores",
     "FilterMode",
     "FilterResult",

@@ -101,10 +101,12 @@ class Limits:
         Of one input.
     max_queued_inputs, max_concurrent_calls
         Past these the server sheds load.
-    max_stream_in_flight, max_score_pairs
+    max_stream_in_flight, max_score_pairs, max_audit_items
         Of one stream.
     max_page_size, max_call_duration
         Of a list, and of any call.
+    max_images, max_queued_images
+        Of one generation, and of all that wait.
     """
 
     max_inputs: int
@@ -122,6 +124,47 @@ class Limits:
     max_concurrent_calls: int
     min_image_side: int
     max_image_aspect_ratio: int
+    max_audit_items: int
+    max_images: int
+    max_queued_images: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """The text-to-image pipeline.
+
+    Attributes
+    ----------
+    kind
+        Its class in diffusers.
+    paths
+        Ways to steer it, its own first; empty if it cannot be steered, or is not ready.
+    height, width, max_height, max_width
+        Default and largest size, pixels.
+    num_inference_steps, max_inference_steps
+        Default and largest number of steps.
+    guidance_scale
+        Default scale of guidance; 1 is none.
+    embedding_from_prompt
+        Whether the prompt's own embedding conditions an image without a reference picture.
+    takes_image
+        Whether it takes reference pictures.
+    ready
+        Whether it is loaded and warm.
+    """
+
+    kind: str
+    paths: tuple[str, ...]
+    height: int
+    width: int
+    max_height: int
+    max_width: int
+    num_inference_steps: int
+    max_inference_steps: int
+    guidance_scale: float
+    embedding_from_prompt: bool
+    takes_image: bool
+    ready: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +183,8 @@ class Model:
         SHA-256 of each file by path; only from `Client.model`.
     server_version
         Of the server that answered.
+    pipeline
+        What makes images; None if the bundle has none.
     """
 
     bundle: str
@@ -154,6 +199,7 @@ class Model:
     metrics: dict[str, float]
     files: dict[str, str]
     server_version: str
+    pipeline: Pipeline | None = None
 
     @property
     def default_dictionary(self) -> DictionaryInfo | None:

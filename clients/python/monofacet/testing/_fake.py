@@ -11,14 +11,18 @@ from google.protobuf import duration_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from monofacet._base import SERVICES
+from monofacet.testing._fake_bias import FakeBias
 from monofacet.testing._fake_defense import FakeDefense
+from monofacet.testing._fake_imaging import FakeImaging
 from monofacet.testing._model import BUNDLE, DICTIONARY, EMBED_DIM, LABELS, N_FEATURES, THUMBNAIL
 from monofacet.testing._status import abort, status_with_details
 from monofacet.v1 import (
+    bias_service_pb2_grpc,
     common_pb2,
     defense_service_pb2_grpc,
     feature_service_pb2,
     feature_service_pb2_grpc,
+    imaging_service_pb2_grpc,
     modality_service_pb2,
     modality_service_pb2_grpc,
     model_service_pb2,
@@ -30,7 +34,9 @@ SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 
 
 class FakeMonofacet(
+    FakeBias,
     FakeDefense,
+    FakeImaging,
     feature_service_pb2_grpc.FeatureServiceServicer,
     modality_service_pb2_grpc.ModalityServiceServicer,
     model_service_pb2_grpc.ModelServiceServicer,
@@ -53,7 +59,9 @@ class FakeMonofacet(
         """
         feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(self, server)
         modality_service_pb2_grpc.add_ModalityServiceServicer_to_server(self, server)
+        bias_service_pb2_grpc.add_BiasServiceServicer_to_server(self, server)
         defense_service_pb2_grpc.add_DefenseServiceServicer_to_server(self, server)
+        imaging_service_pb2_grpc.add_ImagingServiceServicer_to_server(self, server)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self, server)
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
 

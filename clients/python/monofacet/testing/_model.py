@@ -117,6 +117,9 @@ class FakeModel:
             max_concurrent_calls=256,
             min_image_side=4,
             max_image_aspect_ratio=32,
+            max_audit_items=20_000,
+            max_images=16,
+            max_queued_images=64,
         )
         tower = model_service_pb2.Tower(
             architecture="fake",
@@ -152,4 +155,18 @@ class FakeModel:
             ),
             limits=limits,
             metrics={"image_to_text_recall_at_1": 0.5},
+            pipeline=model_service_pb2.Pipeline(
+                kind="StableUnCLIPImg2ImgPipeline",
+                paths=["embedding", "prompt"],
+                height=64,
+                width=64,
+                max_height=64,
+                max_width=64,
+                num_inference_steps=4,
+                max_inference_steps=50,
+                guidance_scale=3.0,
+                embedding_from_prompt=True,
+                takes_image=True,
+                ready=True,
+            ),
         )

@@ -1,0 +1,123 @@
+"""Answers of ImagingService."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+
+import PIL.Image
+
+from monofacet import _exceptions as exceptions
+from monofacet import _types as types
+from monofacet._responses.encoding import array, sparse, timings
+from monofacet._status import error_from_status
+from monofacet.v1 import imaging_service_pb2
+
+
+def generation_event(response: imaging_service_pb2.GenerateResponse) -> types.GenerationEvent:
+    """Read one event of a generation.
+
+    Parameters
+    ----------
+    response
+        With one event.
+
+    Returns
+    -------
+    GenerationProgress, GenerationPreview or GeneratedImage
+        The event.
+
+    Raises
+    ------
+    ResponseError
+        If it holds none that this client knows.
+    """
+    match response.WhichOneof("event"):
+        case "progress":
+            progress = response.progress
+            return types.GenerationProgress(
+                tuple(progress.steps), progress.num_inference_steps, progress.waiting
+            )
+        case "preview":
+            preview = response.preview
+            return types.GenerationPreview(
+                preview.index, preview.unsteered, preview.step, _picture(preview.image.data)
+            )
+        case "image":
+            image = response.image
+            completed = image.finish_reason == imaging_service_pb2.FINISH_REASON_COMPLETED
+            return types.GeneratedImage(
+                index=image.index,
+                unsteered=image.unsteered,
+                seed=image.seed,
+                data=image.image.data,
+                error=None if completed else error_from_status(image.error),
+                delta=image.delta,
+                timings=timings(response.timings),
+                bundle=response.bundle,
+            )
+        case other:
+            raise exceptions.ResponseError(f"the answer holds an event of kind {other!r}")
+
+
+def generation_result(events: Iterable[types.GenerationEvent]) -> types.GenerationResult:
+    """Gather the images of a generation.
+
+    Parameters
+    ----------
+    events
+        All of them.
+
+    Returns
+    -------
+    GenerationResult
+        With the images in order.
+
+    Raises
+    ------
+    ResponseError
+        If the stream ended without an image.
+    """
+    made = [event for event in events if isinstance(event, types.GeneratedImage)]
+    if not made:
+        raise exceptions.ResponseError("the server ended the stream without an image")
+    made.sort(key=lambda image: image.index)
+    return types.GenerationResult(
+        tuple(image for image in made if not image.unsteered),
+        tuple(image for image in made if image.unsteered),
+        made[0].bundle,
+    )
+
+
+def steering_preview(response: imaging_service_pb2.PreviewSteeringResponse) -> types.SteeringPreview:
+    """Read what edits do to an embedding.
+
+    Parameters
+    ----------
+    response
+        Of PreviewSteering.
+
+    Returns
+    -------
+    SteeringPreview
+        With arrays.
+    """
+    return types.SteeringPreview(
+        features=sparse(response.features),
+        steered_features=sparse(response.steered_features),
+        steered_embedding=array(response.steered_embedding),
+        delta=response.delta,
+        captions=tuple(types.NearCaption(c.text, c.similarity) for c in response.captions),
+        steered_captions=tuple(types.NearCaption(c.text, c.similarity) for c in response.steered_captions),
+        timings=timings(response.timings),
+        bundle=response.bundle,
+    )
+
+
+def _picture(data: bytes) -> PIL.Image.Image:
+    try:
+        image = PIL.Image.open(io.BytesIO(data))
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise exceptions.ResponseError("the answer holds a picture that cannot be read") from error
+    return image

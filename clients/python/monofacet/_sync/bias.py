@@ -1,0 +1,116 @@
+"""Calls of BiasService."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import grpc
+
+from monofacet import _bias_requests as requests
+from monofacet import _types as types
+from monofacet._base import Deadline
+from monofacet._inputs import Input
+from monofacet._responses import bias as responses
+from monofacet._status import error_from_rpc
+from monofacet._sync.core import SyncCore, Upload
+from monofacet.v1 import bias_service_pb2, bias_service_pb2_grpc
+
+
+class BiasCalls(SyncCore):
+    """How gendered the towers see people, and what removing features does about it."""
+
+    def classify_gender(
+        self,
+        inputs: Input | Iterable[Input],
+        *,
+        ablation: types.Ablation | None = None,
+        truncate: bool = False,
+        timeout: float | None = None,
+    ) -> types.GenderResult:
+        """Tell how gendered each input is, before and after an ablation.
+
+        Parameters
+        ----------
+        inputs
+            As for `encode`; split in the same way.
+        ablation
+            What to remove. Default nothing.
+        truncate
+            Cut texts at the tower's context length instead of refusing them.
+        timeout
+            Seconds for each call, all its tries included.
+
+        Returns
+        -------
+        GenderResult
+            In the order of the inputs.
+
+        Raises
+        ------
+        InputError
+            If an input or the ablation cannot be sent.
+        """
+        answers, sizes = self._in_parts(
+            inputs,
+            lambda part: self._call(
+                self._stub(bias_service_pb2_grpc.BiasServiceStub).ClassifyGender,
+                requests.classify_gender(part, ablation, truncate),
+                timeout,
+            ),
+        )
+        return responses.gender(answers, sizes)
+
+    def audit_gender(
+        self,
+        items: Iterable[requests.LabelledItem],
+        settings: types.AuditSettings | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> types.AuditResult:
+        """Audit what ablations do to labelled inputs of your own.
+
+        Parameters
+        ----------
+        items
+            Inputs with their labels. They are read as they are sent.
+        settings
+            Ablations, intervals, null and seed. Default the 16 features most associated with gender.
+        timeout
+            Seconds for the whole call. Default `Timeout.stream`.
+
+        Returns
+        -------
+        AuditResult
+            One audit an ablation, with the settings as used.
+
+        Raises
+        ------
+        InputError
+            If an item cannot be read; the call is ended.
+        CallError
+            If the call fails. It is not tried again.
+        """
+        deadline = Deadline(self._timeout.stream if timeout is None else timeout)
+        first = requests.audit_settings(settings or types.AuditSettings())
+
+        def messages() -> Iterator[bias_service_pb2.AuditGenderRequest]:
+            yield first
+            batcher = requests.ItemBatcher()
+            for item in items:
+                yield from batcher.add(item)
+            yield from batcher.rest()
+
+        upload = Upload(messages())
+        call = self._stub(bias_service_pb2_grpc.BiasServiceStub).AuditGender.future(
+            iter(upload), timeout=deadline.left(), metadata=self._metadata
+        )
+        upload.started(call)
+        try:
+            response = call.result()
+            upload.check()
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            upload.check()
+            raise error_from_rpc(error) from error
+        finally:
+            call.cancel()
+        return responses.audit(response)

@@ -1,0 +1,188 @@
+"""Calls of ImagingService."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Unpack
+
+import grpc
+import stamina
+
+from monofacet import _exceptions as exceptions
+from monofacet import _imaging_requests as requests
+from monofacet import _types as types
+from monofacet._base import Deadline
+from monofacet._inputs import Image, Input
+from monofacet._responses import imaging as responses
+from monofacet._status import error_from_rpc
+from monofacet._sync.core import SyncCore
+from monofacet.v1 import imaging_service_pb2, imaging_service_pb2_grpc
+
+
+class ImagingCalls(SyncCore):
+    """Images from texts, steered by features."""
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        on_event: Callable[[types.GenerationEvent], None] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[types.GenerateOptions],
+    ) -> types.GenerationResult:
+        """Make images.
+
+        Parameters
+        ----------
+        prompt
+            What to draw.
+        on_event
+            Called with each event as it comes: progress with every step, previews if asked for, images.
+        timeout
+            Seconds for the whole call. Default `Timeout.stream`.
+        **options
+            Seeds, edits and all the rest: see `GenerateOptions`.
+
+        Returns
+        -------
+        GenerationResult
+            In the order of the seeds. An image that failed has its `error` set.
+
+        Raises
+        ------
+        InputError
+            If something cannot be sent.
+        CallError
+            If the call fails.
+        """
+        return self._gather(self.generate_events(prompt, timeout=timeout, **options), on_event)
+
+    def generate_events(
+        self, prompt: str = "", *, timeout: float | None = None, **options: Unpack[types.GenerateOptions]
+    ) -> Iterator[types.GenerationEvent]:
+        """Make images, event by event. Leaving the loop early stops the work on the server within a step.
+
+        Parameters
+        ----------
+        prompt, timeout, **options
+            As for `generate`.
+
+        Yields
+        ------
+        GenerationProgress, GenerationPreview or GeneratedImage
+            As they come.
+        """
+        return self._events(requests.generate(prompt, options), timeout)
+
+    def generate_like(
+        self,
+        image: Image,
+        *,
+        on_event: Callable[[types.GenerationEvent], None] | None = None,
+        timeout: float | None = None,
+    ) -> types.GenerationResult:
+        """Make an image again from itself: a PNG of `generate` carries its request.
+
+        Parameters
+        ----------
+        image
+            The PNG: a path object or bytes.
+        on_event, timeout
+            As for `generate`.
+
+        Returns
+        -------
+        GenerationResult
+            With one image; from the same bundle, device and backend the same bytes.
+
+        Raises
+        ------
+        InputError
+            If the image carries no request.
+        """
+        return self._gather(self._events(requests.request_of(image), timeout), on_event)
+
+    def preview_steering(
+        self,
+        value: Input,
+        edits: Sequence[types.SteeringEdit] | types.SteeringEdit,
+        *,
+        dictionary: str = "",
+        delta: float | None = None,
+        max_captions: int = 5,
+        max_features: int = 20,
+        truncate: bool = False,
+        timeout: float | None = None,
+    ) -> types.SteeringPreview:
+        """Tell what edits do to the embedding of a text or an image, without making an image.
+
+        Parameters
+        ----------
+        value
+            A text or an image.
+        edits
+            In order.
+        dictionary
+            Its name; empty for the default one.
+        delta
+            Rescales the whole change to this size, 0 to 2.
+        max_captions, max_features
+            Listed before and after.
+        truncate
+            Cut texts at the tower's context length instead of refusing them.
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        SteeringPreview
+            Before and after.
+        """
+        several = [edits] if isinstance(edits, types.SteeringEdit) else edits
+        steering = requests.steering(several, dictionary, delta=delta)
+        request = requests.preview_steering(value, steering, max_captions, max_features, truncate)
+        stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
+        return responses.steering_preview(self._call(stub.PreviewSteering, request, timeout))
+
+    def _gather(
+        self,
+        events: Iterator[types.GenerationEvent],
+        on_event: Callable[[types.GenerationEvent], None] | None,
+    ) -> types.GenerationResult:
+        def told() -> Iterator[types.GenerationEvent]:
+            for event in events:
+                if on_event is not None:
+                    on_event(event)
+                yield event
+
+        return responses.generation_result(told())
+
+    def _events(
+        self, request: imaging_service_pb2.GenerateRequest, timeout: float | None
+    ) -> Iterator[types.GenerationEvent]:
+        deadline = Deadline(self._timeout.stream if timeout is None else timeout)
+        call, answers, first = self._begin(request, deadline)
+        try:
+            if first is not None:
+                yield responses.generation_event(first)
+            for response in answers:
+                yield responses.generation_event(response)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        finally:
+            call.cancel()
+
+    def _begin(
+        self, request: imaging_service_pb2.GenerateRequest, deadline: Deadline
+    ) -> tuple[Any, Iterator[Any], Any]:
+        """Start the stream, and try again until its first event: nothing was answered before it."""
+        stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
+        for attempt in stamina.retry_context(**self._retrying(deadline)):
+            with attempt:
+                call = stub.Generate(request, timeout=deadline.left(), metadata=self._metadata)
+                answers = iter(call)
+                try:
+                    return call, answers, next(answers, None)
+                except grpc.RpcError as error:
+                    raise error_from_rpc(error) from error
+        raise exceptions.ServerError("no try was made", code="UNKNOWN")  # unreachable: attempts is at least 1

@@ -1,0 +1,388 @@
+"""``monofacet gender``."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from monofacet import _exceptions as exceptions
+from monofacet._bias_requests import LabelledItem, gender_value
+from monofacet._inputs import image_bytes
+from monofacet._types import (
+    Ablation,
+    AblationAudit,
+    AuditResult,
+    AuditSettings,
+    AuditVerdict,
+    Change,
+    Estimate,
+    GenderResult,
+    GenderScore,
+)
+from monofacet.cli._gender_page import VERDICTS, page
+from monofacet.cli._inputs import read_inputs, shorten
+from monofacet.cli._session import Session, connected, print_json
+
+app = typer.Typer(
+    name="gender",
+    help="How gendered the towers see people, and what removing features does about it.",
+    no_args_is_help=True,
+)
+
+VERDICT_COLOURS = {
+    AuditVerdict.EFFECT: "green",
+    AuditVerdict.NOT_SPECIFIC: "yellow",
+    AuditVerdict.THRESHOLD_ONLY: "yellow",
+    AuditVerdict.NO_EFFECT: "white",
+}
+MEASURES = {
+    "accuracy": "accuracy",
+    "recall_woman": "recall of women",
+    "recall_man": "recall of men",
+    "gender_gap": "gap between them",
+    "worst_group_accuracy": "worst group",
+    "equal_opportunity_gap": "equal-opportunity gap",
+    "equalized_odds_gap": "equalized-odds gap",
+    "demographic_parity_gap": "demographic-parity gap",
+    "skew": "skew of the ungendered",
+}
+
+Features = Annotated[
+    str | None, typer.Option("--features", help="Remove these features: ids, separated by commas.")
+]
+Label = Annotated[
+    str | None, typer.Option("--label", help="Remove all features of a label: image, text, cross.")
+]
+Top = Annotated[
+    int | None, typer.Option("--top", min=1, help="Remove so many features, the most gendered ones first.")
+]
+Mode = Annotated[str, typer.Option("--mode", help="zero, mean, project; or leace, which takes no features.")]
+Dictionary = Annotated[str, typer.Option(help="Dictionary; '' is the default one.")]
+Truncate = Annotated[bool, typer.Option(help="Cut long texts instead of refusing them.")]
+
+
+def chosen(
+    features: str | None, label: str | None, top: int | None, mode: str, dictionary: str
+) -> Ablation | None:
+    """Make the ablation that the options say.
+
+    Parameters
+    ----------
+    features, label, top, mode, dictionary
+        As given.
+
+    Returns
+    -------
+    Ablation or None
+        None if none was asked for.
+
+    Raises
+    ------
+    InputError
+        If the feature ids are no numbers.
+    """
+    if features is None and label is None and top is None and mode.lower() != "leace":
+        return None
+    try:
+        ids = None if features is None else [int(part) for part in features.split(",")]
+    except ValueError as error:
+        raise exceptions.InputError(
+            f"--features takes numbers separated by commas, not {features!r}"
+        ) from error
+    return Ablation(ids, label, top, mode, dictionary)
+
+
+@app.command("classify")
+@connected
+def classify(
+    session: Session,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(help="Image files, folders of images, texts; - reads texts from standard input."),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help="A text, whatever it looks like.")] = None,
+    features: Features = None,
+    label: Label = None,
+    top: Top = None,
+    mode: Mode = "zero",
+    dictionary: Dictionary = "",
+    truncate: Truncate = False,
+) -> None:
+    """Tell how gendered each input is, before and after an ablation.
+
+    It measures what the towers do. Nobody's gender can be told from a picture.
+    """
+    labelled = read_inputs(inputs or (), text or ())
+    result = session.client.classify_gender(
+        [value for _, value in labelled],
+        ablation=chosen(features, label, top, mode, dictionary),
+        truncate=truncate,
+    )
+    names = [name for name, _ in labelled]
+    if session.as_json:
+        for name, item in zip(names, result.classifications, strict=True):
+            print_json({"id": name, **{f.name: getattr(item, f.name) for f in dataclasses.fields(item)}})
+        return
+    _show_classes(session, names, result)
+
+
+def _show_classes(session: Session, names: list[str], result: GenderResult) -> None:
+    ablated = result.ablation is not None
+    title = f"{result.bundle}" + (
+        f", without {result.ablation}: {result.set_size} features" if ablated else ""
+    )
+    columns = ["input", "score", "P(woman)", "calibrated"]
+    table = Table(*columns, *(["after", "calibrated", "kept", "removed"] if ablated else []), title=title)
+    for name, item in zip(names, result.classifications, strict=True):
+        row = [escape(shorten(name)), f"{item.before.score:+.3f}", *_probabilities(item.before)]
+        if ablated and item.after is not None:
+            row += [*_probabilities(item.after), _number(item.kept), str(item.ablated_features)]
+        table.add_row(*row)
+    session.console.print(table)
+
+
+def _probabilities(score: GenderScore) -> list[str]:
+    return [f"{score.p_woman:.3f}", f"{score.p_woman_calibrated:.3f}"]
+
+
+@app.command("audit")
+@connected
+def audit(
+    session: Session,
+    labels: Annotated[
+        Path,
+        typer.Option(
+            "--csv",
+            help="CSV file with columns image or text (or both), gender (woman, man or empty), and optionally "
+            "profession and cluster.",
+        ),
+    ],
+    features: Features = None,
+    label: Label = None,
+    top: Top = None,
+    mode: Mode = "zero",
+    dictionary: Dictionary = "",
+    compare: Annotated[
+        bool, typer.Option(help="Audit the three labels, the top 16 and 64, and LEACE side by side.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option(help="Leave bad items out and name them, instead of failing.")
+    ] = False,
+    bootstrap: Annotated[
+        int | None, typer.Option(min=100, max=10_000, help="Samples for the intervals.")
+    ] = None,
+    null_sets: Annotated[int | None, typer.Option(min=100, max=10_000, help="Random feature sets.")] = None,
+    min_group: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Items of a gender that a profession needs to count.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.")] = None,
+    truncate: Truncate = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with tables and plots here.")] = None,
+) -> None:
+    """Audit what an ablation does to labelled inputs of your own; by default of the 16 most gendered features."""
+    rows = read_labels(labels)
+    if html is not None and not html.parent.is_dir():
+        raise exceptions.InputError(f"there is no folder {html.parent}")
+    asked = chosen(features, label, top, mode, dictionary) or Ablation(
+        top_gender_features=16, mode=mode, dictionary=dictionary
+    )
+    settings = AuditSettings(
+        ablations=compared(mode, dictionary) if compare else (asked,),
+        skip_bad_items=skip_bad,
+        bootstrap_samples=bootstrap,
+        null_sets=null_sets,
+        min_group=min_group,
+        seed=seed,
+        truncate_text=truncate,
+    )
+    unreadable: list[str] = []
+    items = track(
+        _readable(rows, skip_bad, unreadable),
+        "auditing",
+        total=len(rows),
+        console=session.progress,
+        transient=True,
+        disable=session.as_json,
+    )
+    result = session.client.audit_gender(items, settings)
+    if html is not None:
+        _write(html, page(result))
+    if session.as_json:
+        print_json(result)
+    else:
+        _show(session, result)
+        if html is not None:
+            session.progress.print(f"the page is {html}")
+    for name in unreadable:
+        session.progress.print(f"left out: {name}")
+
+
+def compared(mode: str, dictionary: str) -> tuple[Ablation, ...]:
+    """List the ablations of ``--compare``.
+
+    Parameters
+    ----------
+    mode, dictionary
+        Of those that use features.
+
+    Returns
+    -------
+    tuple of Ablation
+        The labels, two sizes, and LEACE.
+    """
+    mode = "zero" if mode.lower() == "leace" else mode
+    by_label = [Ablation(label=name, mode=mode, dictionary=dictionary) for name in ("IMAGE", "TEXT", "CROSS")]
+    by_rank = [Ablation(top_gender_features=q, mode=mode, dictionary=dictionary) for q in (16, 64)]
+    return (*by_rank, *by_label, Ablation(mode="LEACE", dictionary=dictionary))
+
+
+def read_labels(path: Path) -> list[LabelledItem]:
+    """Read a CSV of labelled inputs.
+
+    Parameters
+    ----------
+    path
+        With columns image or text, gender, and optionally profession and cluster. Image paths are relative to
+        the file, so that it can be moved with its images.
+
+    Returns
+    -------
+    list of LabelledItem
+        In order; images as paths, not read yet.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read, or a row has neither an image nor a text, or an unknown gender.
+    """
+    items = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = set(reader.fieldnames or ())
+            if not columns & {"image", "text"} or "gender" not in columns:
+                raise exceptions.InputError(f"{path} needs the columns gender, and image or text")
+            for line, row in enumerate(reader, start=2):
+                image, text = (row.get("image") or "").strip(), row.get("text") or ""
+                if not image and not text:
+                    raise exceptions.InputError(f"{path}, line {line}: neither an image nor a text")
+                gender = (row.get("gender") or "").strip()
+                try:
+                    gender_value(gender)
+                except exceptions.InputError as error:
+                    raise exceptions.InputError(f"{path}, line {line}: {error}") from error
+                items.append(
+                    LabelledItem(
+                        input=path.parent / image if image else text,
+                        gender=gender,
+                        profession=(row.get("profession") or "").strip(),
+                        cluster=(row.get("cluster") or "").strip(),
+                        id=(image or text)[:256],
+                    )
+                )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise exceptions.InputError(f"cannot read {path}: {error}") from error
+    if not items:
+        raise exceptions.InputError(f"{path} holds no items")
+    return items
+
+
+def _readable(items: list[LabelledItem], skip: bool, unreadable: list[str]) -> Iterator[LabelledItem]:
+    for item in items:
+        if isinstance(item.input, Path):
+            try:
+                item = dataclasses.replace(item, input=image_bytes(item.input))
+            except exceptions.InputError as error:
+                if not skip:
+                    raise
+                unreadable.append(str(error))
+                continue
+        yield item
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise exceptions.InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _show(session: Session, result: AuditResult) -> None:
+    console = session.console
+    console.print(
+        f"{result.bundle}: {result.women} women, {result.men} men, {result.ungendered} ungendered"
+        + (f", {result.skipped} left out" if result.skipped else "")
+    )
+    for found in result.audits:
+        colour = VERDICT_COLOURS[found.verdict]
+        console.print(
+            f"\n[bold]{escape(str(found.ablation))}[/] ({found.set_size} features): "
+            f"[{colour}]{found.verdict}[/] - {VERDICTS[found.verdict]}"
+        )
+        console.print(_measures(found))
+        if found.professions:
+            console.print(_professions(found))
+    for item in result.skipped_items[:20]:
+        console.print(
+            f"left out: item {item.index} {escape(item.id)}: {escape(item.message)} ({item.reason})"
+        )
+
+
+def _measures(found: AblationAudit) -> Table:
+    table = Table(
+        "", "before", "after", "difference", "recalibrated: before", "after", "difference", "null p"
+    )
+    p = {test.measure: f"{test.p:.3f}" for test in found.nulls}
+    table.add_row("AUC, woman against man", *_cells(found.auc), "", "", "", p.get("AUC", ""))
+    table.add_row("retrained probe", *_cells(found.probe), "", "", "", "")
+    for name, title in MEASURES.items():
+        raw, again = getattr(found.raw, name), getattr(found.recalibrated, name)
+        table.add_row(title, *_cells(raw), *_cells(again), p.get(name.upper(), ""))
+    table.caption = f"cosine kept {found.kept:.3f}, neighbours kept {found.neighbours_kept:.0%}" + (
+        "" if found.null_energy_ratio is None else f", energy of random sets {found.null_energy_ratio:.2f}"
+    )
+    return table
+
+
+def _professions(found: AblationAudit) -> Table:
+    table = Table(
+        "profession", "women / men / none", "accuracy", "after", "P(woman) of the ungendered", "after"
+    )
+    for item in found.professions[:40]:
+        table.add_row(
+            escape(item.profession),
+            f"{item.women} / {item.men} / {item.ungendered}",
+            _estimate(item.accuracy.before),
+            _estimate(item.accuracy.after),
+            _estimate(item.p_woman.before),
+            _estimate(item.p_woman.after),
+        )
+    return table
+
+
+def _cells(change: Change) -> list[str]:
+    difference = change.difference
+    shown = "" if difference.value is None else f"{difference.value:+.3f}"
+    if difference.low is not None and difference.high is not None:
+        shown += f" [{difference.low:+.3f}, {difference.high:+.3f}]"
+    return [_number(change.before.value), _number(change.after.value), escape(shown)]
+
+
+def _estimate(estimate: Estimate) -> str:
+    if estimate.value is None:
+        return ""
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.2f}"
+    return escape(f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
