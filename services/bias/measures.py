@@ -122,7 +122,7 @@ def weighted_auc(scores: Floats, positive: Bool[np.ndarray, " n"], weights: Floa
     chosen = s[is_positive]
     rank = below[:, np.searchsorted(s, chosen, "left")] + below[:, np.searchsorted(s, chosen, "right")]
     w_positive = w[:, is_positive]
-    return _divide((w_positive * rank).sum(1), 2 * w_positive.sum(1) * negatives[:, -1])
+    return _divide((w_positive * rank).sum(1), 2 * w_positive.sum(1) * below[:, -1])
 
 
 def best_threshold(scores: Floats, labels: Labels, weights: Floats) -> Floats:

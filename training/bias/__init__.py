@@ -1,0 +1,1 @@
+"""Parts of the bias study: what it looks at, what it compares, and its pages."""
