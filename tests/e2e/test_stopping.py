@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import monofacet
+import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import feature_service_pb2_grpc
 
+from deployments.access.scopes import Scope
+from deployments.access.tokens import new_token
 from services.bundle import Bundle
-from tests.support.service import STOP_TIMEOUT_S, start_service
+from tests.support.certificates import Authority
+from tests.support.service import STOP_TIMEOUT_S, Service, start_service
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -57,3 +68,119 @@ def test_a_bundle_that_cannot_be_served_is_one_line_and_exit_code_1(tiny: Bundle
         start_service(tmp_path, tmp_path / "log")
     assert "manifest.json" in str(caught.value)
     assert "Traceback" not in str(caught.value)
+
+
+def encoder_of(service: Service) -> int:
+    return next(
+        pid for pid in service.descendants() if "monofacet:encoder" in " ".join(psutil.Process(pid).cmdline())
+    )
+
+
+def test_a_guarded_service_survives_the_death_of_its_encoder_and_then_drains(
+    tiny: Bundle, tmp_path: Path
+) -> None:
+    """One start for several of its traits: TLS, tokens, a killed replica, JSON logs, SIGTERM with calls in flight."""
+    authority = Authority()
+    certificate, key = authority.issue()
+    (tmp_path / "tls.crt").write_bytes(certificate)
+    (tmp_path / "tls.key").write_bytes(key)
+    token, line = new_token("tester", frozenset([Scope.READ]), None)
+    (tmp_path / "tokens").write_text(line)
+    service = start_service(
+        tiny.path,
+        tmp_path / "log",
+        ["--tls-cert", str(tmp_path / "tls.crt"), "--tls-key", str(tmp_path / "tls.key")]
+        + ["--tokens-file", str(tmp_path / "tokens"), "--host", "127.0.0.1"],
+    )
+    below = service.descendants()
+    target = f"localhost:{service.target.rpartition(':')[2]}"
+    tls = monofacet.TLS(authority.pem)
+    with monofacet.Client(target, token=token, tls=tls, timeout=240) as client:
+        with monofacet.Client(target, tls=tls) as stranger, pytest.raises(monofacet.AuthenticationError):
+            stranger.encode("a")
+        client.encode("before")
+        stop = threading.Event()
+        answered, late = [], []
+
+        def caller() -> None:
+            while not stop.is_set():
+                client.encode("a secret text")
+                answered.append(time.monotonic())
+
+        with ThreadPoolExecutor(8) as pool:
+            callers = [pool.submit(caller) for _ in range(4)]
+            time.sleep(1)
+            os.kill(encoder_of(service), signal.SIGKILL)
+            killed = time.monotonic()
+            while not late and time.monotonic() < killed + 200:
+                time.sleep(0.1)
+                late = [moment for moment in answered if moment > killed + 1]
+            stop.set()
+            # An exception of any call would be raised here: none failed.
+            for done in callers:
+                done.result()
+            assert late
+            flying = [pool.submit(client.encode, [f"text {n}"] * 50) for n in range(4)]
+            time.sleep(0.3)
+            service.process.send_signal(signal.SIGTERM)
+            for done in flying:
+                assert len(done.result()) == 50
+    assert service.process.wait(STOP_TIMEOUT_S) == 0
+    assert [pid for pid in below if alive(pid)] == []
+    log = service.log.read_text()
+    calls = [json.loads(entry) for entry in log.splitlines() if entry.startswith("{")]
+    assert {"TOKEN_MISSING"} <= {entry.get("reason") for entry in calls}
+    assert {entry["token"] for entry in calls if entry.get("code") == "OK"} == {"tester"}
+    assert "secret" not in log and token not in log
+
+
+def test_a_model_that_cannot_be_warmed_leaves_the_port_open_and_says_why(
+    tiny: Bundle, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        # OpenVINO has no f16 on a CPU, which is found when the towers are loaded.
+        "MONOFACET_BACKEND": "openvino",
+        "MONOFACET_PRECISION": "f16",
+    }
+    until = re.compile("monofacet: not serving: .+")
+    service = start_service(tiny.path, tmp_path / "log", ["--port", str(port)], environment, until)
+    try:
+        assert "not serving: encoder: " in service.log.read_text()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
+            assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+            with pytest.raises(grpc.RpcError) as caught:
+                feature_service_pb2_grpc.FeatureServiceStub(channel).Encode(pb.EncodeRequest(), timeout=30)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    finally:
+        assert service.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "line"),
+    [
+        (["--host", "0.0.0.0"], {}, "will not listen on 0.0.0.0 in plain text"),
+        (["--tls-cert", "/nowhere.crt", "--tls-key", "/nowhere.key"], {}, "tls: /nowhere.crt: No such file"),
+        (["--tokens-file", "/nowhere"], {}, "tokens_file: /nowhere: No such file"),
+        ([], {"MONOFACET_TOKENS": "alice read never hunter2"}, "tokens: line 1: the fourth word"),
+        ([], {"MONOFACET_MAX_ITEMS": "0"}, "max_items: "),
+        (["--metrics-port", "TAKEN"], {}, "cannot listen on 127.0.0.1:"),
+    ],
+)
+def test_a_wrong_setting_stops_the_start_with_one_line(
+    tiny: Bundle, tmp_path: Path, arguments: list[str], environment: dict[str, str], line: str
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        arguments = [str(taken.getsockname()[1]) if word == "TAKEN" else word for word in arguments]
+        with pytest.raises(RuntimeError) as caught:
+            start_service(tiny.path, tmp_path / "log", arguments, environment)
+    printed = (tmp_path / "log").read_text()
+    assert line in str(caught.value)
+    assert printed.count("\n") == 1
+    assert printed.startswith("monofacet: ")
+    assert "hunter2" not in printed

@@ -59,7 +59,11 @@ class Service:
 
 
 def start_service(
-    bundle: Path, log: Path, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    bundle: Path,
+    log: Path,
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    until: re.Pattern[str] = READY,
 ) -> Service:
     """Start a service and wait until it says that it is ready.
 
@@ -73,6 +77,8 @@ def start_service(
         More arguments of `monofacet serve`.
     environment
         More environment variables.
+    until
+        What to wait for in its output, if not for the line that says where it is ready.
 
     Raises
     ------
@@ -95,9 +101,10 @@ def start_service(
         )
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
-        match = READY.search(log.read_text(errors="replace"))
+        match = until.search(log.read_text(errors="replace"))
         if match:
-            return Service(match["target"], match["metrics"], match["bundle"], process, log)
+            found = {"target": "", "metrics": "", "bundle": "", **match.groupdict()}
+            return Service(found["target"], found["metrics"], found["bundle"], process, log)
         time.sleep(0.1)
     below = descendants(process.pid)
     process.terminate()
