@@ -50,8 +50,12 @@ class Model(Protocol):
         """Return unit embeddings (batch, d) and norms (batch,)."""
         ...
 
-    def smooth(self, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """Return images of a batch smoothed, for a second look, and how noisy each is, shape (batch,)."""
+    def noise(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
+        """Return how noisy each image of a batch is, shape (batch,)."""
+        ...
+
+    def smooth(self, pixels: NDArray[Any]) -> NDArray[Any]:
+        """Return the images of a batch smoothed, for a second look."""
         ...
 
     def info(self) -> EncoderInfo:
@@ -333,15 +337,13 @@ class Encoder:
         looked = [i for i, item in enumerate(items) if item.looks]
         if not looked:
             return rows
-        smoothed, noise = self._model.smooth(batch[looked])
         rows = list(rows)
-        for i, level in zip(looked, noise, strict=True):
+        for i, level in zip(looked, self._model.noise(batch[looked]), strict=True):
             rows[i] = replace(rows[i], noise=float(level))
-        twice = [k for k, i in enumerate(looked) if items[i].looks > 1]
+        twice = [i for i in looked if items[i].looks > 1]
         if twice:
-            again = [looked[k] for k in twice]
-            twins = self._rows([items[i] for i in again], smoothed[twice], Modality.IMAGE)
-            for i, twin in zip(again, twins, strict=True):
+            twins = self._rows([items[i] for i in twice], self._model.smooth(batch[twice]), Modality.IMAGE)
+            for i, twin in zip(twice, twins, strict=True):
                 rows[i] = replace(rows[i], twin=twin)
         return rows
 

@@ -76,15 +76,19 @@ class TowerModel:
         embeddings = self._towers.encode_texts(tokens)
         return embeddings.unit, embeddings.norm
 
-    def smooth(self, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """Return pixels (batch, 3, H, W) smoothed, and how noisy each image is, float32 (batch,)."""
-        mean, std = self._preprocess.mean, self._preprocess.std
-        # Smoothing is of the picture, so the towers' scaling is undone for it.
-        images = torch.from_numpy(pixels * std + mean)
+    def noise(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
+        """Return how noisy each image of pixels (batch, 3, H, W) is, float32 (batch,)."""
+        # Of the picture, so the towers' scaling is undone; their shift does not count.
         with torch.inference_mode():
-            smoothed = smooth(images)
-            level = noise(images, smoothed)
-        return (smoothed.numpy() - mean) / std, level.numpy()
+            level: NDArray[np.float32] = noise(torch.from_numpy(pixels * self._preprocess.std)).numpy()
+        return level
+
+    def smooth(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
+        """Return pixels (batch, 3, H, W) smoothed, scaled as the towers take them."""
+        mean, std = self._preprocess.mean, self._preprocess.std
+        with torch.inference_mode():
+            smoothed: NDArray[np.float32] = smooth(torch.from_numpy(pixels * std + mean)).numpy()
+        return (smoothed - mean) / std
 
     def info(self) -> EncoderInfo:
         """Describe the towers and what they run on."""

@@ -1,4 +1,4 @@
-"""The second look: a picture with its noise smoothed away and its edges kept.
+"""What is done with the pixels: a picture with its noise smoothed away and its edges kept, and how noisy it is.
 
 An attack within a small budget lives in differences between neighbours that are smaller than any edge. A bilateral
 filter averages those and leaves edges alone, so a clean drawing hardly changes and an attack loses part of itself.
@@ -42,11 +42,22 @@ def smooth(images: Float[Tensor, "B 3 H W"], sigma: float = SIGMA) -> Float[Tens
     return total / weights
 
 
-def noise(images: Float[Tensor, "B 3 H W"], smoothed: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
-    """Return r4: how far smoothing moves a picture's quiet quarter, in pixel levels (0 to 255).
+def checkerboard(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
+    """Return how much colour alternates within each 2 x 2 window, in pixel levels; h = H - 1, w = W - 1.
 
-    It is the lower quartile over pixels of the mean absolute change over channels: 0 where a quarter of the picture
-    is flat, as in most drawings, and of the size of the noise where there is noise everywhere.
+    With u = x - (mean of x over channels), the colour without the brightness, it is the mean over channels of
+    |u_11 - u_12 - u_21 + u_22|. Flat ground and straight edges have none; nor has the noise of a JPEG, which stores
+    colour at half the resolution; independent noise in every channel has it everywhere.
     """
-    change = (images - smoothed).abs().mean(1).flatten(1)
-    return 255 * change.quantile(0.25, dim=1)
+    u = images - images.mean(1, keepdim=True)
+    corners = u[..., 1:, 1:] - u[..., 1:, :-1] - u[..., :-1, 1:] + u[..., :-1, :-1]
+    return 255 * corners.abs().mean(1)
+
+
+def noise(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
+    """Return r4: the lower quartile over windows of `checkerboard`, in pixel levels (0 to 510).
+
+    0 where a quarter of the picture is flat, as in most drawings, and of the size of the noise where there is colour
+    noise everywhere. A constant that is added to a channel changes nothing.
+    """
+    return checkerboard(images).flatten(1).quantile(0.25, dim=1)

@@ -59,9 +59,12 @@ class DebugModel:
 
     encode_images = encode_texts = _encode
 
-    def smooth(self, pixels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    def noise(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
+        return pixels[:, 0].astype(np.float32)
+
+    def smooth(self, pixels: NDArray[Any]) -> NDArray[Any]:
         self.smoothed += len(pixels)
-        return np.roll(pixels, 1, axis=1), pixels[:, 0].astype(np.float32)
+        return np.roll(pixels, 1, axis=1)
 
     def info(self) -> EncoderInfo:
         return EncoderInfo("debug", "cpu", "fp32", 1, EMBED_DIM, 32, 16, 14.3, 0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from services.defense.calibration import DefenseCalibration
 from services.defense.features import RARE
 from services.defense.filtering import FilterMode
-from services.defense.smoothing import noise, smooth
+from services.defense.smoothing import checkerboard, noise, smooth
 from services.dictionaries import SAE, Dictionary, Modality, SAEPair
 from training.defense.attacks import Loss, ascend, project, random_start
 from training.defense.victim import Victim
@@ -58,7 +58,6 @@ class Defended:
     ) -> tuple[Float[Tensor, "B k"], Float[Tensor, "B d"], Float[Tensor, "B d"]]:
         """Return the detection scores, the embeddings and the filtered embeddings."""
         statistics, modality = self.calibration.statistics, Modality.IMAGE
-        smoothed = smooth(images)
         e = self.victim(images)
         z = straight_through(self.dictionary, e)
         energy = z.square() / z.square().sum(1, keepdim=True).clamp_min(1e-12)
@@ -66,11 +65,11 @@ class Defended:
             (e - self.dictionary.decode(z, modality)).norm(dim=1),
             (energy * torch.from_numpy(statistics.text)).sum(1),
             (energy * torch.from_numpy(statistics.moved)).sum(1),
-            noise(images, smoothed),
+            noise(images),
         ]
         other = z
         if self.second_look:
-            twin = self.victim(smoothed)
+            twin = self.victim(smooth(images))
             other = straight_through(self.dictionary, twin)
             columns.append(1 - (e * twin).sum(1))
         return torch.stack(columns, 1), e, self.filtered(e, z, other)
@@ -116,16 +115,20 @@ class Defended:
 
 
 def loud(images: Float[Tensor, "B 3 H W"], quiet: float = 0.3) -> Float[Tensor, "B 1 H W"]:
-    """Return 1 where an attack may act without raising r4, and 0 on the quietest share of each picture's pixels.
+    """Return 1 where an attack may act without raising r4, and 0 on the quietest share of each picture.
 
-    r4 is the change that smoothing makes to the quietest quarter; who leaves somewhat more than a quarter alone, and
-    its neighbours with it, is not seen by it.
+    r4 is what the quietest quarter of the windows shows; who leaves somewhat more than a quarter alone is not seen
+    by it.
     """
-    change = (images - smooth(images)).abs().mean(1, keepdim=True)
-    # Distance from edges breaks the ties of flat ground: its middle is the quietest.
-    calm = change + 1e-3 * F.avg_pool2d(change, 9, stride=1, padding=4)
+    pattern = checkerboard(images)[:, None]
+    # What surrounds a window, and then its place, break the ties of flat ground, so that what is left alone is one
+    # piece.
+    place = torch.linspace(0, 1e-4, pattern[0].numel()).view_as(pattern[0])
+    calm = pattern + 1e-2 * F.avg_pool2d(pattern, 9, stride=1, padding=4) + place
     limit = calm.flatten(1).quantile(quiet, dim=1).view(-1, 1, 1, 1)
-    return (calm > limit).float()
+    untouched = F.pad((calm <= limit).float(), (1, 1, 1, 1))
+    # A pixel is in up to four windows, and must be in no quiet one.
+    return 1 - F.max_pool2d(untouched, 2, stride=1)
 
 
 def evasion(

@@ -68,10 +68,9 @@ def observe(victim: Victim, dictionary: Dictionary, images: Float[Tensor, "B 3 H
     """Look at pictures in [0, 1] twice."""
     units, twins, levels = [], [], []
     for piece in images.split(32):
-        smoothed = smooth(piece)
         units.append(victim(piece))
-        twins.append(victim(smoothed))
-        levels.append(noise(piece, smoothed))
+        twins.append(victim(smooth(piece)))
+        levels.append(noise(piece))
     unit, twin = torch.cat(units), torch.cat(twins)
     encode = dictionary.encode
     return Observed(

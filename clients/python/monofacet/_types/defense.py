@@ -64,7 +64,7 @@ class DetectionScores:
     text_share, moved_share
         Shares of the energy on TEXT features and on those that attacks move, in [0, 1].
     noise
-        How far smoothing moves the picture's quiet quarter, in pixel levels, 0 to 255.
+        How much colour alternates from pixel to pixel in the picture's quiet quarter, in pixel levels, 0 to 510.
     instability
         1 - cosine of the embeddings of the picture and of the smoothed picture, in [0, 2]; None without a second look.
     """

@@ -219,8 +219,9 @@ class DetectionScores(_message.Message):
     moved_share: _builtins.float
     """r3: share of the energy that lies on features which attacks move, in [0, 1]."""
     noise: _builtins.float
-    """r4: how far smoothing moves the picture's quiet quarter, in pixel levels, 0 to 255. It tells flat drawings from
-    drawings with noise; whether it tells anything of other pictures is for the bundle's calibration to say.
+    """r4: how much colour alternates from pixel to pixel in the picture's quiet quarter, in pixel levels, 0 to 510. It
+    tells flat drawings, JPEGs included, from drawings with noise in every channel; whether it tells anything of other
+    pictures is for the bundle's calibration to say.
     """
     instability: _builtins.float
     """r5: 1 - cosine of the embeddings of the picture and of the smoothed picture, in [0, 2]. Only with second_look."""
