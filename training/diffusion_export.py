@@ -33,7 +33,8 @@ def assemble_pipeline(trainer: DiffusionTrainer, clip: Path, vae: Path) -> Stabl
     """Return the trained model as a stock pipeline, float32.
 
     It has no image encoder: the image tower of the bundle is not a `CLIPVisionModelWithProjection`, and whoever runs
-    the pipeline gives the joint embedding itself, as ``image_embeds``.
+    the pipeline gives the joint embedding itself, as ``image_embeds``. diffusers loads the folder with
+    ``from_pretrained(folder, image_encoder=None, feature_extractor=None)``.
 
     Parameters
     ----------

@@ -1,0 +1,76 @@
+"""The exported folder is a stock pipeline that the service loads and that says what the trained model says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableUnCLIPImg2ImgPipeline
+from safetensors.torch import save_file
+
+from services.encoding.clip import build_clip, read_clip_config
+from services.imaging.pipeline import load_parts
+from services.manifest import DiffusionEntry, parse_dataclass
+from tests.training.test_diffusion import SMALL, conditions
+from tests.training.test_text_encoder import CONTEXT, clip_config
+from training.autoencoder import build_autoencoder, write_encoder
+from training.diffusion import DiffusionTrainer
+from training.diffusion_data import DiffusionData
+from training.diffusion_export import assemble_pipeline, write_pipeline
+from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
+
+LATENT = 4
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[DiffusionTrainer, Path]:
+    folder = tmp_path_factory.mktemp("export")
+    torch.manual_seed(0)
+    clip = folder / "clip"
+    clip.mkdir()
+    config = clip_config()
+    (clip / CONFIG_FILE).write_text(json.dumps({"model_cfg": config.model_cfg}))
+    model = build_clip(read_clip_config(clip / CONFIG_FILE), None)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, clip / WEIGHTS_FILE)
+    vae = build_autoencoder((12, 16, 20, 24), LATENT)
+    write_encoder(vae, torch.rand(8, 3, 64, 64) * 2 - 1, noise=0.1)
+    vae.save_pretrained(folder / "vae")
+    made = replace(conditions(40, 1), states=torch.randn(5, CONTEXT, 16), empty=torch.zeros(CONTEXT, 16))
+    latents = torch.randn(40, LATENT, 8, 8)
+    trainer = DiffusionTrainer(DiffusionData(latents, made, latents[:8], made), SMALL, folder)
+    trainer.train_step()
+    pipeline = assemble_pipeline(trainer, clip, folder / "vae")
+    write_pipeline(pipeline, folder / "diffusion", made.fingerprint, steps=3, guidance=2.0)
+    return trainer, folder / "diffusion"
+
+
+def test_stock_diffusers_loads_the_folder(exported: tuple[DiffusionTrainer, Path]) -> None:
+    pipeline = StableUnCLIPImg2ImgPipeline.from_pretrained(
+        exported[1], image_encoder=None, feature_extractor=None, dtype=torch.float32
+    )
+    assert pipeline.tokenizer.model_max_length == CONTEXT
+    assert pipeline.vae_scale_factor == 8
+    files = {path.suffix for path in exported[1].rglob("*") if path.is_file()}
+    assert files <= {".json", ".safetensors", ".txt", ".jinja"}
+
+
+def test_service_loads_the_folder_and_its_unet_says_what_was_trained(
+    exported: tuple[DiffusionTrainer, Path],
+) -> None:
+    trainer, folder = exported
+    entry = parse_dataclass(DiffusionEntry, json.loads((folder / "monofacet.json").read_text()), "diffusion")
+    parts = load_parts(folder, entry)
+    raw = trainer.data.conditions.images[:3]
+    labels = torch.cat(
+        trainer.noiser(raw, torch.zeros(3, dtype=torch.int64), torch.Generator().manual_seed(0)), 1
+    )
+    states, latents = trainer.data.conditions.states[:3].float(), trainer.data.latents[:3]
+    with torch.inference_mode():
+        expected = trainer.exported()(latents, 500, states, class_labels=labels).sample
+        found = parts.unet(latents, 500, states, class_labels=labels).sample
+    # Weights were rounded to half precision, 0.05% each; embeddings are twenty times their spread.
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    torch.testing.assert_close(parts.image_normalizer.mean, trainer.noiser.normaliser.mean)
