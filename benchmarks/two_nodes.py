@@ -14,8 +14,10 @@ import contextvars
 import json
 import logging
 import os
+import re
 import signal
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,12 +31,13 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.environment import ENVIRONMENT, ONE_MACHINE
+from deployments.metrics import REQUEST_DURATION
 from deployments.settings import EMBEDDED_BUNDLE, Settings
 from tests.support.service import descendants
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
-# Tries of the call in progress after the first.
-_retries: contextvars.ContextVar[list[int]] = contextvars.ContextVar("retries")
+# Why the call in progress was tried again, once a time.
+_causes: contextvars.ContextVar[list[str]] = contextvars.ContextVar("causes")
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Calls:
 
     began: list[float] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)
-    retries: list[int] = field(default_factory=list)
+    causes: list[list[str]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     def figures(self, start: float, end: float) -> dict[str, float]:
@@ -87,7 +90,7 @@ def replicas_below(raylet: int) -> Counter[str]:
         except OSError:
             continue
         if title.startswith("ray::ServeReplica:"):
-            found[title.split(":")[4].split(".")[0].strip()] += 1
+            found[re.split(r"[.\s]", title.split(":")[4])[0]] += 1
     return found
 
 
@@ -111,7 +114,7 @@ async def load(target: str, callers: int, until: float, calls: Calls) -> None:
         async def caller(number: int) -> None:
             turn = number
             while time.monotonic() < until:
-                _retries.set([0])
+                _causes.set([])
                 began = time.monotonic()
                 try:
                     await client.encode([f"a red heart {turn % 97}"])
@@ -119,30 +122,45 @@ async def load(target: str, callers: int, until: float, calls: Calls) -> None:
                     calls.errors.append(f"{type(error).__name__}: {error}")
                 calls.began.append(began)
                 calls.ended.append(time.monotonic())
-                calls.retries.append(_retries.get()[0])
+                calls.causes.append(_causes.get())
                 turn += callers
 
         await asyncio.gather(*(caller(number) for number in range(callers)))
 
 
-def count_retries() -> None:
-    """Have the client's retries counted, each with its own call."""
+def note_retries() -> None:
+    """Have the client's retries noted, each with its own call."""
     from stamina.instrumentation import set_on_retry_hooks
 
-    def count(_: Any) -> None:
-        _retries.get()[0] += 1
+    def note(details: Any) -> None:
+        cause = details.caused_by
+        _causes.get().append(f"{type(cause).__name__}: {cause}".splitlines()[0][:120])
 
-    set_on_retry_hooks([count])
+    set_on_retry_hooks([note])
+
+
+def answered(metrics_port: int) -> int:
+    """Return how many calls a gateway has answered."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    name = f"{REQUEST_DURATION.name}_count"
+    return round(sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)))
 
 
 async def measured(
-    target: str, nodes: tuple[int, int], callers: int, before_s: float, after_s: float
+    target: str,
+    nodes: tuple[int, int],
+    metrics_ports: list[int],
+    callers: int,
+    before_s: float,
+    after_s: float,
 ) -> dict[str, Any]:
     """Load both gateways, kill the second node, and watch what happens to the callers."""
     calls = Calls()
     start = time.monotonic()
     loading = asyncio.create_task(load(target, callers, start + before_s + after_s, calls))
     await asyncio.sleep(before_s)
+    shares = [await asyncio.to_thread(answered, port) for port in metrics_ports]
     killed_at = time.monotonic()
     processes = kill(nodes[1])
     back_at: float | None = None
@@ -154,16 +172,23 @@ async def measured(
     ended = np.sort(np.array(calls.ended))
     around = ended[ended > killed_at - 1.0]
     in_flight = [
-        n for b, e, n in zip(calls.began, calls.ended, calls.retries, strict=True) if b < killed_at < e
+        causes
+        for began, end, causes in zip(calls.began, calls.ended, calls.causes, strict=True)
+        if began < killed_at < end
     ]
+    retried_before = [c for e, c in zip(calls.ended, calls.causes, strict=True) if c and e < killed_at]
+    retried = [causes for causes in calls.causes if causes]
     return {
         "callers": callers,
         "calls": len(calls.ended),
         "processes_killed": processes,
         "in_flight_at_the_kill": len(in_flight),
-        "lost_with_the_node": sum(n > 0 for n in in_flight),
-        "retried": sum(n > 0 for n in calls.retries),
-        "retries": sum(calls.retries),
+        "lost_with_the_node": sum(bool(causes) for causes in in_flight),
+        "answered_by_each_gateway_before": shares,
+        "retried_before": len(retried_before),
+        "retried_after": len(retried) - len(retried_before),
+        "retries": sum(map(len, retried)),
+        "causes": dict(Counter(cause for causes in retried for cause in causes)),
         "failed": len(calls.errors),
         "errors": dict(Counter(calls.errors)),
         "before": calls.figures(start + 2.0, killed_at),
@@ -182,7 +207,15 @@ def table(report: dict[str, Any]) -> Table:
     shown = Table("what", "figure")
     shown.add_row("replicas on the first node", str(report["placement"][0]))
     shown.add_row("replicas on the second node", str(report["placement"][1]))
-    for name in ("calls", "in_flight_at_the_kill", "lost_with_the_node", "retried", "retries", "failed"):
+    for name in (
+        "calls",
+        "in_flight_at_the_kill",
+        "lost_with_the_node",
+        "retried_before",
+        "retried_after",
+        "retries",
+        "failed",
+    ):
         shown.add_row(name.replace("_", " "), str(report[name]))
     for phase in ("before", "after", "last_10_s"):
         one = report[phase]
@@ -227,13 +260,13 @@ def main(
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(proxy_location="Disabled", logging_config=quiet)
         gateway = serve.run(build(settings), name=APP_NAME, route_prefix=None, logging_config=quiet)
-        ports = [port for port, _ in gateway.broadcast("ports").results()]
+        ports, metrics_ports = zip(*gateway.broadcast("ports").results(), strict=True)
         if any(gateway.broadcast("warmed").results()) or len(ports) != 2:
             raise RuntimeError("the two gateways do not serve")
         placement = [dict(replicas_below(node)) for node in nodes]
         target = "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)
-        count_retries()
-        report = asyncio.run(measured(target, nodes, callers, before, after))
+        note_retries()
+        report = asyncio.run(measured(target, nodes, list(metrics_ports), callers, before, after))
     report["placement"] = placement
     (OUT / "two_nodes.json").write_text(json.dumps(report, indent=1) + "\n")
     Console(width=120).print(table(report))
