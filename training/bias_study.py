@@ -1,8 +1,8 @@
 """Measure gender bias of the bundle's towers, and what ablating features does about it.
 
 ``python -m training.bias_study --bundle bundles/emoji --corpus work/corpus`` fits on the training artists' drawings,
-chooses on their held-out pairs, writes the bundle's ``bias/`` section with its manifest, ``work/bias.json`` with every
-figure, and prints the tables. ``--test`` adds openmoji, once, at the end. No tower is run: it reads the embeddings.
+chooses on their held-out pairs, writes the bundle's ``bias/`` section with its manifest and report, ``work/bias.json``
+with every figure, and prints the tables. ``--test`` adds openmoji, once, at the end. No tower is run: it reads the embeddings.
 
 The ablation that is reported is the one that leaves the least skew of ungendered professions, drawings and texts, at
 recalibrated thresholds, among those that keep 95% of the retrieval of drawings that show no people.
@@ -40,6 +40,7 @@ from training.build_bundle import DEFAULT_OUT, without_nan
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.embeddings import DEFAULT_OUT as EMBEDDINGS
 from training.pairs import TEMPLATES
+from training.report import render
 
 KEEP = 0.95
 FIT = ("fit", "pool")
@@ -238,7 +239,7 @@ def run(study: Study, test: bool) -> tuple[BiasCalibration, dict[str, Any]]:
     validation = study.cases("validation")
     rows = study.compare(methods, validation, Utility.of(data, study.dictionary, "validation"))
     chosen = choose(rows)
-    print(tables.methods_table(rows, "image"), f"\nchosen: {chosen}", flush=True)
+    print(tables.methods_table("Methods", rows, "image").markdown(), f"\nchosen: {chosen}", flush=True)
     thresholds = {
         Modality.IMAGE: study.threshold(validation.take(validation.gender != UNGENDERED)),
         Modality.TEXT: study.threshold(study.text_cases),
@@ -305,12 +306,17 @@ def counts(cases: Cases) -> dict[str, int]:
 
 
 def write(bundle: Path, calibration: BiasCalibration, figures: dict[str, Any], work: Path) -> None:
-    """Write the bundle's section and the figures, and vouch for the bundle anew."""
-    calibration.write(bundle / BIAS / f"{BIAS}.json", bundle / BIAS / f"{BIAS}.safetensors")
-    refresh_manifest(bundle)
+    """Write the figures, the bundle's section and its report, and vouch for the bundle anew."""
     work.mkdir(parents=True, exist_ok=True)
     (work / "bias.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
     (work / "bias.md").write_text(tables.markdown(figures))
+    calibration.write(bundle / BIAS / f"{BIAS}.json", bundle / BIAS / f"{BIAS}.safetensors")
+    # The other steps' figures are there when the bundle was made here; a study of a bundle alone leaves its report.
+    if (work / "dictionaries.json").exists():
+        page = render(work)
+        for folder in (work, bundle):
+            (folder / "report.html").write_text(page, encoding="utf-8")
+    refresh_manifest(bundle)
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from services.bundle import refresh_manifest
 from services.tables import Cards, ModalityTable, read_thumbnails
+from training.bias import plots as bias_plots
+from training.bias import tables as bias_tables
 from training.build_bundle import WORK
 from training.defense.tables import summary, tables
 from training.report_generation import generation_section
@@ -97,6 +99,26 @@ def defense_section(work: Path) -> dict[str, Any] | None:
     return {"summary": summary(figures), "tables": tables(figures)} if figures else None
 
 
+def bias_section(work: Path) -> dict[str, Any] | None:
+    """Return the tables and plots of the bias study; None where it was not run."""
+    figures = read_json(work / "bias.json")
+    if not figures:
+        return None
+    shown = "test" if "test" in figures else "validation"
+    audits = figures[shown]["audits"]
+    title = f"{figures['chosen']}: {bias_tables.PARTS[shown]}"
+    plots = (
+        bias_plots.professions(audits[0], title),
+        bias_plots.nulls(audits),
+        bias_plots.threshold(audits[0]),
+    )
+    return {
+        "summary": bias_tables.summary(figures),
+        "tables": bias_tables.tables(figures),
+        "plots": "".join(f"<section>{plot}</section>" for plot in plots if plot),
+    }
+
+
 def render(work: Path, bench: Path = BENCH) -> str:
     """Return the page; `bench` holds what the benchmarks of generated pictures wrote, if they ran."""
     dictionaries, modality = read_json(work / "dictionaries.json"), read_json(work / "modality.json")
@@ -117,6 +139,7 @@ def render(work: Path, bench: Path = BENCH) -> str:
         modality=modality,
         default=default,
         generation=generation_section(bench),
+        bias=bias_section(work),
         defense=defense_section(work),
         cards=feature_cards(table, cards),
         plots={

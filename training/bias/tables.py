@@ -1,8 +1,9 @@
-"""The study's figures as Markdown tables."""
+"""The study's figures as tables, for Markdown and for the report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 PARTS = {
@@ -10,28 +11,80 @@ PARTS = {
     "test": "openmoji, an artist never seen (reported only)",
     "texts": "Captions, in every template",
 }
+# Below it a classifier of two classes is of no use.
+WEAK_AUC = 0.7
 HEAD = ("method", "features", "R@1 kept", "AUC", "skew", "skew recal.", "gap", "worst group", "probe")
 
 
-def markdown(figures: dict[str, Any]) -> str:
-    """Return every table of the study."""
-    parts = [f"Dictionary {figures['dictionary']}; chosen on validation: **{figures['chosen']}**."]
-    for part in ("validation", "test"):
-        if part in figures:
-            parts.append(f"### {PARTS[part]}")
-            parts.append(methods_table(figures[part]["methods"], "image"))
-    parts += ["### Captions", methods_table(figures["validation"]["methods"], "text")]
+@dataclass(frozen=True)
+class Table:
+    """A table of text."""
+
+    title: str
+    head: Sequence[str]
+    body: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """Return it in Markdown."""
+        lines = [self.head, ["---"] * len(self.head), *self.body]
+        return f"### {self.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """Return in sentences what was chosen and what it did."""
+    rows = {row["method"]: row for row in figures["validation"]["methods"]}
+    nothing, chosen = rows["nothing"], rows[figures["chosen"]]
+    parts = [
+        f"Ablations of {figures['dictionary']}; chosen on held-out pairs: {figures['chosen']}, which keeps "
+        f"{chosen['r1_kept']:.0%} of the retrieval of drawings that show no people."
+    ]
     for part, title in PARTS.items():
-        if part in figures:
-            parts += [f"### Audits: {title}", audits_table(figures[part]["audits"])]
-    parts += ["### What each label holds of gender", labels_table(figures["labels"])]
-    parts += ["### Ungendered professions by artist", rows_table(figures["by_artist"])]
+        if part not in figures:
+            continue
+        found = figures[part]["audits"][0]
+        p = next((test["p"] for test in found["nulls"] if test["measure"] == "skew"), None)
+        skew = found["recalibrated"]["skew"]
+        parts.append(
+            f"{title}: AUC {change(found['auc'])}, skew of ungendered professions {change(skew)}"
+            + ("" if p is None else f", p {p:.3f}")
+            + f", verdict {found['verdict']}."
+        )
+    if nothing["image"]["auc"] < WEAK_AUC:
+        parts.append(
+            f"These towers hardly tell the genders (AUC {nothing['image']['auc']:.2f} on held-out drawings): there is "
+            "little to remove, and little to conclude."
+        )
+    return " ".join(parts)
+
+
+def tables(figures: dict[str, Any]) -> list[Table]:
+    """Return every table of the study."""
+    result = [
+        methods_table(PARTS[part], figures[part]["methods"], "image")
+        for part in ("validation", "test")
+        if part in figures
+    ]
+    result.append(methods_table(PARTS["texts"], figures["validation"]["methods"], "text"))
+    result += [
+        audits_table(f"Audits: {title}", figures[part]["audits"])
+        for part, title in PARTS.items()
+        if part in figures
+    ]
+    result += [
+        labels_table("What each modality label holds of gender", figures["labels"]),
+        rows_table("Ungendered professions by artist, at recalibrated thresholds", figures["by_artist"]),
+    ]
     for modality, rows in figures["by_profession"].items():
-        parts += [f"### Ungendered professions, {modality}", rows_table(rows)]
-    return "\n\n".join(parts) + "\n"
+        result.append(rows_table(f"Ungendered professions, {modality}", rows))
+    return result
 
 
-def methods_table(rows: Sequence[dict[str, Any]], side: str) -> str:
+def markdown(figures: dict[str, Any]) -> str:
+    """Return the whole study in Markdown."""
+    return "\n\n".join([summary(figures), *(table.markdown() for table in tables(figures))]) + "\n"
+
+
+def methods_table(title: str, rows: Sequence[dict[str, Any]], side: str) -> Table:
     """Return the comparison of all methods, on drawings ("image") or captions ("text")."""
     names = ("auc", "skew", "skew_recalibrated", "gender_gap", "worst_group", "probe")
     body = [
@@ -39,10 +92,10 @@ def methods_table(rows: Sequence[dict[str, Any]], side: str) -> str:
         + [number(row[side][name]) for name in names]
         for row in rows
     ]
-    return grid(HEAD, body)
+    return Table(title, HEAD, body)
 
 
-def audits_table(audits: Sequence[dict[str, Any]]) -> str:
+def audits_table(title: str, audits: Sequence[dict[str, Any]]) -> Table:
     """Return the audits: before and after with paired intervals, the null's p-values, the probe, the verdict."""
     head = ("method", "AUC", "recall women", "recall men", "worst group, recal.", "equal opp. gap, recal.",
             "skew", "skew, recal.", "p AUC", "p skew", "p worst", "probe", "verdict")  # fmt: skip
@@ -65,10 +118,10 @@ def audits_table(audits: Sequence[dict[str, Any]]) -> str:
                 found["verdict"],
             ]
         )
-    return grid(head, body)
+    return Table(title, head, body)
 
 
-def labels_table(labels: dict[str, Any]) -> str:
+def labels_table(title: str, labels: dict[str, Any]) -> Table:
     """Return what each modality label holds of gender."""
     head = ("label", "features", "gap share, images", "women / men", "gap share, texts", "women / men")
     body = [
@@ -82,21 +135,13 @@ def labels_table(labels: dict[str, Any]) -> str:
         ]
         for label, entry in labels.items()
     ]
-    return grid(head, body)
+    return Table(title, head, body)
 
 
-def rows_table(rows: Sequence[dict[str, Any]]) -> str:
+def rows_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     """Return rows of like dictionaries."""
-    if not rows:
-        return "None."
-    head = tuple(name.replace("_", " ") for name in rows[0])
-    return grid(head, [[cell(value) for value in row.values()] for row in rows])
-
-
-def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    head = tuple(name.replace("_", " ") for name in rows[0]) if rows else ()
+    return Table(title, head, [[cell(value) for value in row.values()] for row in rows])
 
 
 def change(value: dict[str, Any]) -> str:
