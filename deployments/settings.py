@@ -249,10 +249,10 @@ class Settings(BaseSettings):
         description="Items of one tower forward. On a CPU larger batches add latency and no throughput.",
     )
     stream_window: int = Field(
-        64,
+        192,
         ge=1,
-        description="Items of one stream in progress at once: two full batches, so that the model never "
-        "waits for the stream and memory stays bounded.",
+        description="Items of one stream in progress at once, together no larger than one request may be: "
+        "two messages on their way to the encoder and one that gathers, so that batches are full.",
     )
     coalesce_items: int = Field(
         64,

@@ -12,6 +12,7 @@ from grpc import aio
 from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
 
+from deployments.gateway.servicers.feature import _Window
 from tests.deployments.conftest import Open, array, error_details, status_details
 
 CODE = grpc.StatusCode
@@ -314,3 +315,30 @@ async def test_a_stream_waits_where_a_unary_call_is_refused(open_gateway: Open) 
 async def test_a_stream_of_nothing_ends_well(open_gateway: Open) -> None:
     async with open_gateway() as gateway:
         assert [a async for a in gateway.features.StreamEncode(iter([]))] == []
+
+
+async def test_a_streams_window_is_bounded_in_items_and_in_bytes() -> None:
+    window = _Window(max_items=2, max_bytes=100)
+
+    async def fits(size: int) -> bool:
+        try:
+            await asyncio.wait_for(window.room(size), 0.05)
+        except TimeoutError:
+            return False
+        return True
+
+    nothing: Any = None
+    # Larger than the whole window: alone, but not refused for ever.
+    assert await fits(500)
+    window.enter(nothing, 500)
+    assert not await fits(1)
+    window.leave(500)
+    window.enter(nothing, 60)
+    assert not await fits(50)
+    assert await fits(40)
+    window.enter(nothing, 40)
+    assert not await fits(0)
+    waiting = asyncio.create_task(window.room(10))
+    await asyncio.sleep(0)
+    window.leave(60)
+    await asyncio.wait_for(waiting, 1)

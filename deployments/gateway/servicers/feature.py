@@ -28,6 +28,51 @@ _STREAM = "monofacet.v1.FeatureService/StreamEncode"
 _STREAM_RETRY_S = 0.02
 
 
+class _Window:
+    """The items of a stream that are in progress, in order; bounded in number and in bytes.
+
+    Parameters
+    ----------
+    max_items
+        In progress at once.
+    max_bytes
+        Of their messages together; an item that is larger by itself is alone.
+    """
+
+    def __init__(self, max_items: int, max_bytes: int) -> None:
+        self._max_items = max_items
+        self._max_bytes = max_bytes
+        self._queue: asyncio.Queue[tuple[asyncio.Task[pb.StreamEncodeResponse], int] | None] = asyncio.Queue()
+        self._items = self._bytes = 0
+        self._left = asyncio.Event()
+
+    async def room(self, size: int) -> None:
+        """Wait until an item of `size` bytes fits; one reader only."""
+        while self._items >= self._max_items or (self._items and self._bytes + size > self._max_bytes):
+            self._left.clear()
+            await self._left.wait()
+
+    def enter(self, task: asyncio.Task[pb.StreamEncodeResponse], size: int) -> None:
+        """Let an item in."""
+        self._items += 1
+        self._bytes += size
+        self._queue.put_nowait((task, size))
+
+    def leave(self, size: int) -> None:
+        """Let the oldest item out, once it is answered."""
+        self._items -= 1
+        self._bytes -= size
+        self._left.set()
+
+    def end(self) -> None:
+        """Say that no more items come."""
+        self._queue.put_nowait(None)
+
+    async def next(self) -> tuple[asyncio.Task[pb.StreamEncodeResponse], int] | None:
+        """Return the oldest item, or None after the last."""
+        return await self._queue.get()
+
+
 class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
     """Answers FeatureService.
 
@@ -76,19 +121,18 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
     ) -> AsyncIterator[pb.StreamEncodeResponse]:
         """Encode item by item, in order; a bad item is its own answer.
 
-        The queue is the window: when it is full nothing more is read, and gRPC's flow control makes the
-        caller wait.
+        The window bounds what is in progress: when it is full nothing more is read, and gRPC's flow control
+        makes the caller wait.
         """
-        window: asyncio.Queue[asyncio.Task[pb.StreamEncodeResponse] | None] = asyncio.Queue(
-            # One more is being answered and one more waits to be put.
-            max(1, self._settings.stream_window - 2)
-        )
+        window = _Window(self._settings.stream_window, self._settings.max_request_bytes)
         running: set[asyncio.Task[pb.StreamEncodeResponse]] = set()
         stream = secrets.token_hex(8)
         reader = asyncio.create_task(self._read(request_iterator, context, window, running, stream))
         try:
-            while (task := await window.get()) is not None:
+            while (entry := await window.next()) is not None:
+                task, size = entry
                 yield await task
+                window.leave(size)
             await reader
         finally:
             reader.cancel()
@@ -99,7 +143,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         self,
         requests: AsyncIterator[pb.StreamEncodeRequest],
         context: Any,
-        window: asyncio.Queue[asyncio.Task[pb.StreamEncodeResponse] | None],
+        window: _Window,
         running: set[asyncio.Task[pb.StreamEncodeResponse]],
         stream: str,
     ) -> None:
@@ -120,17 +164,18 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
                 elif request.WhichOneof("payload") is None:
                     validate(request)
                 else:
+                    size = request.ByteSize()
+                    await window.room(size)
                     task = asyncio.create_task(self._item(request, options, context, stream))
                     running.add(task)
                     task.add_done_callback(running.discard)
                     task.add_done_callback(_retrieve)
-                    await window.put(task)
+                    window.enter(task, size)
                 first = False
         except Exception:
-            # Not a `finally`: a cancelled reader would wait here for a window that nobody empties.
-            await window.put(None)
+            window.end()
             raise
-        await window.put(None)
+        window.end()
 
     async def _item(
         self, request: pb.StreamEncodeRequest, options: pb.EncodeOptions, context: Any, stream: str

@@ -69,7 +69,8 @@ def _dictionaries(catalogue: Catalogue) -> list[pb.DictionaryInfo]:
         infos.append(
             pb.DictionaryInfo(
                 name=name,
-                kind=entry.kind,
+                # A recipe such as sae-group shares its form on disk with another; the recipe is what a caller knows.
+                kind=str(entry.training.get("recipe") or entry.kind),
                 n_features=entry.n_features,
                 embed_dim=entry.embed_dim,
                 l0=metrics.get("l0"),
