@@ -2,7 +2,8 @@
 
 ``python -m training.bias_study --bundle bundles/emoji --corpus work/corpus`` fits on the training artists' drawings,
 chooses on their held-out pairs, writes the bundle's ``bias/`` section with its manifest and report, ``work/bias.json``
-with every figure, and prints the tables. ``--test`` adds openmoji, once, at the end. No tower is run: it reads the embeddings.
+with every figure, and prints the tables. ``--test`` adds openmoji, once, at the end. No tower is run: embeddings are
+read.
 
 The ablation that is reported is the one that leaves the least skew of ungendered professions, drawings and texts, at
 recalibrated thresholds, among those that keep 95% of the retrieval of drawings that show no people.

@@ -50,6 +50,8 @@ def steps(arguments: argparse.Namespace) -> list[list[str]]:
         ["training.cards", *embeddings, *corpus, *dictionaries, "--out", str(work / "cards")],
         ["training.report", "--work", str(work)],
         ["training.build_bundle", "--work", str(work), *clip, *corpus, "--out", str(arguments.out)],
+        # Studies measure a finished bundle, add what they learnt to it, and vouch for it anew.
+        ["training.bias_study", "--bundle", str(arguments.out), *embeddings, *corpus, "--work", str(work), *test],
     ]  # fmt: skip
 
 
