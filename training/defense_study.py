@@ -9,6 +9,7 @@ openmoji, once, at the end. The attacks are white-box: they know every weight, a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from dataclasses import dataclass, replace
@@ -78,26 +79,22 @@ class Attacker:
         Labels.
     steps : int
         Gradients an image.
+    kept : Path or None
+        Folder where attacked pictures are kept, so that a study that was interrupted goes on where it was. It must be
+        of these towers alone.
     """
 
-    def __init__(self, victim: Victim, data: StudyData, steps: int) -> None:
+    def __init__(self, victim: Victim, data: StudyData, steps: int, kept: Path | None = None) -> None:
         self.victim = victim
         self.data = data
         self.steps = steps
+        self.kept = kept
 
     def targets(self, drawings: Drawings) -> np.ndarray:
         """Return a label for each drawing that is not the true one."""
-        rng = np.random.default_rng(len(drawings.truth))
-        return (drawings.truth + rng.integers(1, len(self.data.labels), len(drawings.truth))) % len(
-            self.data.labels
-        )
-
-    def loss(self, name: str, drawings: Drawings) -> Loss:
-        """Return what attack `name` makes large."""
-        if name == "match":
-            return feature_matching(self.victim, self.data.texts[self.targets(drawings)])
-        truth = torch.from_numpy(drawings.truth)
-        return untargeted(self.victim, self.data.texts, truth, self.victim.logit_scale)
+        count = len(self.data.labels)
+        moved = np.random.default_rng(len(drawings.truth)).integers(1, count, len(drawings.truth))
+        return (drawings.truth + moved) % count
 
     def attack(self, name: str, epsilon: int, drawings: Drawings) -> torch.Tensor:
         """Return the attacked pictures."""
@@ -105,19 +102,34 @@ class Attacker:
             return typographic(
                 drawings.images, [self.data.labels[target] for target in self.targets(drawings)]
             )
+        if self.kept is None:
+            return self._attack(name, epsilon, drawings)
+        digest = hashlib.sha256(to_pixels(drawings.images).tobytes() + drawings.truth.tobytes())
+        # The towers and the labels say what the texts' embeddings are.
+        digest.update("\n".join(self.data.labels).encode())
+        file = self.kept / f"{name}-{epsilon}-{self.steps}-{digest.hexdigest()[:16]}.npy"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, to_pixels(self._attack(name, epsilon, drawings)))
+        return to_images(np.load(file))
+
+    def _attack(self, name: str, epsilon: int, drawings: Drawings) -> torch.Tensor:
         run = apgd if name == "apgd" else pgd
+        targets = self.targets(drawings)
         parts = []
         for start in range(0, len(drawings.truth), 32):
-            part = Drawings(drawings.images[start : start + 32], drawings.truth[start : start + 32])
-            targets = self.targets(drawings)[start : start + 32]
-            loss = (
-                feature_matching(self.victim, self.data.texts[targets])
-                if name == "match"
-                else self.loss(name, part)
-            )
+            some = slice(start, start + 32)
+            loss = self._loss(name, drawings.truth[some], targets[some])
             generator = torch.Generator().manual_seed(start + epsilon)
-            parts.append(run(loss, part.images, epsilon / 255, steps=self.steps, generator=generator))
+            parts.append(
+                run(loss, drawings.images[some], epsilon / 255, steps=self.steps, generator=generator)
+            )
         return to_images(to_pixels(torch.cat(parts)))
+
+    def _loss(self, name: str, truth: np.ndarray, targets: np.ndarray) -> Loss:
+        if name == "match":
+            return feature_matching(self.victim, self.data.texts[targets])
+        return untargeted(self.victim, self.data.texts, torch.from_numpy(truth), self.victim.logit_scale)
 
 
 class Study:
@@ -142,7 +154,8 @@ class Study:
         self.victim = Victim(bundle)
         self.dictionary = bundle.dictionary(dictionary)
         self.text = bundle.modality(dictionary).label == Label.TEXT
-        self.attacker = Attacker(self.victim, data, settings.steps)
+        towers = None if kept is None else kept / bundle.manifest.clip.fingerprint[:16]
+        self.attacker = Attacker(self.victim, data, settings.steps, towers)
         self.started = time.monotonic()
 
     def say(self, what: str) -> None:
@@ -270,7 +283,7 @@ def main() -> None:
         settings.seed,
         settings.images,
     )
-    study = Study(bundle, data, settings, arguments.dictionary)
+    study = Study(bundle, data, settings, arguments.dictionary, arguments.work / "defense")
     calibration, figures = study.run(arguments.test)
     print(tables.markdown(figures))
     if not arguments.dry_run:

@@ -13,13 +13,14 @@ import torch
 from services.defense import DefenseCalibration
 from services.defense.features import moved_features
 from services.defense.scores import TWO_LOOKS
+from services.encoding.load import load_towers
 from training.defense import baselines as others
 from training.defense.adaptive import Defended, adaptive, evasion
 from training.defense.calibrate import Seen, Setting, answered, detectors_from
 from training.defense.corruptions import HARMLESS, jpeg
 from training.defense.data import Drawings
 from training.defense.measure import auroc, correct, mean
-from training.defense.observe import Decoder, Observed, join, scores
+from training.defense.observe import Decoder, Observed, embed_with, join, observe, scores
 from training.defense.victim import to_images, to_pixels
 
 if TYPE_CHECKING:
@@ -170,8 +171,20 @@ def false_positives(context: Context) -> dict[str, Any]:
             )
             for twice in (False, True)
         }
-        for name, observed in context.harmless.items()
+        for name, observed in {**context.harmless, **served(context)}.items()
     }
+
+
+def served(context: Context) -> dict[str, Observed]:
+    """Look at clean pictures through the towers as this machine serves them, in whose precision embeddings differ."""
+    study = context.study
+    towers = load_towers(study.bundle, threads=1)
+    try:
+        images = study.data.evaluation_clean[: study.settings.clean_images]
+        name = f"as drawn, {towers.backend} {towers.precision}"
+        return {name: observe(embed_with(towers, study.victim), study.dictionary, images)}
+    finally:
+        towers.close()
 
 
 def robustness(context: Context) -> dict[str, Any]:

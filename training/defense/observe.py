@@ -14,7 +14,8 @@ from services.defense.features import FeatureStatistics, Look
 from services.defense.scores import detection_scores
 from services.defense.smoothing import noise, smooth
 from services.dictionaries import Dictionary, Modality
-from training.defense.victim import Victim
+from services.encoding.towers import Towers
+from training.defense.victim import Embed, Victim
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ def join(parts: Sequence[Observed]) -> Observed:
 
 
 @torch.no_grad()
-def observe(victim: Victim, dictionary: Dictionary, images: Float[Tensor, "B 3 H W"]) -> Observed:
-    """Look at pictures in [0, 1] twice."""
+def observe(embed: Embed, dictionary: Dictionary, images: Float[Tensor, "B 3 H W"]) -> Observed:
+    """Look at pictures in [0, 1] twice; `embed` is a `Victim`, or towers by `embed_with`."""
     units, twins, levels = [], [], []
     for piece in images.split(32):
-        units.append(victim(piece))
-        twins.append(victim(smooth(piece)))
+        units.append(embed(piece))
+        twins.append(embed(smooth(piece)))
         levels.append(noise(piece))
     unit, twin = torch.cat(units), torch.cat(twins)
     encode = dictionary.encode
@@ -80,6 +81,16 @@ def observe(victim: Victim, dictionary: Dictionary, images: Float[Tensor, "B 3 H
         encode(twin, Modality.IMAGE).numpy(),
         torch.cat(levels).numpy(),
     )
+
+
+def embed_with(towers: Towers, victim: Victim) -> Embed:
+    """Return the embedding of pictures by towers as they are served: another backend, another precision."""
+
+    def embed(images: Tensor) -> Tensor:
+        pixels = ((images - victim.mean) / victim.std).numpy()
+        return torch.from_numpy(towers.encode_images(pixels).unit)
+
+    return embed
 
 
 @dataclass(frozen=True)
