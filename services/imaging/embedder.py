@@ -6,6 +6,9 @@ that must come out the same tomorrow cannot be conditioned on those.
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +23,9 @@ from services.encoding.torch_backend import TorchTowers
 from services.imaging.edits import FromReference
 from services.imaging.steering import Embedding
 from services.modalities import Modality
+
+# A reference comes again with every strength, a prompt with every seed; an embedding is a few kilobytes.
+REMEMBERED = 256
 
 
 class Embedder:
@@ -60,6 +66,15 @@ class Embedder:
         self._preprocess = ImagePreprocess(config)
         self._image_limits = image_limits
         self._tokeniser = Tokeniser(config, text_limits)
+        self._remembered: OrderedDict[object, Embedding] = OrderedDict()
+
+    def _once(self, key: object, embed: Callable[[], Embedding]) -> Embedding:
+        if key not in self._remembered:
+            self._remembered[key] = embed()
+            if len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
+        self._remembered.move_to_end(key)
+        return self._remembered[key]
 
     def image(self, data: bytes) -> Embedding:
         """Embed an encoded image file.
@@ -69,9 +84,13 @@ class Embedder:
         ImageError
             Where it is refused.
         """
-        pixels = self._preprocess(decode_image(data, self._image_limits))
-        embeddings = self._towers.encode_images(pixels[None])
-        return Embedding(embeddings.unit[0], float(embeddings.norm[0]), Modality.IMAGE)
+
+        def embed() -> Embedding:
+            pixels = self._preprocess(decode_image(data, self._image_limits))
+            embeddings = self._towers.encode_images(pixels[None])
+            return Embedding(embeddings.unit[0], float(embeddings.norm[0]), Modality.IMAGE)
+
+        return self._once(hashlib.sha256(data).digest(), embed)
 
     def text(self, text: str, truncate: bool = False) -> Embedding:
         """Embed a text.
@@ -81,8 +100,12 @@ class Embedder:
         TextTooLong
             Where it does not fit the context and may not be cut.
         """
-        embeddings = self._towers.encode_texts(self._tokeniser.tokenise([text], truncate))
-        return Embedding(embeddings.unit[0], float(embeddings.norm[0]), Modality.TEXT)
+
+        def embed() -> Embedding:
+            embeddings = self._towers.encode_texts(self._tokeniser.tokenise([text], truncate))
+            return Embedding(embeddings.unit[0], float(embeddings.norm[0]), Modality.TEXT)
+
+        return self._once((text, truncate), embed)
 
     def reference(self, reference: FromReference, truncate: bool = False) -> Embedding:
         """Embed the reference of an edit."""

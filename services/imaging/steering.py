@@ -58,7 +58,7 @@ class Steered:
         Activations before, and as the edits ask for them. With `Steering.delta` the applied change is a
         multiple of theirs.
     delta : float
-        ||e' - e|| / rho, in [0, 2]; exactly 0 where nothing changed.
+        ||e' - e|| / rho, in [0, 2]; exactly 0, and `unit` the very array that came in, where nothing changed.
     """
 
     unit: Float[NDArray[np.float32], " d"]
@@ -211,7 +211,7 @@ def steer(
     # float64: the chord of a small change is a difference of nearly equal vectors.
     change = z_steered.astype(np.float64) - z
     (moved,) = np.nonzero(change)
-    if not len(moved):
+    if not len(moved) or steering.delta == 0:
         return Steered(embedding.unit, embedding.norm, z, z_steered, 0.0)
     direction = change[moved] @ space.rows(embedding.modality)[moved].astype(np.float64)
     unit = embedding.unit.astype(np.float64)
@@ -238,8 +238,6 @@ def rescaled(
     InvalidInput
         Where no positive multiple turns so far.
     """
-    if delta == 0.0:
-        return np.zeros_like(direction)
     theta = 2 * math.asin(min(delta, 2.0) / 2)
     along = float(unit @ direction)
     across = float(np.linalg.norm(direction - along * unit))

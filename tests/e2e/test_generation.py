@@ -1,0 +1,104 @@
+"""Images from a running service: the bytes of this process, again after a restart, and stopped when nobody waits."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from monofacet import Client, GeneratedImage, SteeringEdit
+
+from services.bundle import Bundle
+from services.imaging.edits import Edit, ImageRequest, SetQuantile, Steering
+from services.imaging.generator import Imaging
+from services.tables import Label
+from tests.support.service import Service, start_service
+from tests.support.tiny_pipeline import add_tiny_pipeline
+
+pytestmark = pytest.mark.timeout(900)
+
+EDIT = SteeringEdit("image", quantile=0.8)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    path = Path(shutil.copytree(tiny.path, tmp_path_factory.mktemp("generation") / "tiny"))
+    return add_tiny_pipeline(Bundle.load(path), "unclip")
+
+
+@pytest.fixture(scope="module")
+def service(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    started = start_service(bundle.path, tmp_path_factory.mktemp("service") / "service.log")
+    try:
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[Client]:
+    with Client(service.target) as client:
+        yield client
+
+
+def test_a_served_image_has_the_bytes_of_this_process_alone_and_among_strangers(
+    client: Client, bundle: Bundle
+) -> None:
+    steering = Steering((Edit(Label.IMAGE, SetQuantile(0.8)),))
+    (expected,) = Imaging.load(bundle).generate([ImageRequest("red circle", seed=5, steering=steering)])
+    (alone,) = client.generate("red circle", seeds=5, edits=[EDIT]).images
+    assert alone.image.tobytes() == expected.image.tobytes()
+    assert alone.delta == pytest.approx(expected.delta)
+    with ThreadPoolExecutor(9) as callers:
+        strangers = [callers.submit(client.generate, f"stranger {i}", seeds=i, steps=3 + i) for i in range(8)]
+        mixed = callers.submit(client.generate, "red circle", seeds=5, edits=[EDIT])
+        assert all(stranger.result().images[0].ok for stranger in strangers)
+        assert mixed.result().images[0].data == alone.data
+
+
+def test_an_image_is_the_same_after_a_restart(client: Client, bundle: Bundle, tmp_path: Path) -> None:
+    (before,) = client.generate("red circle", seeds=5, edits=[EDIT]).images
+    again = start_service(bundle.path, tmp_path / "service.log")
+    try:
+        with Client(again.target) as other:
+            (after,) = other.generate("red circle", seeds=5, edits=[EDIT]).images
+    finally:
+        again.stop()
+    assert after.data == before.data
+
+
+def test_leaving_stops_the_work(client: Client, service: Service) -> None:
+    with closing(client.generate_events("red circle", seeds=range(8), steps=50)) as events:
+        next(iter(events))
+    # Eight images of fifty steps would hold up the next one for long.
+    started = time.monotonic()
+    (image,) = client.generate("red circle", seeds=1).images
+    assert image.ok
+    alone = time.monotonic()
+    client.generate("red circle", seeds=1)
+    # The one step that may still have run, of eight images, and a generous factor for a busy machine.
+    assert alone - started < 10 * (time.monotonic() - alone) + 5
+
+
+def test_twins_and_previews_come_over_the_wire(client: Client) -> None:
+    events = list(
+        client.generate_events("red circle", seeds=[1, 2], edits=[EDIT], unsteered=True, preview_every=2)
+    )
+    images = [event for event in events if isinstance(event, GeneratedImage)]
+    assert len(images) == 4
+    plain = client.generate("red circle", seeds=[1, 2])
+    twins = {image.index: image for image in images if image.unsteered}
+    assert [twins[i].image.tobytes() for i in (0, 1)] == [image.image.tobytes() for image in plain.images]
+
+
+def test_the_model_tells_its_pipeline_once_it_is_warm(client: Client) -> None:
+    client.generate("red circle", seeds=1)
+    pipeline = client.model().pipeline
+    assert pipeline is not None
+    assert pipeline.ready
+    assert pipeline.paths == ("embedding", "prompt")
+    assert client.preview_steering("red circle", EDIT).delta > 0
