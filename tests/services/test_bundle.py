@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle, write_manifest
+from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle, refresh_manifest, write_manifest
 from services.dictionaries import Modality
 from services.encoding.clip import tower_fingerprint
 from services.errors import (
@@ -27,6 +27,7 @@ from services.errors import (
 from services.manifest import MANIFEST_NAME, Licence, parse_manifest
 from services.tables import MODALITY_COLUMNS, Cards, ModalityTable
 from services.verification import UNSAFE_SUFFIXES
+from tests.support.tiny_bias import with_bias
 from tests.support.tiny_bundle import CAPTIONS, EMBED_DIM, N_FEATURES, make_tiny_bundle
 
 
@@ -250,3 +251,30 @@ def test_a_feature_that_fires_on_one_side_only_has_no_examples_of_the_other(tiny
     feature = one_sided.table["feature"][0].as_py()
     assert one_sided.top(feature, "image", 3)
     assert one_sided.top(feature, "text", 3) == []
+
+
+def test_a_calibration_joins_a_finished_bundle_and_leaves_the_rest_as_it_is(tiny, tmp_path):
+    calibrated = with_bias(tiny, tmp_path / "tiny")
+    entry = calibrated.manifest.bias
+    assert entry is not None and entry.tower_fingerprint == tiny.manifest.clip.fingerprint
+    assert tiny.manifest.bias is None
+    assert calibrated.id != tiny.id
+    for field in (
+        "name",
+        "licences",
+        "provenance",
+        "metrics",
+        "training_commands",
+        "dictionaries",
+        "samples",
+    ):
+        assert getattr(calibrated.manifest, field) == getattr(tiny.manifest, field)
+    assert set(calibrated.manifest.files) - set(tiny.manifest.files) == {entry.config, entry.weights}
+
+
+def test_a_calibration_of_other_towers_is_refused(tiny, tmp_path):
+    calibrated = with_bias(tiny, tmp_path / "tiny")
+    config = calibrated.path / calibrated.manifest.bias.config
+    config.write_text(config.read_text().replace(tiny.manifest.clip.fingerprint, "0" * 64))
+    with pytest.raises(TowerMismatch):
+        refresh_manifest(calibrated.path)
