@@ -242,8 +242,14 @@ def calibration_changes():
     return (corruptions.HARMLESS["as drawn"], corruptions.HARMLESS["jpeg 90"])
 
 
-def write(bundle: Path, calibration: DefenseCalibration, figures: dict[str, Any], work: Path) -> None:
-    """Write the bundle's section, its manifest, and the figures."""
+def write(
+    bundle: Path,
+    calibration: DefenseCalibration,
+    figures: dict[str, Any],
+    work: Path,
+    docs: Path | None = None,
+) -> None:
+    """Write the bundle's section, its manifest, the figures, and the tables of a documentation page."""
     replace(calibration, figures=figures).write(
         bundle / DEFENSE / f"{DEFENSE}.json", bundle / DEFENSE / f"{DEFENSE}.safetensors"
     )
@@ -251,6 +257,8 @@ def write(bundle: Path, calibration: DefenseCalibration, figures: dict[str, Any]
     work.mkdir(parents=True, exist_ok=True)
     (work / "defense.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
     (work / "defense.md").write_text(tables.markdown(figures))
+    if docs is not None:
+        docs.write_text(tables.put_into(docs.read_text(), figures))
 
 
 def main() -> None:
@@ -266,6 +274,7 @@ def main() -> None:
     parser.add_argument("--adaptive-images", type=int, default=StudySettings.adaptive_images)
     parser.add_argument("--seed", type=int, default=StudySettings.seed)
     parser.add_argument("--test", action="store_true", help="report on the test artist too: at the very end")
+    parser.add_argument("--docs", type=Path, help="page whose tables are replaced, such as docs/defence.md")
     parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")
     arguments = parser.parse_args()
     settings = StudySettings(
@@ -287,7 +296,7 @@ def main() -> None:
     calibration, figures = study.run(arguments.test)
     print(tables.markdown(figures))
     if not arguments.dry_run:
-        write(arguments.bundle, calibration, figures, arguments.work)
+        write(arguments.bundle, calibration, figures, arguments.work, arguments.docs)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from training.defense.calibrate import answered
 from training.defense.data import Drawings, StudyData, split_by_concept
 from training.defense.measure import auroc, mean
 from training.defense.observe import Decoder, observe, scores
-from training.defense.tables import markdown
+from training.defense.tables import BEGIN, END, markdown, put_into
 from training.defense_study import Study, StudySettings, write
 from training.redteam import redteam
 
@@ -143,6 +143,18 @@ def test_what_the_adaptive_attack_differentiates_is_what_is_served(
         observed, calibration, decoder, second_look=second_look, false_positive_rate=0.05, filter_all=True
     )
     np.testing.assert_allclose(filtered.numpy(), unit, atol=1e-4)
+
+
+def test_the_documentation_gets_the_figures_between_its_marks(studied) -> None:
+    figures = studied[2]
+    page = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+    once = put_into(page, figures)
+    assert once.startswith("before\n") and once.endswith("after\n") and "old" not in once
+    assert markdown(figures) in once
+    assert put_into(once, figures) == once
+    with pytest.raises(ValueError):
+        put_into("no marks", figures)
+    assert BEGIN in (Path(__file__).parents[2] / "docs" / "defence.md").read_text()
 
 
 def test_gradients_go_straight_through_topk(tiny: Bundle) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+# Where the figures of the documentation begin and end.
+BEGIN, END = "<!-- figures: written by training.defense_study -->", "<!-- end of figures -->"
 LOOKS = ("one look", "two looks")
 
 
@@ -64,6 +66,21 @@ def tables(figures: Mapping[str, Any]) -> list[FigureTable]:
 def markdown(figures: Mapping[str, Any]) -> str:
     """Return every table as Markdown."""
     return "\n".join([summary(figures) + "\n", *(found.markdown() for found in tables(figures))])
+
+
+def put_into(page: str, figures: Mapping[str, Any]) -> str:
+    """Return a documentation page with its figures, between the two marks, replaced by these.
+
+    Raises
+    ------
+    ValueError
+        Where the page has not both marks, in order.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page has no {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{markdown(figures)}\n{END}{after}"
 
 
 def detection(figures: Mapping[str, Any]) -> FigureTable:
