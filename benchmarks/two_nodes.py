@@ -171,19 +171,15 @@ async def measured(
     await loading
     ended = np.sort(np.array(calls.ended))
     around = ended[ended > killed_at - 1.0]
-    in_flight = [
-        causes
-        for began, end, causes in zip(calls.began, calls.ended, calls.causes, strict=True)
-        if began < killed_at < end
-    ]
     retried_before = [c for e, c in zip(calls.ended, calls.causes, strict=True) if c and e < killed_at]
     retried = [causes for causes in calls.causes if causes]
     return {
         "callers": callers,
         "calls": len(calls.ended),
         "processes_killed": processes,
-        "in_flight_at_the_kill": len(in_flight),
-        "lost_with_the_node": sum(bool(causes) for causes in in_flight),
+        "in_flight_at_the_kill": sum(
+            began < killed_at < end for began, end in zip(calls.began, calls.ended, strict=True)
+        ),
         "answered_by_each_gateway_before": shares,
         "retried_before": len(retried_before),
         "retried_after": len(retried) - len(retried_before),
@@ -210,7 +206,6 @@ def table(report: dict[str, Any]) -> Table:
     for name in (
         "calls",
         "in_flight_at_the_kill",
-        "lost_with_the_node",
         "retried_before",
         "retried_after",
         "retries",
