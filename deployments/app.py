@@ -343,7 +343,7 @@ def build(settings: Settings) -> serve.Application:
     common: dict[str, Any] = {
         "health_check_period_s": 10,
         "health_check_timeout_s": 60,
-        "graceful_shutdown_timeout_s": settings.drain_s + 5.0,
+        "graceful_shutdown_timeout_s": settings.linger_s + settings.drain_s + 5.0,
     }
     encoder = (
         _deployment(EncoderReplica)

@@ -250,11 +250,12 @@ class _LocalRay:
                 logging_level=logging.ERROR,
                 _temp_dir=str(self._directory),
             )
-        except Exception:
+        except Exception as error:
             # Ray gives its own processes 30 s, which a busy machine may not keep, and cannot be told otherwise.
             ray.shutdown()
             if attempts == 1:
-                raise
+                _say(f"cannot start: Ray: {str(error).splitlines()[0]}", err=True)
+                raise typer.Exit(1) from error
             self._start(attempts - 1)
 
     def __exit__(self, *exception: object) -> None:
@@ -307,7 +308,7 @@ def _stop(settings: Settings, gateway: Any) -> None:
 
     from deployments.app import APP_NAME
 
-    if not gateway.drain.remote().result(timeout_s=settings.drain_s + 10):
+    if not gateway.drain.remote().result(timeout_s=settings.linger_s + settings.drain_s + 10):
         _say("some calls were cut off", err=True)
     # Not serve.shutdown(): it kills Serve's controller while Ray still watches it, and Ray says so at length.
     ray_serve.delete(APP_NAME)

@@ -210,6 +210,12 @@ class Settings(BaseSettings):
     max_call_s: float = Field(
         0.0, ge=0, description="Seconds that any call may take; 0 sets no limit, since a corpus takes hours."
     )
+    linger_s: float = Field(
+        1.0,
+        ge=0,
+        description="Seconds that new calls are still taken once the server is stopping and says so: those "
+        "that were sent before their callers could know.",
+    )
     drain_s: float = Field(
         30.0, ge=0, description="Seconds that calls in flight may take to finish once the server is stopping."
     )

@@ -115,6 +115,7 @@ class GatewayServer:
             ],
         )
         self._alive = True
+        self._draining = False
         self._services = LateServices()
         self._server.add_generic_rpc_handlers((self._services,))
         self._alive_generator = True
@@ -263,7 +264,7 @@ class GatewayServer:
     async def set_serving(self, serving: bool) -> None:
         """Say SERVING, or NOT_SERVING while no encoder is there; a server that drains keeps NOT_SERVING."""
         self._alive = serving
-        if not self._admission.closed:
+        if not self._draining:
             await self._set_health(_SERVING if serving else _NOT_SERVING)
 
     async def set_generating(self, generating: bool) -> None:
@@ -272,16 +273,20 @@ class GatewayServer:
         await self.set_serving(self._alive)
 
     async def drain(self) -> bool:
-        """Say NOT_SERVING, refuse new calls, wait for those in flight, and stop.
+        """Say NOT_SERVING, take what is on its way, refuse new calls, wait for those in flight, and stop.
 
         Returns
         -------
         Whether every call in flight finished by itself in time.
         """
         self.metrics.draining.set(1)
-        self._admission.close()
+        first, self._draining = not self._draining, True
         await self._set_health(_NOT_SERVING)
         await self._health.enter_graceful_shutdown()
+        if first:
+            # What was sent before its caller could know has not arrived yet, and would be refused.
+            await asyncio.sleep(self._settings.linger_s)
+        self._admission.close()
         stopping: asyncio.Task[None] | None = None
         if self._health_server is not None:
             # Health has a port of its own, so this one closes at once: open connections are told to go to

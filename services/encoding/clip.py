@@ -121,8 +121,9 @@ def build_clip(config: ClipConfig, weights: Path | None) -> nn.Module:
     ManifestError
         Where the weights do not fit the config.
     """
-    import open_clip
     import safetensors.torch
+
+    from services.encoding.quiet_open_clip import open_clip
 
     arguments = copy.deepcopy(config.model_cfg)
     custom_text = arguments.pop("custom_text", False)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import open_clip
 import torch
 from jaxtyping import Float, Int
-from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
+from services.encoding.quiet_open_clip import open_clip
 from services.errors import UnsupportedModel
 
 
@@ -54,7 +53,9 @@ class TextTower(nn.Module):
         x = self.token_embedding(tokens) + self.positional_embedding[:length]
         mask = None if self.attn_mask is None else self.attn_mask[:length, :length]
         x = self.ln_final(self.transformer(x, attn_mask=mask))
-        pooled: Tensor = text_global_pool(x, tokens, self.pool_type, eos_token_id=self.eos_id)
+        pooled: Tensor = open_clip.transformer.text_global_pool(
+            x, tokens, self.pool_type, eos_token_id=self.eos_id
+        )
         if self.text_projection is None:
             return pooled
         if isinstance(self.text_projection, nn.Linear):

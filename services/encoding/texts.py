@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from open_clip.tokenizer import SimpleTokenizer
 
 from services.encoding.clip import ClipConfig
+from services.encoding.quiet_open_clip import open_clip
 from services.errors import InvalidInput, TextTooLong
 
 # The tokenizer remembers every word it has split, for ever; a server that reads strangers' words must forget.
@@ -55,7 +55,7 @@ class Tokeniser:
         options = config.model_cfg["text_cfg"].get("tokenizer_kwargs") or {}
         self.context_length = config.context_length
         self.limits = limits
-        self._tokenizer = SimpleTokenizer(context_length=config.context_length, **options)
+        self._tokenizer = open_clip.SimpleTokenizer(context_length=config.context_length, **options)
 
     def tokenise(
         self,

@@ -63,7 +63,14 @@ def open_gateway(tiny: Bundle) -> Open:
     async def opened(**overrides: Any) -> AsyncIterator[Gateway]:
         # A test that forgets its limits must not wait for half a minute.
         settings = Settings(
-            **{"port": 0, "metrics_port": 0, "drain_s": 5.0, "retry_after_s": 0.25, **overrides}
+            **{
+                "port": 0,
+                "metrics_port": 0,
+                "drain_s": 5.0,
+                "linger_s": 0.0,
+                "retry_after_s": 0.25,
+                **overrides,
+            }
         )
         model = DebugModel()
         dictionaries: Any = dict.fromkeys(tiny.dictionary_names, DebugDictionary())

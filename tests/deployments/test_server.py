@@ -86,6 +86,19 @@ async def test_with_a_health_port_draining_closes_the_other_port_at_once(open_ga
         assert await draining
 
 
+async def test_a_call_that_was_on_its_way_when_the_server_was_told_to_stop_is_answered(
+    open_gateway: Open,
+) -> None:
+    async with open_gateway(linger_s=1.0) as gateway:
+        health = health_pb2_grpc.HealthStub(gateway.channel)
+        draining = asyncio.ensure_future(gateway.server.drain())
+        await asyncio.sleep(0.05)
+        answer = await health.Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert (await gateway.features.Encode(REQUEST)).norms
+        assert await draining
+
+
 async def test_a_call_that_outlasts_the_drain_is_cut_off(open_gateway: Open) -> None:
     async with open_gateway(drain_s=0.1) as gateway:
         gateway.model.hold()
