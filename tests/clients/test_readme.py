@@ -21,7 +21,7 @@ def target() -> Iterator[str]:
 
 
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
 
 
 @pytest.mark.parametrize("block", BLOCKS)

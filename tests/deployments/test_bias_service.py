@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import pickle
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,11 +19,13 @@ from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import bias_service_pb2_grpc, common_pb2, feature_service_pb2, feature_service_pb2_grpc
 
 from deployments.encoder import Encoder
+from deployments.gateway.audits import AuditItems
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.decoders import read_decoders
 from deployments.gateway.server import GatewayServer
 from deployments.model import TowerModel, load_dictionaries
 from deployments.settings import Settings
+from deployments.work import Encoded, Features
 from services.bias.ablation import FeatureAblation, Mode, Side
 from services.bias.activations import Stacked
 from services.bias.calibration import BiasCalibration
@@ -97,7 +101,8 @@ def opened(biased: Bundle) -> Open:
         encoder = Encoder(settings, model, load_dictionaries(bundle))
 
         async def score(request: Any) -> Any:
-            answer = await encoder.score(request)
+            # As between processes: whatever cannot be pickled fails here.
+            answer = pickle.loads(pickle.dumps(await encoder.score(pickle.loads(pickle.dumps(request)))))
             if isinstance(answer, Exception):
                 raise answer
             return answer
@@ -405,3 +410,29 @@ def test_the_gateways_decoders_are_the_dictionaries_own(biased: Bundle) -> None:
             ablation = FeatureAblation(side, np.arange(0, len(decoder.rows), 2), Mode.ZERO)
             part = ablation.part(Stacked.of(sparse_rows(z)))
             np.testing.assert_allclose(part, z.numpy()[:, ::2] @ decoder.rows[::2], atol=1e-5)
+
+
+def test_ten_thousand_items_take_the_memory_that_the_settings_say() -> None:
+    count, dim, active = 10_000, 256, 32
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    items = AuditItems(pb.AuditSettings(), (), 20_000)
+    for start in range(0, count, 64):
+        size = min(64, count - start)
+        labelled = [
+            pb.LabelledItem(
+                id=f"item {i}", input=common_pb2.Input(image=common_pb2.Image(data=bytes(20_000))),
+                gender=pb.GENDER_MAN, profession=f"profession {i % 20}", cluster=f"cluster {i}",
+            )
+            for i in range(start, start + size)
+        ]  # fmt: skip
+        features = tuple(
+            Features(rng.integers(0, 2048, active).astype(np.int32), np.ones(active, np.float32))
+            for _ in labelled
+        )
+        items.add(labelled, Encoded(np.zeros((size, dim), np.float32), np.ones(size, np.float32), features))
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # The formula of Settings.max_audit_items: embedding, active features, labels and what Python adds. The pictures,
+    # 200 MB of them, are gone.
+    assert kept < count * (4 * dim + 8 * active + 600)
