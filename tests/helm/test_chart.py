@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -264,7 +265,7 @@ def test_services_monitors_and_budgets_select_the_pods_they_mean(values: Values)
 
 
 def test_gateways_are_ready_by_the_health_service_and_drain_before_they_stop() -> None:
-    values = joined(FULL, {"settings": {"drain_s": 40}})
+    values = joined(FULL, {"settings": {"drain_s": 40, "linger_s": 2.5}})
     spec = pods_of(values)["gateway"]["spec"]
     (container,) = spec["containers"]
     made = arguments(values)
@@ -272,9 +273,16 @@ def test_gateways_are_ready_by_the_health_service_and_drain_before_they_stop() -
     assert container["readinessProbe"]["grpc"]["port"] == made["health_port"] != made["port"]
     hook = " ".join(container["lifecycle"]["preStop"]["exec"]["command"])
     assert f"touch {made['drain_file']}" in hook
-    assert "seq 40" in hook
-    assert spec["terminationGracePeriodSeconds"] > 40
+    assert "seq 43" in hook
+    assert spec["terminationGracePeriodSeconds"] > 43
     subprocess.run(["bash", "-n", "-c", container["lifecycle"]["preStop"]["exec"]["command"][2]], check=True)
+
+
+def test_without_settings_of_its_own_the_chart_waits_as_long_as_the_server_drains() -> None:
+    (container,) = pods_of(PLAIN)["gateway"]["spec"]["containers"]
+    settings = Settings()
+    hook = " ".join(container["lifecycle"]["preStop"]["exec"]["command"])
+    assert f"seq {math.ceil(settings.linger_s + settings.drain_s)})" in hook
 
 
 @pytest.mark.parametrize("values", MATRIX[::5])

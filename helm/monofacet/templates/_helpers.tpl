@@ -38,7 +38,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "monofacet.healthPort" -}}9001{{- end -}}
 {{- define "monofacet.metricsPort" -}}9100{{- end -}}
 
-{{- define "monofacet.drainSeconds" -}}{{ .Values.settings.drain_s | default 30 }}{{- end -}}
+{{/* The longest that a gateway takes to stop: a test holds the defaults equal to those of the settings. */}}
+{{- define "monofacet.stopSeconds" -}}
+{{- $linger := ternary .Values.settings.linger_s 1 (hasKey .Values.settings "linger_s") -}}
+{{- $drain := ternary .Values.settings.drain_s 30 (hasKey .Values.settings "drain_s") -}}
+{{- ceil (addf $linger $drain) -}}
+{{- end -}}
 
 {{/* The settings of the server, as the Serve application's arguments. */}}
 {{- define "monofacet.settings" -}}
@@ -131,7 +136,7 @@ metadata:
 spec:
   # The autoscaler alone talks to Kubernetes, by an account that KubeRay makes for the head.
   automountServiceAccountToken: {{ eq .component "head" }}
-  terminationGracePeriodSeconds: {{ add (include "monofacet.drainSeconds" $root | int) 15 }}
+  terminationGracePeriodSeconds: {{ add (include "monofacet.stopSeconds" $root | int) 15 }}
   securityContext:
     runAsNonRoot: true
     runAsUser: 1000
@@ -210,7 +215,7 @@ spec:
               - -c
               - >-
                 touch {{ include "monofacet.drainFile" $root }};
-                for _ in $(seq {{ include "monofacet.drainSeconds" $root }}); do
+                for _ in $(seq {{ include "monofacet.stopSeconds" $root }}); do
                 sleep 1; (exec 3<>/dev/tcp/127.0.0.1/{{ include "monofacet.healthPort" $root }}) 2>/dev/null || exit 0;
                 done
       {{- else }}
