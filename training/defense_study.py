@@ -29,7 +29,7 @@ from training.defense.attacks import Loss, apgd, feature_matching, pgd, untarget
 from training.defense.calibrate import Seen, Setting, calibrate
 from training.defense.corruptions import typographic
 from training.defense.data import Drawings, StudyData, load
-from training.defense.observe import Observed, join, observe
+from training.defense.observe import Looks, Observed, join, look_twice, observed_from
 from training.defense.victim import Victim, to_images, to_pixels
 from training.embeddings import DEFAULT_OUT as EMBEDDINGS
 
@@ -132,6 +132,19 @@ class Attacker:
         return untargeted(self.victim, self.data.texts, torch.from_numpy(truth), self.victim.logit_scale)
 
 
+def kept_looks(victim: Victim, images: torch.Tensor, kept: Path | None) -> Looks:
+    """Look at pictures twice, or read what an earlier run saw of them."""
+    if kept is None:
+        return look_twice(victim, images)
+    digest = hashlib.sha256(to_pixels(images).tobytes()).hexdigest()[:16]
+    file = kept / f"looks-{digest}.npz"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, **vars(look_twice(victim, images)))
+    with np.load(file) as arrays:
+        return Looks(arrays["unit"], arrays["twin"], arrays["noise"])
+
+
 class Study:
     """One run of the study.
 
@@ -154,8 +167,8 @@ class Study:
         self.victim = Victim(bundle)
         self.dictionary = bundle.dictionary(dictionary)
         self.text = bundle.modality(dictionary).label == Label.TEXT
-        towers = None if kept is None else kept / bundle.manifest.clip.fingerprint[:16]
-        self.attacker = Attacker(self.victim, data, settings.steps, towers)
+        self.kept = None if kept is None else kept / bundle.manifest.clip.fingerprint[:16]
+        self.attacker = Attacker(self.victim, data, settings.steps, self.kept)
         self.started = time.monotonic()
 
     def say(self, what: str) -> None:
@@ -164,7 +177,7 @@ class Study:
 
     def observe(self, images: torch.Tensor) -> Observed:
         """Look at pictures twice."""
-        return observe(self.victim, self.dictionary, images)
+        return observed_from(kept_looks(self.victim, images, self.kept), self.dictionary)
 
     def seen(self) -> Seen:
         """Attack the calibration half."""

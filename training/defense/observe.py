@@ -64,23 +64,38 @@ def join(parts: Sequence[Observed]) -> Observed:
     return Observed(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
 
 
+@dataclass(frozen=True)
+class Looks:
+    """The part of `Observed` that is of the towers alone; the same attributes."""
+
+    unit: Float[np.ndarray, "B d"]
+    twin: Float[np.ndarray, "B d"]
+    noise: Float[np.ndarray, " B"]
+
+
 @torch.no_grad()
-def observe(embed: Embed, dictionary: Dictionary, images: Float[Tensor, "B 3 H W"]) -> Observed:
+def look_twice(embed: Embed, images: Float[Tensor, "B 3 H W"]) -> Looks:
     """Look at pictures in [0, 1] twice; `embed` is a `Victim`, or towers by `embed_with`."""
     units, twins, levels = [], [], []
     for piece in images.split(32):
         units.append(embed(piece))
         twins.append(embed(smooth(piece)))
         levels.append(noise(piece))
-    unit, twin = torch.cat(units), torch.cat(twins)
-    encode = dictionary.encode
-    return Observed(
-        unit.numpy(),
-        twin.numpy(),
-        encode(unit, Modality.IMAGE).numpy(),
-        encode(twin, Modality.IMAGE).numpy(),
-        torch.cat(levels).numpy(),
+    return Looks(*(torch.cat(parts).numpy() for parts in (units, twins, levels)))
+
+
+@torch.no_grad()
+def observed_from(looks: Looks, dictionary: Dictionary) -> Observed:
+    """Add the activations in a dictionary."""
+    z, twin_z = (
+        dictionary.encode(torch.from_numpy(e), Modality.IMAGE).numpy() for e in (looks.unit, looks.twin)
     )
+    return Observed(looks.unit, looks.twin, z, twin_z, looks.noise)
+
+
+def observe(embed: Embed, dictionary: Dictionary, images: Float[Tensor, "B 3 H W"]) -> Observed:
+    """Look at pictures in [0, 1] twice, and at their features."""
+    return observed_from(look_twice(embed, images), dictionary)
 
 
 def embed_with(towers: Towers, victim: Victim) -> Embed:
