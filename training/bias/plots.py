@@ -53,6 +53,7 @@ def nulls(audits: list[dict[str, Any]]) -> str:
             axis.axvline(0, color="#888888", linewidth=0.8)
             axis.set_yticks(np.arange(len(tested)), [found["method"] for found in tested], fontsize=7)
             axis.invert_yaxis()
+            axis.locator_params(axis="x", nbins=4)
             axis.set_title(f"change of {measure.replace('_', ' ')}", fontsize=9)
         figure.tight_layout()
         return to_svg(figure)
