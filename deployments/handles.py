@@ -108,6 +108,9 @@ class ModelHandle:
                 self._notice()
                 if begun:
                     break
+            except serve_errors.RequestCancelledError:
+                # Serve's name for the cancellation of this very task.
+                raise asyncio.CancelledError from None
             finally:
                 response.cancel()
         raise EncoderUnavailable("the model is not available; try later")
