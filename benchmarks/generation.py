@@ -35,7 +35,7 @@ from training.corpus.build import DEFAULT_DIR
 from training.diffusion import SHEET_PROMPTS
 from training.diffusion_data import held_out_combinations
 from training.judge import DEFAULT_OUT as JUDGE
-from training.judge import Judge, pick_among
+from training.judge import POOLED, Judge, pick_among, read_inputs
 from training.pairs import Corpus
 from training.retrieval import bootstrap_mean
 
@@ -148,9 +148,11 @@ def main(
         "autoencoded": asdict(kid(features["coded"], other)),
         "real": asdict(kid(features["real"], other)),
     }
-    # A copy would be as near as one drawing of a family is to another; those distances come with the real ones.
-    sample = np.sort(np.random.default_rng(3).permutation(known)[:6000])
-    bank = np.concatenate([eye.features(through_autoencoder(imaging, data.plain[sample]))])
+    # Both sides through the autoencoder, whose softness alone would keep a copy away from the drawing it copies. The
+    # judge has looked at all training drawings already.
+    looked = read_inputs(data, judge, critic.settings.seed)
+    keep = np.isin(looked["train_rows"], known)
+    sample, bank = looked["train_rows"][keep], looked["train_images"][keep, :POOLED].astype(np.float32)
     probe = one_row_a_caption(caption, held_out, captions, 9)
     made_near, which = nearest(features["made"], bank)
     real_near, _ = nearest(eye.features(through_autoencoder(imaging, data.plain[probe])), bank)

@@ -170,7 +170,8 @@ class Judge:
 
     def __init__(self, folder: Path) -> None:
         document = json.loads((folder / "judge.json").read_text())
-        self.model = JudgeModel(document["words"], JudgeSettings(**document["settings"]))
+        self.settings = JudgeSettings(**document["settings"])
+        self.model = JudgeModel(document["words"], self.settings)
         self.model.load_state_dict(load_file(folder / "judge.safetensors"))
         self.model.eval().requires_grad_(False)
         self.backbone = Backbone()
