@@ -49,6 +49,9 @@ COMMANDS = (
     "npm ci --prefix training/corpus",
     "python -m training.corpus.build",
     "python -m training.clip",
+    "python -m training.embeddings",
+    "python -m training.autoencoder",
+    "python -m training.diffusion",
     "python -m training.bundle_all --test",
 )
 PACKAGES = (

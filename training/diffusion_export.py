@@ -103,6 +103,16 @@ def write_quantiles(bundle: Bundle, embeddings: EmbeddingSet) -> None:
         )
 
 
+def trained_on(folder: Path, embeddings: Path) -> bool:
+    """Return whether `folder` holds a model that was trained on the towers of `embeddings`."""
+    checkpoint = folder / "checkpoint.pt"
+    if not checkpoint.exists():
+        return False
+    fingerprint = torch.load(checkpoint, weights_only=True, mmap=True)["fingerprint"]
+    with np.load(embeddings, allow_pickle=False) as file:
+        return str(file["fingerprint"]) == fingerprint
+
+
 def main() -> None:
     """Export from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -110,7 +120,13 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=Path("bundles/emoji"))
     parser.add_argument("--inference-steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument(
+        "--if-trained", action="store_true", help="do nothing where no such model was trained"
+    )
     arguments = parser.parse_args()
+    if arguments.if_trained and not trained_on(arguments.out, arguments.embeddings):
+        print("no text-to-image model was trained on these towers")
+        return
     torch.set_num_threads(arguments.threads)
     stored = json.loads((arguments.out / "settings.json").read_text())
     settings = DiffusionSettings(**{**stored, "channels": tuple(stored["channels"])})

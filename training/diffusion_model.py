@@ -47,11 +47,11 @@ class DiffusionSettings:
         Decay of the weights' moving average, a step.
     """
 
-    steps: int = 5000
-    batch: int = 32
-    lr: float = 1e-3
+    steps: int = 850
+    batch: int = 64
+    lr: float = 2e-3
     weight_decay: float = 0.01
-    warm_up: int = 100
+    warm_up: int = 50
     decay: float = 0.4
     channels: tuple[int, ...] = (64, 128)
     muon: int = 1
@@ -60,7 +60,7 @@ class DiffusionSettings:
     no_prompt: float = 0.15
     noisy_share: float = 0.15
     noisy_level: int = 400
-    average: float = 0.997
+    average: float = 0.99
     seed: int = 0
 
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableUnCLIPImg2ImgPipeline
@@ -19,7 +20,7 @@ from tests.training.test_text_encoder import CONTEXT, clip_config
 from training.autoencoder import build_autoencoder, write_encoder
 from training.diffusion import DiffusionTrainer
 from training.diffusion_data import DiffusionData
-from training.diffusion_export import assemble_pipeline, write_pipeline
+from training.diffusion_export import assemble_pipeline, trained_on, write_pipeline
 from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
 
 LATENT = 4
@@ -74,3 +75,16 @@ def test_service_loads_the_folder_and_its_unet_says_what_was_trained(
     # Weights were rounded to half precision, 0.05% each; embeddings are twenty times their spread.
     assert (found - expected).norm() < 0.02 * expected.norm()
     torch.testing.assert_close(parts.image_normalizer.mean, trainer.noiser.normaliser.mean)
+
+
+def test_only_a_model_of_the_same_towers_counts_as_trained(
+    exported: tuple[DiffusionTrainer, Path], tmp_path: Path
+) -> None:
+    trainer, _ = exported
+    for name in ("towers", "others"):
+        np.savez(tmp_path / f"{name}.npz", fingerprint=name)
+    assert not trained_on(tmp_path, tmp_path / "towers.npz")
+    trainer.folder = tmp_path
+    trainer.save()
+    assert trained_on(tmp_path, tmp_path / "towers.npz")
+    assert not trained_on(tmp_path, tmp_path / "others.npz")
