@@ -184,6 +184,13 @@ def test_a_model_tells_its_pipeline(both: Callable[..., Both]) -> None:
     assert (pipeline.height, pipeline.num_inference_steps, pipeline.ready) == (64, 4, True)
 
 
+def test_the_models_command_tells_what_draws_and_how_it_is_steered() -> None:
+    with run_server(FakeMonofacet()) as target:
+        result = CliRunner().invoke(app, ["models", "--target", target], env={"COLUMNS": "200"})
+    assert "64 x 64 pixels in 4 steps" in result.output
+    assert "steered by: embedding, prompt" in result.output
+
+
 @pytest.fixture(scope="module")
 def command() -> Any:
     runner = CliRunner()

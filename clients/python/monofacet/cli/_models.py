@@ -41,6 +41,14 @@ def _show(session: Session, model: Model) -> None:
         "runs on",
         f"{runtime.backend} {runtime.precision}, {runtime.device}, {runtime.replicas} x {runtime.threads} threads",
     )
+    pipeline = model.pipeline
+    if pipeline is not None:
+        ways = ", ".join(pipeline.paths) or ("none" if pipeline.ready else "loading")
+        facts.add_row(
+            "draws",
+            f"{pipeline.width} x {pipeline.height} pixels in {pipeline.num_inference_steps} steps, "
+            f"{pipeline.kind}; steered by: {ways}",
+        )
     facts.add_row("sha256", model.sha256)
     session.console.print(facts)
 
