@@ -158,10 +158,17 @@ class Study:
         Sizes.
     dictionary : str
         Its name; empty for the default one.
+    kept : Path or None
+        Where attacked pictures, and what the towers saw, are kept between runs.
     """
 
     def __init__(
-        self, bundle: Bundle, data: StudyData, settings: StudySettings, dictionary: str = ""
+        self,
+        bundle: Bundle,
+        data: StudyData,
+        settings: StudySettings,
+        dictionary: str = "",
+        kept: Path | None = None,
     ) -> None:
         self.bundle, self.data, self.settings = bundle, data, settings
         self.victim = Victim(bundle)
