@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
-import sys
 import time
-import warnings
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +18,7 @@ from deployments.batching import BatcherClosed, QueueFull
 from deployments.gateway.errors import EncoderUnavailable
 from deployments.generation_work import Events, Failed, GenerateWork, GeneratorInfo
 from deployments.handles import ModelHandle
+from deployments.process import confine_to_loopback, give_back_memory, keep_libraries_quiet
 from deployments.settings import Settings
 from deployments.work import EncoderFault, EncoderInfo, Reply, ScoreRequest, Work
 from services.errors import InvalidInput
@@ -32,35 +30,6 @@ log = logging.getLogger("monofacet")
 APP_NAME = "monofacet"
 # Seconds between two looks for the file that asks a gateway to drain.
 _DRAIN_POLL_S = 0.5
-
-
-def confine_to_loopback(settings: Settings) -> None:
-    """Keep this replica's own port, where Serve unpickles what it gets, off the network.
-
-    Serve binds it to every interface and has no setting for it. It is opened after the replica's
-    constructor, which is where this is called.
-    """
-    if not settings.loopback_only:
-        return
-    from ray.serve._private import replica as module
-
-    replica: Any = module
-    bind = replica.add_port_to_grpc_server
-
-    def bind_to_loopback(server: Any, address: str) -> int:
-        port: int = bind(server, address.replace("[::]", "127.0.0.1"))
-        return port
-
-    replica.add_port_to_grpc_server = bind_to_loopback
-
-
-def keep_libraries_quiet() -> None:
-    """Keep OpenVINO from reporting each conversion to its makers, and torch from advertising its successor.
-
-    Without its telemetry package, which has no switch but a file in the user's home, OpenVINO uses a stub.
-    """
-    sys.modules.setdefault("openvino_telemetry", cast(Any, None))
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
 
 
 class EncoderReplica:
@@ -277,12 +246,6 @@ class GatewayReplica:
                 getattr(self, task).cancel()
         if hasattr(self, "_server"):
             await self._server.drain()
-
-
-def give_back_memory() -> None:
-    """Return to the system what loading and warming up have freed; glibc by itself keeps it."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _deployment(replica: type) -> serve.Deployment:
