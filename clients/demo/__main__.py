@@ -12,7 +12,9 @@ from pathlib import Path
 
 import monofacet
 import numpy as np
+import pictures
 import report
+from audits import audit_bias, filter_samples
 from monofacet import Client, FeatureCard, ModalityLabel, ScoreSettings
 from rich.console import Console
 from rich.progress import track
@@ -23,6 +25,8 @@ from service import running_service
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN_LABELS = (ModalityLabel.IMAGE, ModalityLabel.TEXT, ModalityLabel.CROSS)
 CARDS_PER_LABEL = 4
+# A picture with a colour and a shape of its own, for steering.
+REFERENCE = "maple leaf"
 
 
 def describe_model(client: Client, console: Console) -> monofacet.Model:
@@ -146,11 +150,33 @@ def main() -> None:
             ((s.data, s.caption) for s in samples), ScoreSettings(bootstrap_samples=200, shuffles=200, seed=0)
         )
         console.print(f"scored {len(scored.cards)} features on {scored.pairs} pairs of our own")
+        bias = audit_bias(client, console)
+        filtered = filter_samples(client, samples, console)
+        reference = next(s for s in samples if s.caption == REFERENCE)
+        previewed = pictures.preview(client, reference, console)
+        generated, steered = None, None
+        if model.pipeline is not None:
+            generated = pictures.generate_sheet(client, console)
+            steered = pictures.steer_sheet(client, features.tables[features.default], reference, console)
         health = client.health()
     seconds = time.perf_counter() - started
     path = report.write(
         arguments.out,
-        report.Demo(model, retrieved, classified, features, scored, refused, health, seconds),
+        report.Demo(
+            model,
+            retrieved,
+            classified,
+            features,
+            scored,
+            refused,
+            bias,
+            filtered,
+            previewed,
+            generated,
+            steered,
+            health,
+            seconds,
+        ),  # fmt: skip
     )
     summary = {
         "bundle": model.bundle,

@@ -9,8 +9,19 @@ from pathlib import Path
 import jinja2
 import matplotlib
 import numpy as np
+from audits import Bias
 from matplotlib import pyplot as plt
-from monofacet import FeatureCard, FeatureDetail, ModalityClassification, ModalityLabel, ModalityTable, Model
+from monofacet import (
+    FeatureCard,
+    FeatureDetail,
+    FilterResult,
+    ModalityClassification,
+    ModalityLabel,
+    ModalityTable,
+    Model,
+    SteeringPreview,
+)
+from pictures import Steering, draw_sheet, draw_steering
 from PIL import Image
 from samples import Sample
 
@@ -67,6 +78,11 @@ class Demo:
     features: Features
     scored: ModalityTable
     refused: int
+    bias: Bias
+    filtered: FilterResult
+    preview: SteeringPreview
+    generated: list[Image.Image] | None
+    steered: Steering | None
     health: str
     seconds: float
 
@@ -140,6 +156,26 @@ def draw_cards(details: list[FeatureDetail], path: Path, columns: int = 5) -> No
     plt.close(figure)
 
 
+def draw_bias(bias: Bias, path: Path) -> None:
+    """Draw P(woman) of each profession before and after the ablation."""
+    rows = sorted(bias.professions.items(), key=lambda row: row[1].before.p_woman_calibrated)
+    figure, axis = plt.subplots(figsize=(7, 0.28 * len(rows) + 1))
+    for y, (_, row) in enumerate(rows):
+        before = row.before.p_woman_calibrated
+        after = row.after.p_woman_calibrated if row.after else before
+        axis.plot([before, after], [y, y], color="#bbbbbb", zorder=1)
+        axis.scatter([before], [y], color="#d1495b", label="before" if y == 0 else None, zorder=2)
+        axis.scatter([after], [y], color="#2e86ab", label="after" if y == 0 else None, zorder=2)
+    axis.axvline(0.5, color="#555555", lw=0.8, ls="--")
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("P(woman) of the text")
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def _interval(card: FeatureCard) -> str:
     if card.mds_energy is None or card.mds_energy_low is None or card.mds_energy_high is None:
         return "MDS undefined"
@@ -155,6 +191,11 @@ def write(folder: Path, demo: Demo) -> Path:
     draw_mds(demo.features, folder / "mds.png")
     draw_retrieval(demo.retrieved, folder / "retrieval.png")
     draw_cards(demo.features.details, folder / "cards.png")
+    draw_bias(demo.bias, folder / "bias.png")
+    if demo.generated is not None:
+        draw_sheet(demo.generated, folder / "generated.png")
+    if demo.steered is not None:
+        draw_steering(demo.steered, folder / "steered.png")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

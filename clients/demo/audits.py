@@ -1,0 +1,92 @@
+"""The demonstration's bias and defence parts: who is seen as what, and which pictures look attacked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from monofacet import (
+    Ablation,
+    AuditResult,
+    AuditSettings,
+    Client,
+    FilterResult,
+    Gender,
+    GenderClassification,
+    LabelledItem,
+)
+from rich.console import Console
+from rich.table import Table
+from samples import Sample
+
+PROFESSIONS = (
+    "police officer", "firefighter", "nurse", "astronaut", "teacher", "judge", "farmer", "cook", "mechanic",
+    "factory worker", "office worker", "scientist", "singer", "artist", "pilot", "guard",
+)  # fmt: skip
+ABLATION = Ablation(top_gender_features=16)
+
+
+@dataclass(frozen=True)
+class Bias:
+    """How gendered professions are without a gender in the words, and the audit of one ablation.
+
+    Parameters
+    ----------
+    professions : dict[str, GenderClassification]
+        By name, before and after the ablation.
+    audit : AuditResult
+        Of captions that name a gender, and of the professions.
+    """
+
+    professions: dict[str, GenderClassification]
+    audit: AuditResult
+
+    def skew(self, after: bool) -> float:
+        """Return the mean |P(woman) - 0.5| over the professions, at the bundle's threshold."""
+        scores = [c.after if after and c.after else c.before for c in self.professions.values()]
+        return sum(abs(score.p_woman_calibrated - 0.5) for score in scores) / len(scores)
+
+
+def audit_bias(client: Client, console: Console) -> Bias:
+    """Ask how gendered each profession is, and audit the ablation on captions of women and men."""
+    answer = client.classify_gender(PROFESSIONS, ablation=ABLATION)
+    professions = dict(zip(PROFESSIONS, answer.classifications, strict=True))
+    table = Table(title=f"P(woman) of words that name no gender; ablation: {ABLATION}")
+    for heading in ("text", "before", "after", "cosine kept"):
+        table.add_column(heading)
+    for name, row in professions.items():
+        after, kept = row.after, row.kept
+        table.add_row(
+            name,
+            f"{row.before.p_woman_calibrated:.2f}",
+            "" if after is None else f"{after.p_woman_calibrated:.2f}",
+            "" if kept is None else f"{kept:.2f}",
+        )
+    console.print(table)
+    items = [
+        LabelledItem(f"{gender.value.lower()} {name}", gender, name, cluster=name)
+        for name in PROFESSIONS
+        for gender in Gender
+    ] + [LabelledItem(name, None, name, cluster=name) for name in PROFESSIONS]
+    settings = AuditSettings((ABLATION,), bootstrap_samples=200, null_sets=200, min_group=1, seed=0)
+    audit = client.audit_gender(items, settings)
+    first = audit.audits[0]
+    console.print(
+        f"audit of {len(items)} captions: AUC {_percent(first.auc.before.value)} before and "
+        f"{_percent(first.auc.after.value)} after; verdict {first.verdict.value}"
+    )
+    return Bias(professions, audit)
+
+
+def filter_samples(client: Client, samples: list[Sample], console: Console) -> FilterResult:
+    """Judge the samples, which nobody attacked; some of many clean pictures are called adversarial all the same."""
+    result = client.filter_adversarial([s.data for s in samples])
+    flagged = sum(image.adversarial for image in result.images)
+    console.print(
+        f"{flagged} of {len(samples)} clean samples called adversarial, at an operating point of "
+        f"{result.false_positive_rate:.0%} false positives"
+    )
+    return result
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
