@@ -29,7 +29,8 @@ from rich.table import Table
 
 from benchmarks.image_measures import Eye, kid, nearest
 from services.bundle import Bundle
-from services.imaging.generator import ImageRequest, Imaging
+from services.imaging.edits import ImageRequest
+from services.imaging.generator import Imaging
 from training.autoencoder import to_tensor
 from training.corpus.build import DEFAULT_DIR
 from training.diffusion import SHEET_PROMPTS

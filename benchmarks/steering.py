@@ -34,10 +34,13 @@ from benchmarks.generation import OUT, generate, grid
 from benchmarks.image_measures import Eye, colour_distance, structure_distance
 from benchmarks.steering_statistics import dose_response, effects, interaction, plot
 from services.bundle import Bundle
+from services.dictionaries.base import Dictionary
 from services.errors import InvalidInput
-from services.imaging.edits import Edit, FromReference, Operation, Steering
-from services.imaging.generator import ImageRequest, Imaging, feature_spaces
-from services.imaging.steering import Embedding, FeatureSpace, activations, steer
+from services.imaging.conditioning import activations
+from services.imaging.edits import Edit, FromReference, ImageRequest, Operation, Steering
+from services.imaging.generator import Imaging
+from services.imaging.spaces import feature_space
+from services.imaging.steering import Embedding, FeatureSpace, steer
 from services.tables import Label
 from training.corpus.build import DEFAULT_DIR
 from training.diffusion_data import held_out_combinations
@@ -85,8 +88,10 @@ class PairMaker:
     ----------
     imaging : Imaging
         Its towers embed.
+    dictionary : Dictionary
+        Encodes embeddings.
     space : FeatureSpace
-        The dictionary and its labels.
+        Its labels.
     corpus : Corpus
         Drawings and captions.
     count : int
@@ -96,9 +101,15 @@ class PairMaker:
     """
 
     def __init__(
-        self, imaging: Imaging, space: FeatureSpace, corpus: Corpus, count: int, largest: float
+        self,
+        imaging: Imaging,
+        dictionary: Dictionary,
+        space: FeatureSpace,
+        corpus: Corpus,
+        count: int,
+        largest: float,
     ) -> None:
-        self.imaging, self.space, self.corpus = imaging, space, corpus
+        self.imaging, self.dictionary, self.space, self.corpus = imaging, dictionary, space, corpus
         self.count, self.largest = count, largest
         assert space.table is not None
         labels = space.table.label
@@ -120,12 +131,13 @@ class PairMaker:
         captions = self.corpus.columns["caption"]
         bare = Pair(base, reference, str(captions[base]), str(captions[reference]), {})
         source = self.imaging.embed_image(png(self.corpus.plain[base]))
-        z = activations(self.space.dictionary, source)
+        z = activations(self.dictionary, source)
         targets = {
             "TEXT": self.imaging.embed_text(bare.reference_caption),
             "IMAGE": self.imaging.embed_image(png(self.corpus.plain[reference])),
         }
-        change = {k: np.abs(activations(self.space.dictionary, e) - z) for k, e in targets.items()}
+        reached = {k: activations(self.dictionary, e) for k, e in targets.items()}
+        change = {k: np.abs(target - z) for k, target in reached.items()}
         moving = {
             g: ids[change["TEXT" if g == "TEXT" else "IMAGE"][ids] > 0] for g, ids in self.members.items()
         }
@@ -142,13 +154,15 @@ class PairMaker:
             base, reference, bare.caption, bare.reference_caption,
             {g: tuple(int(i) for i in ids) for g, ids in features.items()},
         )  # fmt: skip
-        return pair if self._reachable(source, pair, targets) else None
+        return pair if self._reachable(source, z, pair, reached) else None
 
-    def _reachable(self, source: Embedding, pair: Pair, targets: dict[str, Embedding]) -> bool:
+    def _reachable(
+        self, source: Embedding, z: np.ndarray, pair: Pair, reached: dict[str, np.ndarray]
+    ) -> bool:
         for group in GROUPS:
-            target = targets["TEXT" if group == "TEXT" else "IMAGE"]
+            target = reached["TEXT" if group == "TEXT" else "IMAGE"]
             try:
-                steer(source, self.steering(group, pair, self.largest), self.space, lambda _, t=target: t)
+                steer(source, z, self.steering(group, pair, self.largest), self.space, lambda _, t=target: t)
             except InvalidInput:
                 return False
         return True
@@ -227,10 +241,12 @@ def main(
     torch.set_num_threads(threads)
     loaded = Bundle.load(bundle)
     imaging = Imaging.load(loaded, device="cpu", threads=threads)
-    space = feature_spaces(loaded)[dictionary]
+    name = loaded.resolve(dictionary)
+    coder = loaded.dictionary(name)
+    space = feature_space(loaded, name, lambda modality: coder.decoder_rows(modality).numpy())
     data, critic, eye = Corpus.load(corpus), Judge(judge), Eye()
     sizes = [float(dose) for dose in doses.split(",")]
-    maker = PairMaker(imaging, space, data, features, sizes[-1])
+    maker = PairMaker(imaging, coder, space, data, features, sizes[-1])
     chosen, tried = draw_pairs(maker, pairs, seed)
     print(f"{len(chosen)} pairs of {tried} tried", flush=True)
     if not chosen:
@@ -257,7 +273,7 @@ def main(
     middle = sizes[len(sizes) // 2]
     result: dict[str, Any] = {
         "bundle": loaded.id,
-        "dictionary": space.dictionary.name,
+        "dictionary": name,
         "pairs": len(chosen),
         "tried": tried,
         "features_an_edit": float(np.mean([len(p.features["IMAGE"]) for p in chosen])),
