@@ -36,7 +36,7 @@ from training.embeddings import DEFAULT_OUT as EMBEDDINGS
 EPSILONS = (1, 4, 8)
 GRADIENT_ATTACKS = ("pgd", "apgd", "match")
 # Which attack teaches r3, and which choose the filter.
-LEARNT_ON: Setting = ("pgd", 4)
+LEARNT_ON: list[Setting] = [("pgd", epsilon) for epsilon in EPSILONS]
 CHOSEN_ON: list[Setting] = [("pgd", 1), ("pgd", 4), ("match", 4)]
 
 

@@ -4,10 +4,10 @@
 torch but `services.defense.smoothing`, which runs beside the towers.
 """
 
-from services.defense.calibration import DefenseCalibration, FilterChoice
+from services.defense.calibration import DefenseCalibration
 from services.defense.detector import Detector
 from services.defense.features import FeatureStatistics, Look, Reason
-from services.defense.filtering import FilterMode
+from services.defense.filtering import FilterChoice, FilterMode
 from services.defense.screen import Screened, screen
 
 __all__ = [

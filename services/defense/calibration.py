@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from services.defense.detector import Detector
 from services.defense.features import FeatureStatistics
-from services.defense.filtering import FilterMode
+from services.defense.filtering import FilterChoice, FilterMode
 from services.defense.scores import ONE_LOOK, SIGMA, TWO_LOOKS
 from services.errors import ManifestError
 
@@ -31,14 +31,6 @@ CONFIG_KEYS = {
 LOOKS = {False: "one_look", True: "two_looks"}
 _NAMES = {False: ONE_LOOK, True: TWO_LOOKS}
 _VECTORS = ("floor", "mean", "scale", "weight")
-
-
-@dataclass(frozen=True)
-class FilterChoice:
-    """How to filter: what becomes of suspicious features, and whether what no feature explains is kept."""
-
-    mode: FilterMode
-    keep_residual: bool
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
@@ -17,6 +18,14 @@ class FilterMode(StrEnum):
     DROP = "DROP"
     KEEP_NORMAL = "KEEP_NORMAL"
     RESTORE = "RESTORE"
+
+
+@dataclass(frozen=True)
+class FilterChoice:
+    """How to filter: what becomes of suspicious features, and whether what no feature explains is kept."""
+
+    mode: FilterMode
+    keep_residual: bool
 
 
 _DROPPED = (Reason.MOVED, Reason.TEXT, Reason.UNSTABLE)
@@ -45,18 +54,23 @@ MODES = {FilterMode.DROP: drop, FilterMode.KEEP_NORMAL: keep_normal, FilterMode.
 
 def rebuild(
     look: Look,
+    twin: Look | None,
     found: Suspects,
     filtered: Float[np.ndarray, " m"],
     rows: Float[np.ndarray, "n d"],
     origin: Float[np.ndarray, " d"],
-    keep_residual: bool,
+    choice: FilterChoice,
 ) -> Float[np.ndarray, " d"]:
     """Return the embedding of activations z', of unit length.
 
-    e' = norm(z' D + b), and with the residual e' = norm(e + (z' - z) D): what no feature explains is then kept. An
-    embedding of which nothing is left is returned as it was, because a direction that means nothing is worse.
+    e' = norm(z' D + b), and with the residual e' = norm(e + (z' - z) D): what no feature explains is then kept. Where
+    activations are restored it is the smoothed picture's residual, e' = norm(e~ + (z' - z~) D), because the attack is
+    in the other one. An embedding of which nothing is left is returned as it was: a direction that means nothing is
+    worse.
     """
-    if keep_residual:
+    if choice.keep_residual and choice.mode is FilterMode.RESTORE and twin is not None:
+        raw = twin.unit + (filtered - found.twin) @ rows[found.indices]
+    elif choice.keep_residual:
         raw = look.unit + (filtered - found.values) @ rows[found.indices]
     else:
         raw = decode(found.indices, filtered, rows, origin)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from services.defense.calibration import DefenseCalibration, FilterChoice
+from services.defense.calibration import DefenseCalibration
 from services.defense.detector import Detector, probability
 from services.defense.features import Look, Suspects, suspects
-from services.defense.filtering import MODES, FilterMode, rebuild
+from services.defense.filtering import MODES, FilterChoice, FilterMode, rebuild
 from services.defense.scores import detection_scores
 from services.errors import InvalidInput
 
@@ -139,8 +139,6 @@ def _screen(
         scores=dict(zip(detector.names, scores.tolist(), strict=True)),
         found=found,
         filtered=filtered,
-        unit=rebuild(look, found, filtered, rows, origin, choice.keep_residual)
-        if was_filtered
-        else look.unit,
+        unit=rebuild(look, twin, found, filtered, rows, origin, choice) if was_filtered else look.unit,
         was_filtered=was_filtered,
     )

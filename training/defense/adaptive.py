@@ -67,22 +67,28 @@ class Defended:
             (energy * torch.from_numpy(statistics.moved)).sum(1),
             noise(images),
         ]
-        other = z
+        other, other_e = z, e
         if self.second_look:
-            twin = self.victim(smooth(images))
-            other = straight_through(self.dictionary, twin)
-            columns.append(1 - (e * twin).sum(1))
-        return torch.stack(columns, 1), e, self.filtered(e, z, other)
+            other_e = self.victim(smooth(images))
+            other = straight_through(self.dictionary, other_e)
+            columns.append(1 - (e * other_e).sum(1))
+        return torch.stack(columns, 1), e, self.filtered(e, z, other_e, other)
 
     def filtered(
-        self, e: Float[Tensor, "B d"], z: Float[Tensor, "B n"], other: Float[Tensor, "B n"]
+        self,
+        e: Float[Tensor, "B d"],
+        z: Float[Tensor, "B n"],
+        other_e: Float[Tensor, "B d"],
+        other: Float[Tensor, "B n"],
     ) -> Float[Tensor, "B d"]:
-        """Return the filtered embeddings; `other` are the smoothed pictures' activations."""
+        """Return the filtered embeddings; `other_e` and `other` are of the smoothed pictures."""
         choice, modality = self.calibration.choices[self.second_look], Modality.IMAGE
-        kept = torch.where(self.changed(z, other), other if choice.mode is FilterMode.RESTORE else 0.0, z)
+        restores = choice.mode is FilterMode.RESTORE
+        kept = torch.where(self.changed(z, other), other if restores else 0.0, z)
         rebuilt = self.dictionary.decode(kept, modality)
         if choice.keep_residual:
-            rebuilt = e + rebuilt - self.dictionary.decode(z, modality)
+            base_e, base = (other_e, other) if restores else (e, z)
+            rebuilt = base_e + rebuilt - self.dictionary.decode(base, modality)
         return F.normalize(rebuilt, dim=1)
 
     @torch.no_grad()

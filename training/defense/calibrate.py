@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -49,13 +49,19 @@ def clean_activations(dictionary: Dictionary, units: np.ndarray, limit: int = 6_
         return dictionary.encode(torch.from_numpy(units[chosen]), Modality.IMAGE).numpy()
 
 
+def attack_pairs(seen: Seen, settings: Sequence[Setting]) -> tuple[np.ndarray, np.ndarray]:
+    """Return activations before and after the attacks of `settings`, one after another."""
+    after = np.concatenate([seen.attacked[setting].z for setting in settings])
+    return np.concatenate([seen.base.z] * len(settings)), after
+
+
 def statistics_from(
-    seen: Seen, learnt_on: Setting, clean_z: np.ndarray, text: np.ndarray
+    seen: Seen, learnt_on: Sequence[Setting], clean_z: np.ndarray, text: np.ndarray
 ) -> FeatureStatistics:
-    """Measure the features; which of them an attack moves is learnt on one attack at one epsilon."""
+    """Measure the features; which of them an attack moves is learnt on `learnt_on`: one attack."""
     return FeatureStatistics.measure(
         clean=clean_z,
-        attacked=(seen.base.z, seen.attacked[learnt_on].z),
+        attacked=attack_pairs(seen, learnt_on),
         smoothed=(seen.clean.z, seen.clean.twin_z),
         text=text,
     )
@@ -149,7 +155,7 @@ def calibrate(
     text: np.ndarray,
     fingerprint: str,
     *,
-    learnt_on: Setting,
+    learnt_on: Sequence[Setting],
     chosen_on: list[Setting],
     false_positive_rate: float,
 ) -> DefenseCalibration:

@@ -16,7 +16,7 @@ from services.defense.scores import TWO_LOOKS
 from services.encoding.load import load_towers
 from training.defense import baselines as others
 from training.defense.adaptive import Defended, adaptive, evasion
-from training.defense.calibrate import Seen, Setting, answered, detectors_from
+from training.defense.calibrate import Seen, Setting, answered, attack_pairs, detectors_from
 from training.defense.corruptions import HARMLESS, jpeg
 from training.defense.data import Drawings
 from training.defense.measure import auroc, correct, mean
@@ -123,9 +123,9 @@ def _rates(calibration: DefenseCalibration, logits: np.ndarray, second_look: boo
 def left_out(context: Context, setting: Setting) -> DefenseCalibration:
     """Return a calibration that has seen neither the attack nor the epsilon of `setting`."""
     rest = [s for s in context.seen.attacked if s[0] != setting[0] and s[1] != setting[1]]
-    # The epsilon nearest to the middle of the range teaches r3, as in the calibration that ships.
-    learnt_on = min(rest, key=lambda s: (abs(s[1] - 4), s[0]))
-    moved = moved_features(context.seen.base.z, context.seen.attacked[learnt_on].z)
+    # One attack teaches r3, as in the calibration that ships.
+    teacher = max(name for name, _ in rest)
+    moved = moved_features(*attack_pairs(context.seen, [s for s in rest if s[0] == teacher]))
     statistics = replace(context.calibration.statistics, moved=moved)
     detectors = detectors_from(context.seen, rest, statistics, context.decoder)
     return replace(context.calibration, statistics=statistics, detectors=detectors)

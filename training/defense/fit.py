@@ -38,10 +38,10 @@ def fit_detector(
     Detector
         That minimises the mean cross-entropy + penalty |w|^2 with w >= 0.
     """
-    # A tenth of the median over everything seen: low enough to keep the order, high enough that a score of zero
-    # is an ordinary value and not minus infinity.
+    # The scale of attacked images: what is far under it is equally clean, and an order of magnitude there must not
+    # outweigh the difference between a JPEG and an attack.
     both = np.concatenate([clean, attacked])
-    floor = np.maximum(np.median(both, axis=0) / 10, 1e-4)
+    floor = np.maximum(np.median(attacked, axis=0), 1e-4)
     logs = np.log(clean + floor)
     mean, scale = logs.mean(0), np.maximum(logs.std(0), 1e-3)
     s = (np.log(both + floor) - mean) / scale

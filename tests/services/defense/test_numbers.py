@@ -133,10 +133,12 @@ def test_an_image_without_suspects_is_rebuilt_as_it_was(mode: FilterMode) -> Non
     kept = MODES[mode](found)
     np.testing.assert_array_equal(kept, found.values)
     np.testing.assert_allclose(
-        rebuild(look, found, kept, WORLD.rows, WORLD.origin, True), look.unit, atol=1e-6
+        rebuild(look, None, found, kept, WORLD.rows, WORLD.origin, FilterChoice(mode, True)),
+        look.unit,
+        atol=1e-6,
     )
     # Without the residual what no feature explains is gone.
-    without = rebuild(look, found, kept, WORLD.rows, WORLD.origin, False)
+    without = rebuild(look, None, found, kept, WORLD.rows, WORLD.origin, FilterChoice(mode, False))
     np.testing.assert_allclose(without, WORLD.look(WORLD.clean[0]).unit, atol=1e-5)
 
 

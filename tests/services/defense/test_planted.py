@@ -95,3 +95,15 @@ def test_what_clean_images_never_have_is_unseen_and_excessive() -> None:
     assert found.reasons[Reason.UNSEEN].tolist() == [False, True]
     assert found.reasons[Reason.EXCESS].tolist() == [True, True]
     assert not found.reasons[Reason.UNSTABLE].any()
+
+
+def test_restoring_with_the_residual_keeps_the_smoothed_pictures() -> None:
+    """An attack outside every feature is in the residual, so that is not the one to keep."""
+    attacked, twin = WORLD.look(WORLD.attacked[-1], off=0.8), WORLD.look(WORLD.clean[-1], off=0.1)
+    (found,) = screen(
+        [attacked], [0.0], [twin], calibration(WORLD, KNOWN), WORLD.rows, WORLD.origin,
+        choice=FilterChoice(FilterMode.RESTORE, keep_residual=True), false_positive_rate=0.05, filter_all=True,
+    )  # fmt: skip
+    # Within the tolerance of the few features that were not restored.
+    assert found.unit @ twin.unit > 0.995
+    assert attacked.unit @ twin.unit < 0.9

@@ -126,7 +126,9 @@ class FilterOptions(_message.Message):
     mode: Global___FilterMode.ValueType
     """What becomes of suspicious features. Default the bundle's choice."""
     keep_residual: _builtins.bool
-    """Whether the part of the embedding that no feature explains is kept. Default the bundle's choice."""
+    """Whether the part of the embedding that no feature explains is kept; with RESTORE, that of the smoothed picture.
+    Default the bundle's choice.
+    """
     second_look: _builtins.bool
     """Also encode each picture smoothed, and judge by how far that moves its embedding: much the best evidence, at the
     price of a second forward of the image tower. Default false.
