@@ -47,7 +47,7 @@ class DiffusionSettings:
         Decay of the weights' moving average, a step.
     """
 
-    steps: int = 850
+    steps: int = 750
     batch: int = 64
     lr: float = 2e-3
     weight_decay: float = 0.01
