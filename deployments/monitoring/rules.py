@@ -33,6 +33,8 @@ SHED_RATIO = 0.05
 MIN_RATE = 0.1
 CERTIFICATE_DAYS = 14
 DAY_S = 86_400
+# Between two evaluations of a group.
+INTERVAL_S = 30
 
 # The caller did nothing wrong and has no answer.
 FAILED = '=~"INTERNAL|UNKNOWN|DATA_LOSS|UNAVAILABLE|DEADLINE_EXCEEDED"'
@@ -212,7 +214,7 @@ def rules() -> dict[str, Any]:
     """Return the rule file, as Prometheus reads it."""
     return {
         "groups": [
-            {"name": "monofacet.records", "interval": "30s", "rules": recording_rules()},
-            {"name": "monofacet.alerts", "interval": "30s", "rules": alerts()},
+            {"name": "monofacet.records", "interval": f"{INTERVAL_S}s", "rules": recording_rules()},
+            {"name": "monofacet.alerts", "interval": f"{INTERVAL_S}s", "rules": alerts()},
         ]
     }

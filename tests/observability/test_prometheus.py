@@ -22,7 +22,7 @@ from benchmarks.pictures import write_pictures
 from deployments import metrics as m
 from deployments.monitoring.dashboard import dashboard
 from deployments.monitoring.promql import quantile
-from deployments.monitoring.rules import rules
+from deployments.monitoring.rules import INTERVAL_S, rules
 from services.bundle import Bundle
 from tests.observability.server import JOB, Prometheus, eventually, running_prometheus
 from tests.support.service import Service
@@ -94,8 +94,12 @@ def test_the_chart_s_rules_are_loaded_and_evaluate_without_error(observed: Obser
     loaded = [rule for group in groups for rule in group["rules"]]
     assert len(loaded) == sum(len(group["rules"]) for group in rules()["groups"])
     assert [(rule["name"], rule.get("lastError")) for rule in loaded if rule["health"] == "err"] == []
+    ratio = "monofacet:error_ratio:rate5m"
+    # The group's turn comes once in its interval; two, in case the first found too few scrapes.
+    turns = 2 * INTERVAL_S + 5
+    eventually(lambda: bool(observed.prometheus.query(ratio)), "recorded", turns)
     # The recorded ratio of a service that failed nobody.
-    assert [value for _, value in observed.prometheus.query("monofacet:error_ratio:rate5m")] == [0.0]
+    assert [value for _, value in observed.prometheus.query(ratio)] == [0.0]
 
 
 def test_a_healthy_service_fires_no_alert(observed: Observed) -> None:
