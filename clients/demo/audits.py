@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from monofacet import (
     Ablation,
+    AblationMode,
     AuditResult,
     AuditSettings,
     Client,
@@ -22,7 +23,8 @@ PROFESSIONS = (
     "police officer", "firefighter", "nurse", "astronaut", "teacher", "judge", "farmer", "cook", "mechanic",
     "factory worker", "office worker", "scientist", "singer", "artist", "pilot", "guard",
 )  # fmt: skip
-ABLATION = Ablation(top_gender_features=16)
+# What the bundle's study chose on held-out drawings.
+ABLATION = Ablation(top_gender_features=4, mode=AblationMode.PROJECT)
 
 
 @dataclass(frozen=True)
