@@ -52,8 +52,10 @@ def steps(arguments: argparse.Namespace) -> list[list[str]]:
         ["training.build_bundle", "--work", str(work), *clip, *corpus, "--out", str(arguments.out)],
         # Studies measure a finished bundle, add what they learnt to it, and vouch for it anew.
         ["training.bias_study", "--bundle", str(arguments.out), *embeddings, *corpus, "--work", str(work), *test],
+        ["training.defense_study", "--bundle", str(arguments.out), *corpus, *test],
         # Trained by itself, for it takes longest; without it the bundle is whole but draws no pictures.
         ["training.diffusion_export", "--bundle", str(arguments.out), *embeddings, *corpus, *clip, "--if-trained"],
+        ["training.report", "--work", str(work), "--bundle", str(arguments.out)],
     ]  # fmt: skip
 
 
