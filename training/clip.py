@@ -1,7 +1,7 @@
 """Train the embedded CLIP from scratch on the emoji corpus.
 
 ``python -m training.clip`` trains, ``--resume`` goes on from the last checkpoint; the result is an open_clip
-model: a config JSON and safetensors. Two phases, for a machine with few cores:
+model: a config JSON and safetensors. Three phases, for a machine with few cores:
 
 1. The image tower learns with captions that are sums of word vectors (`training.caption_words`), by CLIP's
    contrastive loss over *every* caption of the emoji at every step. The same caption twice is never its own
@@ -11,6 +11,9 @@ model: a config JSON and safetensors. Two phases, for a machine with few cores:
    a fraction, and augmentation grows from weak to strong.
 2. The text transformer learns to embed captions, in templates and in pairs, where their words' sums lie
    (`training.text_tower`).
+3. The image tower is tuned at full resolution to the text transformer's own captions, which stay fixed (locked-text
+   tuning, the mirror of Zhai et al., 2022): what the change of resolution and the distillation cost is won back, and
+   whatever reads the text tower need not be trained again.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,71 +33,14 @@ from torch import Tensor, nn
 
 from training.augment import Augment, AugmentSettings
 from training.caption_words import CaptionWords
-from training.contrastive import contrastive_loss, encode_text
+from training.clip_settings import ClipSettings
+from training.contrastive import contrastive_loss, encode_text, two_caption_loss
 from training.corpus.build import DEFAULT_DIR
 from training.pairs import TEMPLATES, Batch, Corpus, PairSampler
 from training.retrieval import bootstrap_auc, gender_score, participation_ratio, retrieval
 from training.text_tower import TextDistiller, start_as_a_sum
 
 CONFIG = Path(__file__).parent / "configs" / "emoji_clip.json"
-
-
-@dataclass(frozen=True)
-class ClipSettings:
-    """Hyperparameters of a run.
-
-    Parameters
-    ----------
-    steps, batch : int
-        Optimiser steps of the image tower, and pairs a step.
-    image_lr, word_lr : float
-        Peak learning rates of the image tower and of the word vectors.
-    weight_decay : float
-        On matrices and filters only.
-    warm_up, decay : float
-        Shares of the steps with a rising and a falling rate.
-    low_resolution : int
-        Pixels a side during the first `low_share` of the steps.
-    weak, strong, strong_from : float
-        Strength of the augmentation at the start and in the end, and the share of the steps after which it is
-        strong.
-    text_weight : float
-        Of the loss from caption to image, against the loss from image to caption.
-    gender_weight, gender_from : float
-        Of the loss that tells "woman" from "man", and the share of the steps after which it joins.
-    emoji_share : float
-        Share of a batch that comes from the training artists; the rest is line art.
-    text_steps, text_batch : int
-        Optimiser steps of the text tower, and texts a step.
-    text_lr : float
-        Peak learning rate of the text tower.
-    without : str
-        A set to leave out (leave-one-artist-out runs), or empty.
-    seed : int
-        Of weights, samples and augmentation.
-    """
-
-    steps: int = 3200
-    batch: int = 128
-    image_lr: float = 2e-3
-    word_lr: float = 2e-3
-    weight_decay: float = 0.05
-    warm_up: float = 0.05
-    decay: float = 0.4
-    low_resolution: int = 32
-    low_share: float = 0.8
-    weak: float = 0.3
-    strong: float = 0.7
-    strong_from: float = 0.5
-    text_weight: float = 0.3
-    gender_weight: float = 0.5
-    gender_from: float = 0.6
-    emoji_share: float = 0.75
-    text_steps: int = 400
-    text_batch: int = 256
-    text_lr: float = 1e-3
-    without: str = ""
-    seed: int = 0
 
 
 def build_model(config: dict) -> open_clip.CLIP:
@@ -139,6 +85,9 @@ class ClipTrainer:
         self.standardise.to(self.device)
         self.optimiser = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), eps=1e-6)
         self.step = 0
+        # The text tower's embeddings of every caption and of the two genders, once it is trained.
+        self.captions: Tensor | None = None
+        self.man_and_woman: Tensor | None = None
         self.text_is_trained = False
 
     def _caption_words(self) -> CaptionWords:
@@ -174,8 +123,12 @@ class ClipTrainer:
 
     def rate(self) -> float:
         """Return the share of the peak learning rate at this step."""
-        progress = self.step / self.settings.steps
-        return min(1.0, (progress + 1e-3) / self.settings.warm_up, (1.0 - progress) / self.settings.decay)
+        s = self.settings
+        if self.step < s.steps:
+            progress = self.step / s.steps
+            return min(1.0, (progress + 1e-3) / s.warm_up, (1.0 - progress) / s.decay)
+        progress = (self.step - s.steps) / s.tune_steps
+        return s.tune_lr / s.image_lr * min((progress + 1e-3) / s.warm_up, 1.0 - progress)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Apply the config's mean and standard deviation to images in [0, 1]."""
@@ -199,7 +152,7 @@ class ClipTrainer:
         scale = self.model.logit_scale.clamp(max=np.log(100.0)).exp()
         loss = contrastive_loss(
             images,
-            self.words(rows),
+            self.words(rows) if self.captions is None else self.captions[rows],
             torch.from_numpy(target).to(self.device),
             torch.from_numpy(ignore).to(self.device),
             scale,
@@ -210,17 +163,20 @@ class ClipTrainer:
         return loss
 
     def gender_loss(self, images: Tensor, genders: np.ndarray, scale: Tensor) -> Tensor:
-        """Return the cross-entropy of "woman" against "man" alone, over the pictures whose captions say which.
-
-        Among thousands of captions, the two of one profession are told apart last; on their own they are not.
-        """
+        """Return the loss of telling "woman" from "man", over the pictures whose captions say which."""
         gendered = np.isin(genders, ("woman", "man"))
         if not gendered.any():
             return images.new_zeros(())
-        man, woman = self.words.embed([self.tokenizer.encode("man"), self.tokenizer.encode("woman")])
-        logit = scale * images[torch.from_numpy(gendered).to(self.device)] @ (woman - man)
-        is_woman = torch.from_numpy(genders[gendered] == "woman").to(self.device, logit.dtype)
-        return F.binary_cross_entropy_with_logits(logit, is_woman)
+        man, woman = self.gender_texts()
+        is_woman = torch.from_numpy(genders[gendered] == "woman").to(self.device, images.dtype)
+        gendered = torch.from_numpy(gendered).to(self.device)
+        return two_caption_loss(images[gendered], man, woman, is_woman, scale)
+
+    def gender_texts(self) -> Tensor:
+        """Return the embeddings of "man" and "woman" that the image tower is trained against, float32 [2, d]."""
+        if self.man_and_woman is None:
+            return self.words.embed([self.tokenizer.encode("man"), self.tokenizer.encode("woman")])
+        return self.man_and_woman
 
     def train_step(self) -> float:
         """Take one optimiser step and return the loss."""
@@ -246,7 +202,7 @@ class ClipTrainer:
 
         While the text tower is untrained, captions are the sums of their words.
         """
-        if not self.text_is_trained:
+        if self.captions is None and not self.text_is_trained:
             return self.words.embed([self.tokenizer.encode(caption) for caption in captions])
         self.model.eval()
         parts = []
@@ -313,6 +269,7 @@ class ClipTrainer:
             "optimiser": self.optimiser.state_dict(),
             "generator": self.sampler.augment.generator.get_state(),
             "step": self.step,
+            "text_is_trained": self.captions is not None,
         }
         torch.save(state, part)
         part.replace(self.folder / "checkpoint.pt")
@@ -320,10 +277,20 @@ class ClipTrainer:
     def resume(self) -> None:
         """Go on from the last checkpoint."""
         state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
+        if state["text_is_trained"]:
+            self.standardise = nn.Identity()
         for name in ("model", "words", "standardise", "optimiser"):
             getattr(self, name).load_state_dict(state[name])
         self.sampler.augment.generator.set_state(state["generator"].cpu())
         self.step = state["step"]
+        if state["text_is_trained"]:
+            self.fix_captions()
+
+    def fix_captions(self) -> None:
+        """Embed every caption by the text tower, which stays as it is from here on."""
+        self.text_is_trained = True
+        self.captions = self.embed_texts(self.words.captions.tolist()).clone()
+        self.man_and_woman = self.embed_texts(["man", "woman"]).clone()
 
     def export(self) -> None:
         """Write the model as open_clip's config JSON and half-precision safetensors."""
@@ -336,28 +303,28 @@ class ClipTrainer:
         }
         save_file(weights, self.folder / "open_clip_model.safetensors")
 
-    def train_images(self, validate_every: int, save_every: int) -> None:
-        """Train the image tower to the end, with progress, checkpoints and validation."""
+    def train_images(self, until: int, validate_every: int, save_every: int) -> None:
+        """Train the image tower until step `until`, with progress, checkpoints and validation."""
         started, first = time.monotonic(), self.step
         recent: list[float] = []
-        while self.step < self.settings.steps:
+        while self.step < until:
             recent.append(self.train_step())
             if self.step % 20 == 0:
                 pace = (time.monotonic() - started) / (self.step - first)
                 print(
-                    f"step {self.step}/{self.settings.steps} loss {np.mean(recent[-50:]):.3f} "
+                    f"step {self.step}/{until} loss {np.mean(recent[-50:]):.3f} "
                     f"{self.settings.batch / pace:.0f} pairs/s",
                     flush=True,
                 )
-            if self.step % validate_every == 0 or self.step == self.settings.steps:
+            if self.step % validate_every == 0 or self.step == until:
                 self.log({"step": self.step, "minutes": (time.monotonic() - started) / 60})
-            if self.step % save_every == 0 or self.step == self.settings.steps:
+            if self.step % save_every == 0 or self.step == until:
                 self.save()
-        fold_standardisation(self.model.visual.head.proj, self.standardise)
-        self.standardise = nn.Identity()
 
     def train_texts(self) -> None:
-        """Train the text tower; short enough to start anew when it is cut."""
+        """Fold the standardisation and train the text tower; short enough to start anew when it is cut."""
+        fold_standardisation(self.model.visual.head.proj, self.standardise)
+        self.standardise = nn.Identity()
         s = self.settings
         start_as_a_sum(self.model, self.words)
         # Three to one: the captions that retrieval asks for against the many names of icons.
@@ -411,8 +378,11 @@ def main() -> None:
     )
     if arguments.resume:
         trainer.resume()
-    trainer.train_images(arguments.validate_every, arguments.save_every)
-    trainer.train_texts()
+    trainer.train_images(settings.steps, arguments.validate_every, arguments.save_every)
+    if trainer.captions is None:
+        trainer.train_texts()
+        trainer.fix_captions()
+    trainer.train_images(settings.steps + settings.tune_steps, arguments.validate_every, arguments.save_every)
     trainer.export()
 
 

@@ -58,3 +58,18 @@ def contrastive_loss(
     # Where a pair is ignored both factors are void: 0 * -inf must count as 0.
     to_image = -(torch.where(positive > 0, log_share, 0.0) * positive).sum(1) / positive.sum(1)
     return to_text + text_weight * to_image.mean()
+
+
+def two_caption_loss(
+    images: Float[Tensor, "batch d"],
+    first: Float[Tensor, " d"],
+    second: Float[Tensor, " d"],
+    is_second: Float[Tensor, " batch"],
+    scale: Tensor,
+) -> Tensor:
+    """Return the cross-entropy of two captions alone.
+
+    Among thousands of captions, the two of one profession ("man pilot", "woman pilot") are told apart last; on
+    their own they are not.
+    """
+    return F.binary_cross_entropy_with_logits(scale * images @ (second - first), is_second)

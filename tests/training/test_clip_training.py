@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from training.caption_words import CaptionWords
-from training.clip import CONFIG, ClipSettings, ClipTrainer, build_model, fold_standardisation
+from training.clip import CONFIG, ClipTrainer, build_model, fold_standardisation
+from training.clip_settings import ClipSettings
 from training.contrastive import contrastive_loss, encode_text
 from training.pairs import Corpus
 from training.retrieval import bootstrap_mean, participation_ratio, ranks, retrieval
@@ -110,7 +111,7 @@ def tiny_trainer(tmp_path):
 
     def make(folder):
         settings = ClipSettings(
-            steps=6, batch=8, low_share=0.0, text_steps=3, text_batch=8, gender_from=0.0, seed=1
+            steps=6, batch=8, low_share=0.0, text_steps=3, text_batch=8, gender_from=0.0, tune_steps=4, seed=1
         )
         return ClipTrainer(config, corpus, settings, tmp_path / folder)
 
@@ -126,6 +127,25 @@ def test_training_that_was_cut_and_resumed_ends_like_one_that_was_not(tiny_train
     second = tiny_trainer("cut")
     second.resume()
     assert [second.train_step() for _ in range(3)] == losses[3:]
+
+
+def test_tuning_moves_the_image_tower_alone_and_resumes_like_one_that_was_not_cut(tiny_trainer):
+    whole = tiny_trainer("tune")
+    whole.train_images(6, validate_every=6, save_every=6)
+    whole.train_texts()
+    whole.fix_captions()
+    whole.save()
+    before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
+    losses = [whole.train_step() for _ in range(4)]
+    moved = {
+        name for name, tensor in whole.model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
+    assert moved
+    assert {name.split(".")[0] for name in moved} <= {"visual", "logit_scale"}
+    again = tiny_trainer("tune")
+    again.resume()
+    assert again.step == 6
+    assert [again.train_step() for _ in range(4)] == losses
 
 
 def test_text_cut_to_its_length_embeds_like_open_clip_itself(tiny_trainer):
@@ -184,7 +204,7 @@ def test_an_untrained_text_tower_starts_as_a_sum_of_words(tiny_trainer):
 
 def test_a_whole_training_leaves_a_model_that_open_clip_loads(tiny_trainer, tmp_path):
     trainer = tiny_trainer("export")
-    trainer.train_images(validate_every=6, save_every=6)
+    trainer.train_images(6, validate_every=6, save_every=6)
     trainer.train_texts()
     trainer.export()
     exported = build_model(json.loads((tmp_path / "export" / "open_clip_config.json").read_text()))
