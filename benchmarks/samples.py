@@ -15,7 +15,8 @@ from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle, write_manifest
 from services.dictionaries import Neurons
 from services.encoding.clip import build_clip, read_clip_config, tower_fingerprint
 from services.errors import BundleError
-from services.manifest import Licence, canonical_json
+from services.manifest import Licence
+from services.strict_json import canonical_json
 
 
 def drawing(seed: int, side: int) -> Image.Image:

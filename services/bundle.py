@@ -32,9 +32,9 @@ from services.manifest import (
     Sample,
     check_references,
     manifest_sha256,
-    parse_dataclass,
     parse_manifest,
 )
+from services.strict_json import parse_dataclass
 from services.tables import Cards, ModalityTable, read_thumbnails
 from services.verification import bundle_files, file_sha256, verify_files, verify_towers
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.errors import ManifestError, UnsupportedModel
-from services.manifest import canonical_json
+from services.strict_json import canonical_json
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,7 +9,8 @@ import hashlib
 from pathlib import Path
 
 from services.errors import BundleFileError, ManifestError
-from services.manifest import DiffusionEntry, canonical_json
+from services.manifest import DiffusionEntry
+from services.strict_json import canonical_json
 from services.verification import file_sha256
 
 HUB = "hf-hub:"

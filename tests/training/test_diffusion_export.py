@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from services.encoding.clip import build_clip, read_clip_config
 from services.imaging.pipeline import load_parts
-from services.manifest import DiffusionEntry, parse_dataclass
+from services.manifest import DiffusionEntry
+from services.strict_json import parse_dataclass
 from tests.training.test_diffusion import SMALL, conditions
 from tests.training.test_text_encoder import CONTEXT, clip_config
 from training.autoencoder import build_autoencoder, write_encoder
