@@ -243,8 +243,13 @@ class ClassifyGenderRequest(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     ABLATION_FIELD_NUMBER: _builtins.int
     TRUNCATE_TEXT_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     truncate_text: _builtins.bool
     """Cut a text at the tower's context length instead of refusing it. Default false."""
+    bundle: _builtins.str
+    """Which bundle answers: its name, or its id `name@hash`; at most 256 characters. Empty: the server's default, the first
+    that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Input]:
         """1 to 256 inputs, images and texts in any order."""
@@ -259,10 +264,11 @@ class ClassifyGenderRequest(_message.Message):
         inputs: _abc.Iterable[_common_pb2.Input] | None = ...,
         ablation: Global___Ablation | None = ...,
         truncate_text: _builtins.bool = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ablation", b"ablation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ablation", b"ablation", "inputs", b"inputs", "truncate_text", b"truncate_text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ablation", b"ablation", "bundle", b"bundle", "inputs", b"inputs", "truncate_text", b"truncate_text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -525,6 +531,12 @@ class AuditGenderRequest(_message.Message):
 
     SETTINGS_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.str
+    """Which bundle answers the whole stream: its name, or its id `name@hash`; at most 256 characters. Only in the first
+    message. Empty: the server's default, the first that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the
+    server does not serve it.
+    """
     @_builtins.property
     def settings(self) -> Global___AuditSettings:
         """How to audit. The first message, exactly once."""
@@ -538,10 +550,11 @@ class AuditGenderRequest(_message.Message):
         *,
         settings: Global___AuditSettings | None = ...,
         batch: Global___LabelledBatch | None = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "payload", b"payload", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "payload", b"payload", "settings", b"settings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "bundle", b"bundle", "payload", b"payload", "settings", b"settings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["settings", "batch"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015

@@ -171,8 +171,13 @@ class FilterAdversarialRequest(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     TRUNCATE_TEXT_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     truncate_text: _builtins.bool
     """Cut a label at the tower's context length instead of refusing it. Default false."""
+    bundle: _builtins.str
+    """Which bundle answers: its name, or its id `name@hash`; at most 256 characters. Empty: the server's default, the first
+    that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it.
+    """
     @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Image]:
         """1 to 256 images."""
@@ -194,10 +199,11 @@ class FilterAdversarialRequest(_message.Message):
         labels: _abc.Iterable[_builtins.str] | None = ...,
         options: Global___FilterOptions | None = ...,
         truncate_text: _builtins.bool = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "labels", b"labels", "options", b"options", "truncate_text", b"truncate_text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "images", b"images", "labels", b"labels", "options", b"options", "truncate_text", b"truncate_text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,7 +27,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from monofacet.v1 import common_pb2 as monofacet_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"monofacet/v1/feature_service.proto\x12\x0cmonofacet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17google/rpc/status.proto\x1a\x19monofacet/v1/common.proto\"\xc9\x01\n\rEncodeOptions\x12!\n\ndictionary\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01H\x00\x88\x01\x01\x12&\n\x0cmax_features\x18\x02 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80\x04(\x01H\x01\x88\x01\x01\x12\x15\n\rtruncate_text\x18\x03 \x01(\x08\x12\x1f\n\x12include_embeddings\x18\x04 \x01(\x08H\x02\x88\x01\x01\x42\r\n\x0b_dictionaryB\x0f\n\r_max_featuresB\x15\n\x13_include_embeddings\"o\n\rEncodeRequest\x12\x30\n\x06inputs\x18\x01 \x03(\x0b\x32\x13.monofacet.v1.InputB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x02\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.monofacet.v1.EncodeOptions\"\xb1\x01\n\x0e\x45ncodeResponse\x12(\n\nembeddings\x18\x01 \x01(\x0b\x32\x14.monofacet.v1.Tensor\x12\r\n\x05norms\x18\x02 \x03(\x02\x12.\n\x08\x66\x65\x61tures\x18\x03 \x03(\x0b\x32\x1c.monofacet.v1.SparseFeatures\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x05 \x01(\t\"N\n\nStreamItem\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\x12*\n\x05input\x18\x02 \x01(\x0b\x32\x13.monofacet.v1.InputB\x06\xbaH\x03\xc8\x01\x01\"\x81\x01\n\x13StreamEncodeRequest\x12.\n\x07options\x18\x01 \x01(\x0b\x32\x1b.monofacet.v1.EncodeOptionsH\x00\x12(\n\x04item\x18\x02 \x01(\x0b\x32\x18.monofacet.v1.StreamItemH\x00\x42\x10\n\x07payload\x12\x05\xbaH\x02\x08\x01\"q\n\x08\x45ncoding\x12\'\n\tembedding\x18\x01 \x01(\x0b\x32\x14.monofacet.v1.Tensor\x12\x0c\n\x04norm\x18\x02 \x01(\x02\x12.\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x1c.monofacet.v1.SparseFeatures\"\xb5\x01\n\x14StreamEncodeResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x08\x65ncoding\x18\x02 \x01(\x0b\x32\x16.monofacet.v1.EncodingH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x05 \x01(\tB\x08\n\x06result2\xb0\x01\n\x0e\x46\x65\x61tureService\x12\x43\n\x06\x45ncode\x12\x1b.monofacet.v1.EncodeRequest\x1a\x1c.monofacet.v1.EncodeResponse\x12Y\n\x0cStreamEncode\x12!.monofacet.v1.StreamEncodeRequest\x1a\".monofacet.v1.StreamEncodeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"monofacet/v1/feature_service.proto\x12\x0cmonofacet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17google/rpc/status.proto\x1a\x19monofacet/v1/common.proto\"\xc9\x01\n\rEncodeOptions\x12!\n\ndictionary\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01H\x00\x88\x01\x01\x12&\n\x0cmax_features\x18\x02 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80\x04(\x01H\x01\x88\x01\x01\x12\x15\n\rtruncate_text\x18\x03 \x01(\x08\x12\x1f\n\x12include_embeddings\x18\x04 \x01(\x08H\x02\x88\x01\x01\x42\r\n\x0b_dictionaryB\x0f\n\r_max_featuresB\x15\n\x13_include_embeddings\"\x89\x01\n\rEncodeRequest\x12\x30\n\x06inputs\x18\x01 \x03(\x0b\x32\x13.monofacet.v1.InputB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x02\x12,\n\x07options\x18\x02 \x01(\x0b\x32\x1b.monofacet.v1.EncodeOptions\x12\x18\n\x06\x62undle\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"\xb1\x01\n\x0e\x45ncodeResponse\x12(\n\nembeddings\x18\x01 \x01(\x0b\x32\x14.monofacet.v1.Tensor\x12\r\n\x05norms\x18\x02 \x03(\x02\x12.\n\x08\x66\x65\x61tures\x18\x03 \x03(\x0b\x32\x1c.monofacet.v1.SparseFeatures\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x05 \x01(\t\"N\n\nStreamItem\x12\x14\n\x02id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\x12*\n\x05input\x18\x02 \x01(\x0b\x32\x13.monofacet.v1.InputB\x06\xbaH\x03\xc8\x01\x01\"\x9b\x01\n\x13StreamEncodeRequest\x12.\n\x07options\x18\x01 \x01(\x0b\x32\x1b.monofacet.v1.EncodeOptionsH\x00\x12(\n\x04item\x18\x02 \x01(\x0b\x32\x18.monofacet.v1.StreamItemH\x00\x12\x18\n\x06\x62undle\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\x42\x10\n\x07payload\x12\x05\xbaH\x02\x08\x01\"q\n\x08\x45ncoding\x12\'\n\tembedding\x18\x01 \x01(\x0b\x32\x14.monofacet.v1.Tensor\x12\x0c\n\x04norm\x18\x02 \x01(\x02\x12.\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x1c.monofacet.v1.SparseFeatures\"\xb5\x01\n\x14StreamEncodeResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x08\x65ncoding\x18\x02 \x01(\x0b\x32\x16.monofacet.v1.EncodingH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x05 \x01(\tB\x08\n\x06result2\xb0\x01\n\x0e\x46\x65\x61tureService\x12\x43\n\x06\x45ncode\x12\x1b.monofacet.v1.EncodeRequest\x1a\x1c.monofacet.v1.EncodeResponse\x12Y\n\x0cStreamEncode\x12!.monofacet.v1.StreamEncodeRequest\x1a\".monofacet.v1.StreamEncodeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,26 +40,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODEOPTIONS'].fields_by_name['max_features']._serialized_options = b'\272H\010*\006\030\200\200\004(\001'
   _globals['_ENCODEREQUEST'].fields_by_name['inputs']._loaded_options = None
   _globals['_ENCODEREQUEST'].fields_by_name['inputs']._serialized_options = b'\272H\010\222\001\005\010\001\020\200\002'
+  _globals['_ENCODEREQUEST'].fields_by_name['bundle']._loaded_options = None
+  _globals['_ENCODEREQUEST'].fields_by_name['bundle']._serialized_options = b'\272H\005r\003\030\200\002'
   _globals['_STREAMITEM'].fields_by_name['id']._loaded_options = None
   _globals['_STREAMITEM'].fields_by_name['id']._serialized_options = b'\272H\005r\003\030\200\002'
   _globals['_STREAMITEM'].fields_by_name['input']._loaded_options = None
   _globals['_STREAMITEM'].fields_by_name['input']._serialized_options = b'\272H\003\310\001\001'
   _globals['_STREAMENCODEREQUEST'].oneofs_by_name['payload']._loaded_options = None
   _globals['_STREAMENCODEREQUEST'].oneofs_by_name['payload']._serialized_options = b'\272H\002\010\001'
+  _globals['_STREAMENCODEREQUEST'].fields_by_name['bundle']._loaded_options = None
+  _globals['_STREAMENCODEREQUEST'].fields_by_name['bundle']._serialized_options = b'\272H\005r\003\030\200\002'
   _globals['_ENCODEOPTIONS']._serialized_start=134
   _globals['_ENCODEOPTIONS']._serialized_end=335
-  _globals['_ENCODEREQUEST']._serialized_start=337
-  _globals['_ENCODEREQUEST']._serialized_end=448
-  _globals['_ENCODERESPONSE']._serialized_start=451
-  _globals['_ENCODERESPONSE']._serialized_end=628
-  _globals['_STREAMITEM']._serialized_start=630
-  _globals['_STREAMITEM']._serialized_end=708
-  _globals['_STREAMENCODEREQUEST']._serialized_start=711
-  _globals['_STREAMENCODEREQUEST']._serialized_end=840
-  _globals['_ENCODING']._serialized_start=842
-  _globals['_ENCODING']._serialized_end=955
-  _globals['_STREAMENCODERESPONSE']._serialized_start=958
-  _globals['_STREAMENCODERESPONSE']._serialized_end=1139
-  _globals['_FEATURESERVICE']._serialized_start=1142
-  _globals['_FEATURESERVICE']._serialized_end=1318
+  _globals['_ENCODEREQUEST']._serialized_start=338
+  _globals['_ENCODEREQUEST']._serialized_end=475
+  _globals['_ENCODERESPONSE']._serialized_start=478
+  _globals['_ENCODERESPONSE']._serialized_end=655
+  _globals['_STREAMITEM']._serialized_start=657
+  _globals['_STREAMITEM']._serialized_end=735
+  _globals['_STREAMENCODEREQUEST']._serialized_start=738
+  _globals['_STREAMENCODEREQUEST']._serialized_end=893
+  _globals['_ENCODING']._serialized_start=895
+  _globals['_ENCODING']._serialized_end=1008
+  _globals['_STREAMENCODERESPONSE']._serialized_start=1011
+  _globals['_STREAMENCODERESPONSE']._serialized_end=1192
+  _globals['_FEATURESERVICE']._serialized_start=1195
+  _globals['_FEATURESERVICE']._serialized_end=1371
 # @@protoc_insertion_point(module_scope)

@@ -75,6 +75,11 @@ class EncodeRequest(_message.Message):
 
     INPUTS_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.str
+    """Which bundle answers: its name, or its id `name@hash`; at most 256 characters. Empty: the server's default, the first
+    that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Input]:
         """1 to 256 inputs, images and texts in any order."""
@@ -88,10 +93,11 @@ class EncodeRequest(_message.Message):
         *,
         inputs: _abc.Iterable[_common_pb2.Input] | None = ...,
         options: Global___EncodeOptions | None = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inputs", b"inputs", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "inputs", b"inputs", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -179,6 +185,12 @@ class StreamEncodeRequest(_message.Message):
 
     OPTIONS_FIELD_NUMBER: _builtins.int
     ITEM_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.str
+    """Which bundle answers the whole stream: its name, or its id `name@hash`; at most 256 characters. Only in the first
+    message. Empty: the server's default, the first that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the
+    server does not serve it.
+    """
     @_builtins.property
     def options(self) -> Global___EncodeOptions:
         """What to compute. Only as the first message, at most once; without it the defaults hold."""
@@ -192,10 +204,11 @@ class StreamEncodeRequest(_message.Message):
         *,
         options: Global___EncodeOptions | None = ...,
         item: Global___StreamItem | None = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["item", b"item", "options", b"options", "payload", b"payload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["item", b"item", "options", b"options", "payload", b"payload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "item", b"item", "options", b"options", "payload", b"payload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["options", "item"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015

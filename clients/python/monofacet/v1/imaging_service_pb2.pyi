@@ -264,6 +264,7 @@ class GenerateRequest(_message.Message):
     INCLUDE_UNSTEERED_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
     TRUNCATE_TEXT_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """What to draw: 0 to 65,536 bytes of UTF-8. More tokens than the pipeline reads are refused, unless truncate_text."""
     negative_prompt: _builtins.str
@@ -286,6 +287,10 @@ class GenerateRequest(_message.Message):
     """Of images and previews. Default PNG."""
     truncate_text: _builtins.bool
     """Cut prompts and reference texts at the context length instead of refusing them. Default false."""
+    bundle: _builtins.str
+    """Which bundle answers: its name, or its id `name@hash`; at most 256 characters. Empty: the server's default, the first
+    that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it.
+    """
     @_builtins.property
     def image(self) -> _common_pb2.Image:
         """A picture whose embedding conditions the images beside the prompt. Only for pipelines that take embeddings; not set,
@@ -319,10 +324,11 @@ class GenerateRequest(_message.Message):
         include_unsteered: _builtins.bool = ...,
         format: Global___ImageFormat.ValueType = ...,
         truncate_text: _builtins.bool = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_inference_steps", b"_num_inference_steps", "guidance_scale", b"guidance_scale", "image", b"image", "num_inference_steps", b"num_inference_steps", "steering", b"steering"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_inference_steps", b"_num_inference_steps", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "include_unsteered", b"include_unsteered", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "preview_every", b"preview_every", "prompt", b"prompt", "seeds", b"seeds", "steering", b"steering", "truncate_text", b"truncate_text", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_num_inference_steps", b"_num_inference_steps", "bundle", b"bundle", "format", b"format", "guidance_scale", b"guidance_scale", "height", b"height", "image", b"image", "include_unsteered", b"include_unsteered", "negative_prompt", b"negative_prompt", "num_images", b"num_images", "num_inference_steps", b"num_inference_steps", "preview_every", b"preview_every", "prompt", b"prompt", "seeds", b"seeds", "steering", b"steering", "truncate_text", b"truncate_text", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -512,12 +518,17 @@ class PreviewSteeringRequest(_message.Message):
     MAX_CAPTIONS_FIELD_NUMBER: _builtins.int
     MAX_FEATURES_FIELD_NUMBER: _builtins.int
     TRUNCATE_TEXT_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     max_captions: _builtins.int
     """Captions listed before and after, 0 to 100. Not set: 5."""
     max_features: _builtins.int
     """Features listed before and after, 1 to 65,536. Not set: 20."""
     truncate_text: _builtins.bool
     """Cut texts at the tower's context length instead of refusing them. Default false."""
+    bundle: _builtins.str
+    """Which bundle answers: its name, or its id `name@hash`; at most 256 characters. Empty: the server's default, the first
+    that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it.
+    """
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """What to steer."""
@@ -534,10 +545,11 @@ class PreviewSteeringRequest(_message.Message):
         max_captions: _builtins.int | None = ...,
         max_features: _builtins.int | None = ...,
         truncate_text: _builtins.bool = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_captions", b"_max_captions", "_max_features", b"_max_features", "input", b"input", "max_captions", b"max_captions", "max_features", b"max_features", "steering", b"steering"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_captions", b"_max_captions", "_max_features", b"_max_features", "input", b"input", "max_captions", b"max_captions", "max_features", b"max_features", "steering", b"steering", "truncate_text", b"truncate_text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_captions", b"_max_captions", "_max_features", b"_max_features", "bundle", b"bundle", "input", b"input", "max_captions", b"max_captions", "max_features", b"max_features", "steering", b"steering", "truncate_text", b"truncate_text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_captions: _TypeAlias = _typing.Literal["max_captions"]  # noqa: Y015
     _WhichOneofArgType__max_captions: _TypeAlias = _typing.Literal["_max_captions", b"_max_captions"]  # noqa: Y015

@@ -320,6 +320,7 @@ class ListFeaturesRequest(_message.Message):
     DESCENDING_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     dictionary: _builtins.str
     """Name of the dictionary, at most 128 characters. Empty: the bundle's default."""
     order_by: Global___FeatureOrder.ValueType
@@ -330,6 +331,10 @@ class ListFeaturesRequest(_message.Message):
     """Features a page, 0 to 1,000. Default 0, which means 50."""
     page_token: _builtins.str
     """next_page_token of the page before, with the other fields unchanged. Empty: the first page."""
+    bundle: _builtins.str
+    """Which bundle answers: its name, or its id `name@hash`; at most 256 characters. Empty: the server's default, the first
+    that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it.
+    """
     @_builtins.property
     def filter(self) -> Global___FeatureFilter:
         """Which features. Not set: all."""
@@ -343,10 +348,11 @@ class ListFeaturesRequest(_message.Message):
         descending: _builtins.bool = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["descending", b"descending", "dictionary", b"dictionary", "filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "descending", b"descending", "dictionary", b"dictionary", "filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -408,6 +414,7 @@ class GetFeatureRequest(_message.Message):
     FEATURE_FIELD_NUMBER: _builtins.int
     MAX_IMAGES_FIELD_NUMBER: _builtins.int
     MAX_TEXTS_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     dictionary: _builtins.str
     """Name of the dictionary, at most 128 characters. Empty: the bundle's default."""
     feature: _builtins.int
@@ -416,6 +423,10 @@ class GetFeatureRequest(_message.Message):
     """At most this many images, 0 to 100. Not set: all that the bundle has."""
     max_texts: _builtins.int
     """At most this many texts, 0 to 100. Not set: all that the bundle has."""
+    bundle: _builtins.str
+    """Which bundle answers: its name, or its id `name@hash`; at most 256 characters. Empty: the server's default, the first
+    that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it.
+    """
     def __init__(
         self,
         *,
@@ -423,10 +434,11 @@ class GetFeatureRequest(_message.Message):
         feature: _builtins.int = ...,
         max_images: _builtins.int | None = ...,
         max_texts: _builtins.int | None = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_images", b"_max_images", "_max_texts", b"_max_texts", "max_images", b"max_images", "max_texts", b"max_texts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_images", b"_max_images", "_max_texts", b"_max_texts", "dictionary", b"dictionary", "feature", b"feature", "max_images", b"max_images", "max_texts", b"max_texts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_images", b"_max_images", "_max_texts", b"_max_texts", "bundle", b"bundle", "dictionary", b"dictionary", "feature", b"feature", "max_images", b"max_images", "max_texts", b"max_texts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_images: _TypeAlias = _typing.Literal["max_images"]  # noqa: Y015
     _WhichOneofArgType__max_images: _TypeAlias = _typing.Literal["_max_images", b"_max_images"]  # noqa: Y015
@@ -565,12 +577,17 @@ class ClassifyModalityRequest(_message.Message):
     DICTIONARY_FIELD_NUMBER: _builtins.int
     TRUNCATE_TEXT_FIELD_NUMBER: _builtins.int
     TOP_FEATURES_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     dictionary: _builtins.str
     """Name of the dictionary, at most 128 characters. Empty: the bundle's default."""
     truncate_text: _builtins.bool
     """Cut a text at the tower's context length instead of refusing it. Default false."""
     top_features: _builtins.int
     """Features listed an input, the strongest first, 0 to 100. Not set: 10."""
+    bundle: _builtins.str
+    """Which bundle answers: its name, or its id `name@hash`; at most 256 characters. Empty: the server's default, the first
+    that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Input]:
         """1 to 256 inputs, images and texts in any order."""
@@ -582,10 +599,11 @@ class ClassifyModalityRequest(_message.Message):
         dictionary: _builtins.str = ...,
         truncate_text: _builtins.bool = ...,
         top_features: _builtins.int | None = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_top_features", b"_top_features", "top_features", b"top_features"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_features", b"_top_features", "dictionary", b"dictionary", "inputs", b"inputs", "top_features", b"top_features", "truncate_text", b"truncate_text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_features", b"_top_features", "bundle", b"bundle", "dictionary", b"dictionary", "inputs", b"inputs", "top_features", b"top_features", "truncate_text", b"truncate_text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_features: _TypeAlias = _typing.Literal["top_features"]  # noqa: Y015
     _WhichOneofArgType__top_features: _TypeAlias = _typing.Literal["_top_features", b"_top_features"]  # noqa: Y015
@@ -864,6 +882,12 @@ class ScoreModalityRequest(_message.Message):
 
     SETTINGS_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.str
+    """Which bundle answers the whole stream: its name, or its id `name@hash`; at most 256 characters. Only in the first
+    message. Empty: the server's default, the first that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the
+    server does not serve it.
+    """
     @_builtins.property
     def settings(self) -> Global___ScoreSettings:
         """How to score. Only as the first message, at most once; without it the defaults hold."""
@@ -877,10 +901,11 @@ class ScoreModalityRequest(_message.Message):
         *,
         settings: Global___ScoreSettings | None = ...,
         batch: Global___PairBatch | None = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "payload", b"payload", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "payload", b"payload", "settings", b"settings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "bundle", b"bundle", "payload", b"payload", "settings", b"settings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["settings", "batch"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015

@@ -416,6 +416,7 @@ class Model(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     PIPELINE_FIELD_NUMBER: _builtins.int
+    IS_DEFAULT_FIELD_NUMBER: _builtins.int
     bundle: _builtins.str
     """Its id, as `name@hash`."""
     name: _builtins.str
@@ -424,6 +425,8 @@ class Model(_message.Message):
     """What it is, in a sentence or two."""
     sha256: _builtins.str
     """SHA-256 of its manifest, which names the hash of every file: 64 hexadecimal digits."""
+    is_default: _builtins.bool
+    """Whether requests that name no bundle get this one. True of exactly one bundle of a server."""
     @_builtins.property
     def licences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """SPDX identifiers of the licences that it is under."""
@@ -471,10 +474,11 @@ class Model(_message.Message):
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         files: _abc.Iterable[Global___ModelFile] | None = ...,
         pipeline: Global___Pipeline | None = ...,
+        is_default: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "pipeline", b"pipeline", "runtime", b"runtime", "tower", b"tower"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "description", b"description", "dictionaries", b"dictionaries", "files", b"files", "licences", b"licences", "limits", b"limits", "metrics", b"metrics", "name", b"name", "pipeline", b"pipeline", "runtime", b"runtime", "sha256", b"sha256", "tower", b"tower"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "description", b"description", "dictionaries", b"dictionaries", "files", b"files", "is_default", b"is_default", "licences", b"licences", "limits", b"limits", "metrics", b"metrics", "name", b"name", "pipeline", b"pipeline", "runtime", b"runtime", "sha256", b"sha256", "tower", b"tower"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -488,7 +492,7 @@ class GetModelRequest(_message.Message):
 
     BUNDLE_FIELD_NUMBER: _builtins.int
     bundle: _builtins.str
-    """Its id or its name, at most 256 characters. Empty: the one that answers requests."""
+    """Its name, or its id `name@hash`; at most 256 characters. Empty: the server's default."""
     def __init__(
         self,
         *,
@@ -515,7 +519,7 @@ class GetModelResponse(_message.Message):
     server_version: _builtins.str
     """Version of the server."""
     bundle: _builtins.str
-    """The bundle that answers requests, as `name@hash`."""
+    """The bundle that answers requests which name none, as `name@hash`."""
     @_builtins.property
     def model(self) -> Global___Model:
         """The bundle."""
@@ -559,7 +563,7 @@ Global___ListModelsRequest: _TypeAlias = ListModelsRequest  # noqa: Y015
 
 @_typing.final
 class ListModelsResponse(_message.Message):
-    """All bundles, by name. They are few: there are no pages."""
+    """All bundles, the default first. They are few: there are no pages."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -570,7 +574,7 @@ class ListModelsResponse(_message.Message):
     server_version: _builtins.str
     """Version of the server."""
     bundle: _builtins.str
-    """The bundle that answers requests, as `name@hash`."""
+    """The bundle that answers requests which name none, as `name@hash`."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
         """The bundles."""

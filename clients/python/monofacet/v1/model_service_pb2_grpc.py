@@ -52,7 +52,7 @@ class ModelServiceServicer:
     """
 
     def GetModel(self, request, context):
-        """One bundle. NOT_FOUND if the server does not serve it.
+        """One bundle. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

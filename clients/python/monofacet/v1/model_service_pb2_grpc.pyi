@@ -34,7 +34,7 @@ class ModelServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]
-    """One bundle. NOT_FOUND if the server does not serve it."""
+    """One bundle. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]
     """Every bundle that the server serves."""
 
@@ -44,7 +44,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.GetModelRequest, _model_service_pb2.GetModelResponse]  # type: ignore[assignment]
-    """One bundle. NOT_FOUND if the server does not serve it."""
+    """One bundle. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it."""
     ListModels: _aio.UnaryUnaryMultiCallable[_model_service_pb2.ListModelsRequest, _model_service_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Every bundle that the server serves."""
 
@@ -57,7 +57,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.GetModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.GetModelResponse, _abc.Awaitable[_model_service_pb2.GetModelResponse]]:
-        """One bundle. NOT_FOUND if the server does not serve it."""
+        """One bundle. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it."""
 
     @_abc_1.abstractmethod
     def ListModels(
