@@ -200,6 +200,8 @@ class DiffusionTrainer:
         part = self.folder / "checkpoint.part"
         state = {
             "fingerprint": self.data.conditions.fingerprint,
+            "text_fingerprint": self.data.conditions.text_fingerprint,
+            "equaliser": self.equaliser,
             "unet": self.unet.state_dict(),
             "average": self.average,
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
@@ -210,16 +212,18 @@ class DiffusionTrainer:
         part.replace(self.folder / "checkpoint.pt")
 
     def resume(self) -> None:
-        """Go on from the last checkpoint.
+        """Go on from the last checkpoint, also where the image tower was tuned since: its space is the text's.
 
         Raises
         ------
         ValueError
-            Where it was trained on other towers.
+            Where it was trained on another text tower.
         """
         state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
-        if state["fingerprint"] != self.data.conditions.fingerprint:
-            raise ValueError("the checkpoint was trained on other towers; train anew")
+        if state["text_fingerprint"] != self.data.conditions.text_fingerprint:
+            raise ValueError("the checkpoint was trained on another text tower; train anew")
+        # The weights behind it know this one.
+        self.equaliser = state["equaliser"]
         self.unet.load_state_dict(state["unet"])
         self.average = state["average"]
         for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from jaxtyping import Float, Int
+from safetensors import safe_open
 from torch import Tensor
 
 from services.encoding.clip import build_clip, read_clip_config
@@ -51,14 +52,24 @@ def held_out_combinations(columns: dict[str, np.ndarray], share: float = HELD_OU
     return np.array([chosen.get(key, False) for key in keys])
 
 
+def text_tower_fingerprint(weights: Path) -> str:
+    """Return the SHA-256 (hex) of the text tower's tensors, by sorted name: all but the image tower and the scale."""
+    digest = hashlib.sha256()
+    with safe_open(weights, framework="numpy") as file:
+        for name in sorted(file.keys()):
+            if not name.startswith("visual.") and name != "logit_scale":
+                digest.update(name.encode() + file.get_tensor(name).tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Conditions:
     """The towers' side of the training set.
 
     Attributes
     ----------
-    fingerprint : str
-        Of the towers.
+    fingerprint, text_fingerprint : str
+        Of the towers, and of the text tower alone.
     images : Tensor
         Raw image embeddings (not normalised), float32 [n, d].
     caption : Tensor
@@ -74,6 +85,7 @@ class Conditions:
     """
 
     fingerprint: str
+    text_fingerprint: str
     images: Float[Tensor, "n d"]
     caption: Int[Tensor, " n"]
     captions: np.ndarray
@@ -103,6 +115,7 @@ class Conditions:
         index = position[rows]
         return cls(
             fingerprint=embeddings.fingerprint,
+            text_fingerprint=text_tower_fingerprint(clip / WEIGHTS_FILE),
             images=torch.from_numpy(embeddings.images[index] * embeddings.image_norm[index, None]),
             caption=torch.from_numpy(embeddings.caption[index].astype(np.int64)),
             captions=embeddings.captions,

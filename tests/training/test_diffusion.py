@@ -25,6 +25,7 @@ def conditions(count: int, seed: int) -> Conditions:
     texts = 20 * basis[0] + torch.randn(TEMPLATES, 5, 3, generator=generator) @ basis
     return Conditions(
         fingerprint="towers",
+        text_fingerprint="texts",
         images=raw,
         caption=torch.arange(count) % 5,
         captions=np.array(["a", "b", "c", "d", "e"]),
@@ -98,15 +99,34 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, data: 
         torch.testing.assert_close(second.average[name], value, atol=0, rtol=0)
 
 
-def test_checkpoint_of_other_towers_is_refused(tmp_path: Path, data: DiffusionData) -> None:
+def test_checkpoint_of_another_text_tower_is_refused(tmp_path: Path, data: DiffusionData) -> None:
     trainer = DiffusionTrainer(data, SMALL, tmp_path)
     trainer.save()
-    other = Conditions(**{**vars(data.conditions), "fingerprint": "others"})
+    other = Conditions(**{**vars(data.conditions), "text_fingerprint": "others"})
     again = DiffusionTrainer(
         DiffusionData(data.latents, other, data.held_out_latents, other), SMALL, tmp_path
     )
-    with pytest.raises(ValueError, match="other towers"):
+    with pytest.raises(ValueError, match="another text tower"):
         again.resume()
+
+
+def test_a_tuned_image_tower_keeps_the_equaliser_that_the_weights_know(
+    tmp_path: Path, data: DiffusionData
+) -> None:
+    trainer = DiffusionTrainer(data, SMALL, tmp_path)
+    trainer.save()
+    moved = {**vars(data.conditions), "fingerprint": "tuned", "images": data.conditions.images * 1.5}
+    tuned = DiffusionTrainer(
+        DiffusionData(data.latents, Conditions(**moved), data.held_out_latents, data.held_out),
+        SMALL,
+        tmp_path,
+    )
+    assert not torch.equal(tuned.equaliser, trainer.equaliser)
+    tuned.resume()
+    assert torch.equal(tuned.equaliser, trainer.equaliser)
+    tuned.save()
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["fingerprint"] == "tuned"
 
 
 def test_training_lowers_the_loss_on_a_batch(tmp_path: Path, data: DiffusionData) -> None:
