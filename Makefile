@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup demo test lint format bench protos chart corpus clip bundle lock clean
+.PHONY: help setup demo test lint format bench protos docs chart corpus clip bundle lock clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -42,8 +42,12 @@ format: $(STAMP)  ## Format the code and the contract
 bench: $(STAMP)  ## Measure; prints a table and writes out/bench/*.json
 	$(BIN)/python -m benchmarks.encode
 
-protos: $(STAMP)  ## Generate the stubs from protos/
+protos: $(STAMP)  ## Generate the stubs and docs/api.md from protos/
 	$(BIN)/python clients/python/tools/generate.py
+	$(BIN)/python clients/python/tools/reference
+
+docs: $(STAMP)  ## Write docs/api.md from the contract
+	$(BIN)/python clients/python/tools/reference
 
 chart: $(STAMP)  ## Write what the chart holds of the code: alerts, dashboard, environment, schema of the settings
 	$(BIN)/python -m deployments.chart
