@@ -1,0 +1,85 @@
+"""Folders of images with a CSV, as a user would bring them to `monofacet bundle build`.
+
+``python -m tests.support.own_pairs FOLDER --count 2000`` writes openmoji's drawings from ``work/corpus``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from services.bundle import Bundle
+
+COLUMNS = ("path", "caption", "gender", "profession", "label")
+WOMEN, MEN = frozenset({"woman", "women", "girl"}), frozenset({"man", "men", "boy"})
+
+
+def write_table(folder: Path, rows: Sequence[tuple[str, ...]]) -> None:
+    with (folder / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+
+
+def said_gender(caption: str) -> str:
+    words = set(caption.split())
+    return "woman" if words & WOMEN else "man" if words & MEN else ""
+
+
+def from_cards(bundle: Bundle, folder: Path, count: int) -> Path:
+    """Write pictures that the embedded bundle ships on its cards, people and things in turn, with their captions."""
+    captions: dict[str, str] = {}
+    for name in bundle.dictionary_names:
+        table = bundle.cards(name).table
+        for sample, text in zip(table["sample"].to_pylist(), table["text"].to_pylist(), strict=True):
+            if sample:
+                captions[sample] = text
+    people = sorted(sample for sample in captions if said_gender(captions[sample]))
+    things = sorted(set(captions) - set(people))
+    chosen = people[: count // 2]
+    chosen += things[: count - len(chosen)]
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for number, sample in enumerate(chosen):
+        path = f"images/{number:05d}.webp"
+        (folder / path).write_bytes(bundle.thumbnails[sample])
+        caption = captions[sample]
+        gender = said_gender(caption)
+        profession = " ".join(word for word in caption.split() if word not in WOMEN | MEN) if gender else ""
+        rows.append((path, caption, gender, profession, ""))
+    write_table(folder, rows)
+    return folder
+
+
+def from_corpus(corpus: Path, folder: Path, count: int, artist: str = "openmoji") -> Path:
+    """Write drawings of one artist of the corpus, drawn at random by a fixed seed, with their labels."""
+    table = pq.read_table(corpus / "corpus.parquet")
+    columns = {name: np.asarray(table[name].to_pylist()) for name in table.column_names}
+    pictures = np.load(corpus / "plain.npy", mmap_mode="r")
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(columns["set"] == artist))[:count]
+    (folder / "images").mkdir(parents=True)
+    written = []
+    for row in np.sort(rows):
+        path = f"images/{columns['slug'][row]}.png"
+        Image.fromarray(pictures[row]).save(folder / path)
+        labels = (columns[name][row] for name in ("caption", "gender", "profession", "concept"))
+        written.append((path, *map(str, labels)))
+    write_table(folder, written)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--corpus", type=Path, default=Path("work/corpus"))
+    parser.add_argument("--count", type=int, default=2000)
+    arguments = parser.parse_args()
+    print(from_corpus(arguments.corpus, arguments.folder, arguments.count))
+
+
+if __name__ == "__main__":
+    main()
