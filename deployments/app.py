@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
@@ -17,12 +17,11 @@ from deployments import logs
 from deployments.batching import BatcherClosed, QueueFull
 from deployments.gateway.errors import EncoderUnavailable
 from deployments.generation_work import Events, Failed, GenerateWork, GeneratorInfo
-from deployments.handles import ModelHandle
 from deployments.process import confine_to_loopback, give_back_memory, keep_libraries_quiet
+from deployments.served import Served, read_served
 from deployments.settings import Settings
 from deployments.work import EncoderFault, EncoderInfo, Reply, ScoreRequest, Work
 from services.errors import InvalidInput
-from services.manifest import MANIFEST_NAME, parse_manifest
 from services.tables import ModalityTable
 
 log = logging.getLogger("monofacet")
@@ -162,29 +161,31 @@ class GatewayReplica:
     ----------
     settings
         Of the server.
-    encoder
-        Handle of the encoder's deployment.
-    generator
-        Handle of the generator's; None where no images are generated.
+    served
+        The bundles.
+    encoders
+        Handles of the encoders' deployments, one a bundle.
+    generators
+        Handles of the generators', one a bundle; None where no images are generated.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Settings, encoder: Any, generator: Any = None
+        self, settings: Settings, served: Sequence[Served], encoders: Sequence[Any], generators: Sequence[Any]
     ) -> None:
+        from deployments.bundle_models import BundleModels
         from deployments.gateway.catalogue import Catalogue
         from deployments.gateway.server import GatewayServer
         from services.bundle import Bundle
 
         confine_to_loopback(settings)
         logs.configure(settings.log_format, settings.log_level, "gateway")
-        catalogue = Catalogue.read(Bundle.load(settings.bundle, verify=False))
-        self._server = GatewayServer(settings, catalogue)
-        lost = self._server.metrics.replica_restarts.labels("encoder").inc
-        self._encoder = ModelHandle("encoder", encoder, lost, self._server.set_serving)
-        self._generator = None
-        if generator is not None:
-            lost = self._server.metrics.replica_restarts.labels("generator").inc
-            self._generator = ModelHandle("generator", generator, lost, self._server.set_generating)
+        catalogues = [Catalogue.read(Bundle.load(path, verify=False)) for path in settings.served]
+        self._server = GatewayServer(settings, *catalogues)
+        self._models = [
+            BundleModels(self._server, bundle, encoder, generator)
+            for bundle, encoder, generator in zip(served, encoders, generators, strict=True)
+        ]
+        self._generating: list[asyncio.Task[None]] = []
         if settings.drain_file is not None:
             settings.drain_file.unlink(missing_ok=True)
             self._watching = asyncio.create_task(self._drain_once_there(settings.drain_file))
@@ -192,34 +193,22 @@ class GatewayReplica:
         self._warming = asyncio.create_task(self._serve_when_warm())
 
     async def _serve_when_warm(self) -> str:
-        info: EncoderInfo | EncoderFault = await self._encoder.call("info")
-        if isinstance(info, EncoderFault):
-            log.error("not serving: encoder: %s", info.why)
-            return f"encoder: {info.why}"
-        generate = None if self._generator is None else self._generator.stream
-        await self._server.serve(self._encode, self._score, info, generate)
+        infos = await asyncio.gather(*(models.encoder_info() for models in self._models))
+        # Only what was asked for is served: a bundle left out would be missed by its callers alone.
+        for models, info in zip(self._models, infos, strict=True):
+            if isinstance(info, EncoderFault):
+                log.error("not serving: %s: %s", models.bundle.encoder, info.why)
+                return f"{models.bundle.encoder}: {info.why}"
+        await self._server.serve_all(
+            [
+                models.backend(info)
+                for models, info in zip(self._models, infos, strict=True)
+                if not isinstance(info, EncoderFault)
+            ]
+        )
         log.info("serving")
-        if self._generator is not None:
-            self._generating = asyncio.create_task(self._generate_when_warm(self._generator))
+        self._generating = [asyncio.create_task(models.generate_when_warm()) for models in self._models]
         return ""
-
-    async def _generate_when_warm(self, generator: ModelHandle) -> None:
-        info: GeneratorInfo | EncoderFault = await generator.call("info")
-        if isinstance(info, EncoderFault):
-            log.error("not generating: generator: %s", info.why)
-            return
-        await self._server.generate(info)
-        log.info("generating")
-
-    async def _encode(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
-        reply: Reply = await self._encoder.call("encode", works, remaining_s)
-        return reply
-
-    async def _score(self, request: ScoreRequest) -> ModalityTable:
-        answer: ModalityTable | InvalidInput = await self._encoder.call("score", request)
-        if isinstance(answer, InvalidInput):
-            raise answer
-        return answer
 
     async def _drain_once_there(self, file: Path) -> None:
         while not file.exists():
@@ -241,9 +230,9 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         """Drain; Serve awaits this when it stops the replica, whoever asked for it."""
-        for task in ("_warming", "_generating"):
-            if hasattr(self, task):
-                getattr(self, task).cancel()
+        warming = [self._warming] if hasattr(self, "_warming") else []
+        for task in (*warming, *getattr(self, "_generating", ())):
+            task.cancel()
         if hasattr(self, "_server"):
             await self._server.drain()
 
@@ -296,52 +285,20 @@ def scaled(fewest: int, most: int, target_ongoing: float) -> dict[str, Any]:
     }
 
 
-def _has_pipeline(settings: Settings) -> bool:
-    manifest = parse_manifest((settings.bundle / MANIFEST_NAME).read_bytes())
-    return manifest.diffusion is not None
-
-
 def build(settings: Settings) -> serve.Application:
-    """Return the application that `settings` describe."""
+    """Return the application that `settings` describe: one gateway, and an encoder and a generator a bundle.
+
+    Raises
+    ------
+    BundleError, NamesClash
+        As `read_served`.
+    """
+    served = read_served(settings)
     common: dict[str, Any] = {
         "health_check_period_s": 10,
         "health_check_timeout_s": 60,
         "graceful_shutdown_timeout_s": settings.linger_s + settings.drain_s + 5.0,
     }
-    encoder = (
-        _deployment(EncoderReplica)
-        .options(
-            name="encoder",
-            ray_actor_options=placed(settings.encoder_cpus, settings.encoder_gpus, settings.encoder_resource),
-            # The batcher's queue is the bound; Serve's own would hold messages back from it.
-            max_ongoing_requests=settings.max_queued_items,
-            **scaled(
-                settings.encoder_replicas, settings.encoder_max_replicas, settings.encoder_target_ongoing
-            ),
-            **common,
-        )
-        .bind(settings)
-    )
-    generator = None
-    if settings.generator and _has_pipeline(settings):
-        generator = (
-            _deployment(GeneratorReplica)
-            .options(
-                name="generator",
-                ray_actor_options=placed(
-                    settings.generator_cpus, settings.generator_gpus, settings.generator_resource
-                ),
-                # The engine's queue is the bound.
-                max_ongoing_requests=settings.max_queued_images + settings.max_batch_images,
-                **scaled(
-                    settings.generator_replicas,
-                    settings.generator_max_replicas,
-                    settings.generator_target_ongoing,
-                ),
-                **common,
-            )
-            .bind(settings)
-        )
     gateway = _deployment(GatewayReplica).options(
         name="gateway",
         num_replicas=settings.gateway_replicas,
@@ -350,7 +307,41 @@ def build(settings: Settings) -> serve.Application:
         ray_actor_options=placed(0, 0, settings.gateway_resource),
         **common,
     )
-    application: serve.Application = gateway.bind(settings, encoder, generator)
+    encoders = [_encoder(bundle, common) for bundle in served]
+    generators = [_generator(bundle, common) if bundle.draws else None for bundle in served]
+    application: serve.Application = gateway.bind(settings, served, encoders, generators)
+    return application
+
+
+def _encoder(bundle: Served, common: dict[str, Any]) -> serve.Application:
+    settings = bundle.settings
+    deployment = _deployment(EncoderReplica).options(
+        name=bundle.encoder,
+        ray_actor_options=placed(settings.encoder_cpus, settings.encoder_gpus, settings.encoder_resource),
+        # The batcher's queue is the bound; Serve's own would hold messages back from it.
+        max_ongoing_requests=settings.max_queued_items,
+        **scaled(settings.encoder_replicas, settings.encoder_max_replicas, settings.encoder_target_ongoing),
+        **common,
+    )
+    application: serve.Application = deployment.bind(settings)
+    return application
+
+
+def _generator(bundle: Served, common: dict[str, Any]) -> serve.Application:
+    settings = bundle.settings
+    deployment = _deployment(GeneratorReplica).options(
+        name=bundle.generator,
+        ray_actor_options=placed(
+            settings.generator_cpus, settings.generator_gpus, settings.generator_resource
+        ),
+        # The engine's queue is the bound.
+        max_ongoing_requests=settings.max_queued_images + settings.max_batch_images,
+        **scaled(
+            settings.generator_replicas, settings.generator_max_replicas, settings.generator_target_ongoing
+        ),
+        **common,
+    )
+    application: serve.Application = deployment.bind(settings)
     return application
 
 
@@ -360,9 +351,9 @@ def from_config(arguments: dict[str, Any]) -> serve.Application:
     Raises
     ------
     ValueError
-        For a name that is no setting, and for a value out of range.
+        For a name that is no setting, for a value out of range, and for two bundles of one name.
     BundleError
-        When the bundle cannot be served.
+        When a bundle cannot be served.
     """
     unknown = sorted(set(arguments) - set(Settings.model_fields))
     if unknown:
@@ -371,5 +362,6 @@ def from_config(arguments: dict[str, Any]) -> serve.Application:
 
     settings = Settings(**arguments)
     # The replicas do not check the hashes again, so what starts them does.
-    Bundle.load(settings.bundle)
+    for path in settings.served:
+        Bundle.load(path)
     return build(settings)

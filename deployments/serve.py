@@ -54,7 +54,11 @@ class _Signals:
 
 def serve(
     bundle: Annotated[
-        Path | None, typer.Option(help="Directory of the bundle. Default: the embedded one.")
+        list[Path] | None,
+        typer.Option(
+            help="Directory of the bundle. Default: the embedded one. Several bundles: name each; the first answers "
+            "requests that name none."
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="gRPC port; 0 takes a free one. Default: 9000.")] = None,
@@ -98,7 +102,9 @@ def serve(
     signals = _Signals()
     signals.install()
     flags = {
-        "bundle": bundle,
+        # Both, so that neither comes from the environment.
+        "bundle": bundle[0] if bundle else None,
+        "bundles": tuple(bundle) if bundle else None,
         "host": host,
         "port": port,
         "metrics_port": metrics_port,
@@ -129,13 +135,13 @@ def serve(
             verifying = beside.submit(_verified, settings)
             with _LocalRay(settings, directory):
                 signals.install()
-                bundle_id = verifying.result()
+                ids = verifying.result()
                 gateway, ports, why = _run(settings)
                 if why:
                     _say(f"not serving: {why}", err=True)
                 else:
                     _say(
-                        f"ready: {bundle_id} on {settings.host}:{ports[0]}, metrics on "
+                        f"ready: {','.join(ids)} on {settings.host}:{ports[0]}, metrics on "
                         f"http://{settings.metrics_host}:{ports[1]}/metrics, "
                         f"after {time.perf_counter() - started:.1f} s"
                     )
@@ -176,8 +182,18 @@ def _settings(flags: dict[str, Any]) -> Settings:
 def _check(settings: Settings) -> None:
     """Stop with one line, before anything is started, when access or a port cannot work."""
     from deployments.access.check import AccessInvalid, open_certificate, open_tokens
+    from deployments.served import NamesClash, read_served
     from deployments.settings import is_loopback
+    from services.errors import BundleError
 
+    try:
+        read_served(settings)
+    except NamesClash as error:
+        _say(str(error), err=True)
+        raise typer.Exit(2) from error
+    except BundleError as error:
+        _say(str(error), err=True)
+        raise typer.Exit(1) from error
     try:
         open_certificate(settings)
         tokens = open_tokens(settings)
@@ -209,16 +225,19 @@ def _check_port(host: str, port: int) -> None:
         raise typer.Exit(2) from error
 
 
-def _verified(settings: Settings) -> str:
-    """Check every hash of the bundle before anything is loaded from it; return its id."""
+def _verified(settings: Settings) -> list[str]:
+    """Check every hash of the bundles before anything is loaded from them; return their ids."""
     from services.bundle import Bundle
     from services.errors import BundleError
 
-    try:
-        return Bundle.load(settings.bundle).id
-    except BundleError as error:
-        _say(f"{settings.bundle}: {error}", err=True)
-        raise typer.Exit(1) from error
+    ids = []
+    for path in settings.served:
+        try:
+            ids.append(Bundle.load(path).id)
+        except BundleError as error:
+            _say(f"{path}: {error}", err=True)
+            raise typer.Exit(1) from error
+    return ids
 
 
 class _LocalRay:

@@ -7,13 +7,14 @@ Each field is read from an environment variable, `MONOFACET_` and the field's na
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import limits
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024 * 1024
 EMBEDDED_BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "emoji"
@@ -35,6 +36,12 @@ class Settings(BaseSettings):
     bundle: Path = Field(
         EMBEDDED_BUNDLE,
         description="Directory of the bundle. Default: the small real one that ships with the repository.",
+    )
+    # Not decoded by pydantic-settings, which would take nothing but JSON.
+    bundles: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (),
+        description="Directories of all bundles to serve, each with an encoder of its own; the first answers requests "
+        "that name no bundle. In the environment separated by `:`, or a JSON list. Empty: `bundle` alone.",
     )
     backend: Backend = Field(
         "auto",
@@ -332,9 +339,28 @@ class Settings(BaseSettings):
         description="Ray's shared memory. Only messages over 100 KB pass through it, and none stays.",
     )
 
+    @field_validator("bundles", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Read a list from the environment."""
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        return tuple(path for path in value.split(os.pathsep) if path)
+
+    @property
+    def served(self) -> tuple[Path, ...]:
+        """Directories of all bundles to serve, the default first."""
+        return self.bundles or (self.bundle,)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse settings that contradict each other, before anything starts."""
+        if self.bundles and "bundle" in self.model_fields_set and self.bundle != self.bundles[0]:
+            raise ValueError(
+                f"bundle is {self.bundle} and bundles begins with {self.bundles[0]}: set one of the two, or the same"
+            )
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together")
         if self.tls_client_ca is not None and self.tls_certificate is None:

@@ -47,6 +47,8 @@ class EncoderClient:
         Called with the seconds waited and the seconds computed of every answer.
     alive
         Whether any encoder is left; while none is, what cannot wait is told so.
+    deployment
+        Label of the metrics.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class EncoderClient:
         backend: str,
         traced: Callable[[float, float], None] = lambda _, __: None,
         alive: Callable[[], bool] = lambda: True,
+        deployment: str = DEPLOYMENT,
     ) -> None:
+        self._deployment = deployment
         self._alive = alive
         self._traced = traced
         self._send = send
@@ -104,14 +108,14 @@ class EncoderClient:
         items = len(work.items)
         try:
             with self._backlog.admitted(items, work.stream or None):
-                self._metrics.queue_items.labels(DEPLOYMENT).set(self._backlog.items)
+                self._metrics.queue_items.labels(self._deployment).set(self._backlog.items)
                 return await self._encode(work, remaining_s)
         except QueueFull:
             if not self._alive():
                 raise EncoderUnavailable("the model is not available; try later") from None
             raise
         finally:
-            self._metrics.queue_items.labels(DEPLOYMENT).set(self._backlog.items)
+            self._metrics.queue_items.labels(self._deployment).set(self._backlog.items)
 
     async def _encode(self, work: Work, remaining_s: float | None) -> Encoded:
         loop = asyncio.get_running_loop()
@@ -125,7 +129,7 @@ class EncoderClient:
         if isinstance(answer, Exception):
             raise answer
         queue_s = waited + answer.queue_s
-        self._metrics.queue_duration.labels(DEPLOYMENT).observe(queue_s)
+        self._metrics.queue_duration.labels(self._deployment).observe(queue_s)
         self._traced(queue_s, answer.inference_s)
         return replace(answer, queue_s=queue_s)
 
@@ -146,6 +150,6 @@ class EncoderClient:
         self._hear(reply.replica)
         for record in reply.records:
             self._backlog.observe(record.items, record.seconds)
-            self._metrics.batch_size.labels(DEPLOYMENT).observe(record.items)
-            self._metrics.inference_duration.labels(DEPLOYMENT, self._backend).observe(record.seconds)
+            self._metrics.batch_size.labels(self._deployment).observe(record.items)
+            self._metrics.inference_duration.labels(self._deployment, self._backend).observe(record.seconds)
         return list(reply.answers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from grpc import aio
@@ -27,6 +28,7 @@ from prometheus_client import start_http_server
 
 from deployments.access.check import open_certificate, open_tokens
 from deployments.access.scopes import check_scopes, methods_of
+from deployments.gateway.bundles import Backend, Bundles, Routed
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient, Send
@@ -48,6 +50,7 @@ from deployments.gateway.servicers.modality import ModalityServicer, Score
 from deployments.gateway.servicers.model import ModelServicer
 from deployments.generation_work import GeneratorInfo
 from deployments.metrics import Metrics
+from deployments.served import deployment_of
 from deployments.settings import MIB, Settings
 from deployments.work import EncoderInfo
 
@@ -66,6 +69,20 @@ DESCRIPTORS = tuple(
     )
 )
 SERVICES = tuple(descriptor.full_name for descriptor in DESCRIPTORS)
+# Those whose calls each go to the servicer of their bundle.
+ROUTED: tuple[tuple[Any, Callable[..., None]], ...] = tuple(
+    zip(
+        DESCRIPTORS[:-1],
+        (
+            feature_service_pb2_grpc.add_FeatureServiceServicer_to_server,
+            modality_service_pb2_grpc.add_ModalityServiceServicer_to_server,
+            bias_service_pb2_grpc.add_BiasServiceServicer_to_server,
+            imaging_service_pb2_grpc.add_ImagingServiceServicer_to_server,
+            defense_service_pb2_grpc.add_DefenseServiceServicer_to_server,
+        ),
+        strict=True,
+    )
+)
 IMAGING = imaging_service_pb2.DESCRIPTOR.services_by_name["ImagingService"].full_name
 # A message a little over the limit is answered by us, with a reason; only a far larger one by gRPC itself.
 _SLACK_BYTES = 4 * MIB
@@ -83,8 +100,8 @@ class GatewayServer:
     ----------
     settings
         Of the server.
-    catalogue
-        What is served.
+    catalogue, others
+        What is served; the first answers requests that name no bundle.
 
     Raises
     ------
@@ -94,10 +111,10 @@ class GatewayServer:
         When a method has no row in the table of scopes.
     """
 
-    def __init__(self, settings: Settings, catalogue: Catalogue) -> None:
+    def __init__(self, settings: Settings, catalogue: Catalogue, *others: Catalogue) -> None:
         check_scopes(DESCRIPTORS)
         self._settings = settings
-        self._catalogue = catalogue
+        self._bundles = Bundles([catalogue, *others])
         self.metrics = Metrics()
         self._admission = Admission(settings.max_concurrent_calls)
         self._health = health.aio.HealthServicer()
@@ -114,11 +131,12 @@ class GatewayServer:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        self._alive = True
+        self._alive = dict.fromkeys(self._bundles, True)
         self._draining = False
         self._services = LateServices()
         self._server.add_generic_rpc_handlers((self._services,))
-        self._alive_generator = True
+        # Of the bundles whose images are made here.
+        self._alive_generators: dict[str, bool] = {}
         self._model_servicer: ModelServicer | None = None
         self._health_server: Any = None
         self._metrics_server: Any = None
@@ -184,23 +202,26 @@ class GatewayServer:
     async def serve(
         self, send: Send, score: Score, info: EncoderInfo, generate: Stream | None = None
     ) -> None:
-        """Serve; called once the encoder is warm. Images are made from `generate` on.
+        """Serve the one bundle; see `serve_all`."""
+        await self.serve_all([Backend(send, score, info, generate)])
+
+    async def serve_all(self, backends: Sequence[Backend]) -> None:
+        """Serve; called once every encoder is warm. Images are made from `generate` on.
 
         Parameters
         ----------
-        send, score
-            Carry work and scores to an encoder.
-        info
-            What the encoder runs on.
-        generate
-            Carries calls to a generator; None where no images are made.
+        backends
+            What computes for each bundle, in the order of the catalogues.
         """
-        bundle = self._catalogue.bundle
-        self._alive_generator = generate is None
-        self._add_services(send, score, info, generate)
-        self.metrics.model_info.labels(bundle.id, bundle.sha256, info.device).set(1)
+        for name, backend in zip(self._bundles, backends, strict=True):
+            if backend.generate is not None:
+                self._alive_generators[name] = False
+            bundle = self._bundles[name].bundle
+            self.metrics.model_info.labels(bundle.id, bundle.sha256, backend.info.device).set(1)
+        self._add_services(backends)
         self._admission.open = True
-        await self.set_serving(True)
+        for name in self._bundles:
+            await self.set_serving(True, name)
 
     async def start(self, send: Send, score: Score, info: EncoderInfo) -> tuple[int, int]:
         """Open and serve at once; return the gRPC port and the metrics port."""
@@ -208,69 +229,87 @@ class GatewayServer:
         await self.serve(send, score, info)
         return ports
 
-    async def generate(self, info: GeneratorInfo) -> None:
-        """Say SERVING for images too; called once the generator is warm."""
+    async def generate(self, info: GeneratorInfo, bundle: str = "") -> None:
+        """Say SERVING for images too; called once the generator of a bundle (by default the first) is warm."""
         if self._model_servicer is not None:
-            self._model_servicer.set_generator(info)
-        await self.set_generating(True)
+            self._model_servicer.set_generator(bundle or self._bundles.default, info)
+        await self.set_generating(True, bundle)
 
-    def _add_services(self, send: Send, score: Score, info: EncoderInfo, generate: Stream | None) -> None:
-        settings, catalogue, metrics = self._settings, self._catalogue, self.metrics
+    def _add_services(self, backends: Sequence[Backend]) -> None:
+        made = {
+            name: self._servicers(name, backend)
+            for name, backend in zip(self._bundles, backends, strict=True)
+        }
+        for descriptor, add in ROUTED:
+            servicers = {name: servicers[descriptor.name] for name, servicers in made.items()}
+            add(Routed(descriptor, servicers, self._bundles.resolve), self._services)
+        self._model_servicer = ModelServicer(self._bundles, backends, self._settings)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(self._model_servicer, self._services)
+
+    def _servicers(self, name: str, backend: Backend) -> dict[str, Any]:
+        """Return the servicers of one bundle, by the name of their service."""
+        settings, catalogue, metrics = self._settings, self._bundles[name], self.metrics
 
         def traced(queue_s: float, inference_s: float) -> None:
             encoder_spans(self._traces, queue_s, inference_s)
 
-        encoder = EncoderClient(send, settings, metrics, info.backend, traced, lambda: self._alive)
+        default = name == self._bundles.default
+        encoder = EncoderClient(
+            backend.send,
+            settings,
+            metrics,
+            backend.info.backend,
+            traced,
+            lambda: self._alive[name],
+            deployment_of("encoder", name, default),
+        )
         decoders = Decoders(catalogue.bundle)
-        feature_service_pb2_grpc.add_FeatureServiceServicer_to_server(
-            FeatureServicer(encoder, catalogue, settings, metrics), self._services
-        )
-        modality_service_pb2_grpc.add_ModalityServiceServicer_to_server(
-            ModalityServicer(encoder, score, catalogue, settings, metrics), self._services
-        )
-        bias_service_pb2_grpc.add_BiasServiceServicer_to_server(
-            BiasServicer(
+        scale = backend.info.logit_scale
+        # The encoder computes audits where it computes scores.
+        run_audit = cast(RunAudit, backend.score)
+        return {
+            "FeatureService": FeatureServicer(encoder, catalogue, settings, metrics),
+            "ModalityService": ModalityServicer(encoder, backend.score, catalogue, settings, metrics),
+            "BiasService": BiasServicer(encoder, run_audit, catalogue, decoders, scale, settings, metrics),
+            "DefenseService": DefenseServicer(encoder, catalogue, decoders, scale, settings, metrics),
+            "ImagingService": ImagingServicer(
                 encoder,
-                # The encoder computes audits where it computes scores.
-                cast(RunAudit, score),
+                backend.generate,
                 catalogue,
                 decoders,
-                info.logit_scale,
                 settings,
                 metrics,
+                deployment_of("generator", name, default),
             ),
-            self._services,
-        )
-        defense_service_pb2_grpc.add_DefenseServiceServicer_to_server(
-            DefenseServicer(encoder, catalogue, decoders, info.logit_scale, settings, metrics),
-            self._services,
-        )
-        imaging_service_pb2_grpc.add_ImagingServiceServicer_to_server(
-            ImagingServicer(encoder, generate, catalogue, decoders, settings, metrics), self._services
-        )
-        self._model_servicer = ModelServicer(catalogue, info, settings)
-        model_service_pb2_grpc.add_ModelServiceServicer_to_server(self._model_servicer, self._services)
+        }
 
     @property
     def bundle_id(self) -> str:
-        """Id of the bundle that is served."""
-        return self._catalogue.bundle.id
+        """Id of the bundle that answers requests which name none."""
+        return self._bundles[self._bundles.default].bundle.id
 
     @property
     def metrics_port(self) -> int:
         """Port of the metrics, once started."""
         return int(self._metrics_server.server_port)
 
-    async def set_serving(self, serving: bool) -> None:
-        """Say SERVING, or NOT_SERVING while no encoder is there; a server that drains keeps NOT_SERVING."""
-        self._alive = serving
-        if not self._draining:
-            await self._set_health(_SERVING if serving else _NOT_SERVING)
+    async def set_serving(self, serving: bool, bundle: str = "") -> None:
+        """Say whether an encoder of a bundle (by default the first) is there.
 
-    async def set_generating(self, generating: bool) -> None:
-        """Say whether a generator is there; the other services do without."""
-        self._alive_generator = generating
-        await self.set_serving(self._alive)
+        Health says SERVING while any is; a server that drains keeps NOT_SERVING.
+        """
+        self._alive[bundle or self._bundles.default] = serving
+        await self._tell()
+
+    async def set_generating(self, generating: bool, bundle: str = "") -> None:
+        """Say whether a generator of a bundle is there; the other services do without."""
+        self._alive_generators[bundle or self._bundles.default] = generating
+        await self._tell()
+
+    async def _tell(self) -> None:
+        if not self._draining:
+            serving = self._admission.open and any(self._alive.values())
+            await self._set_health(_SERVING if serving else _NOT_SERVING)
 
     async def drain(self) -> bool:
         """Say NOT_SERVING, take what is on its way, refuse new calls, wait for those in flight, and stop.
@@ -313,7 +352,8 @@ class GatewayServer:
 
     async def _set_health(self, status: Any) -> None:
         for name in ("", *SERVICES):
-            said = _NOT_SERVING if name == IMAGING and not self._alive_generator else status
+            lost = self._alive_generators and not any(self._alive_generators.values())
+            said = _NOT_SERVING if name == IMAGING and lost else status
             await self._health.set(name, said)
             self.metrics.serving.labels(name or "server").set(said == _SERVING)
 

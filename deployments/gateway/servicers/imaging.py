@@ -49,6 +49,8 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
         Labels, cards and rows of the dictionaries.
     settings, metrics
         Of the server.
+    deployment
+        Label of the metrics.
     """
 
     def __init__(
@@ -59,13 +61,16 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
         decoders: Decoders,
         settings: Settings,
         metrics: Metrics,
+        deployment: str = DEPLOYMENT,
     ) -> None:
+        self._deployment = deployment
         self._stream = generate
         self._entry = catalogue.bundle.manifest.diffusion
         self._previews = SteeringPreviews(encoder, catalogue, decoders, settings)
         self._settings = settings
         self._metrics = metrics
         self._bundle = catalogue.bundle.id
+        self._name = catalogue.bundle.manifest.name
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: Any
@@ -86,8 +91,8 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
     def _observe(self, message: Events) -> None:
         metrics = self._metrics
         for record in message.records:
-            metrics.batch_size.labels(DEPLOYMENT).observe(record.items)
-            metrics.inference_duration.labels(DEPLOYMENT, "torch").observe(record.seconds)
+            metrics.batch_size.labels(self._deployment).observe(record.items)
+            metrics.inference_duration.labels(self._deployment, "torch").observe(record.seconds)
             metrics.generation_steps.inc(record.items)
 
     async def _response(
@@ -116,12 +121,14 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
         else:
             image.finish_reason = pb.FINISH_REASON_COMPLETED
             told = request_of_image(request, work, entry, event.number)
+            # By its name: the id would bind the picture to one build of the bundle.
+            told.bundle = self._name
             # In a thread: compressing a large picture would hold up every other call.
             image.image.data = await asyncio.to_thread(
                 picture, event.pixels, request.format, told, self._bundle
             )
             self._metrics.items.labels(_GENERATE).inc()
-            self._metrics.queue_duration.labels(DEPLOYMENT).observe(event.queue_s)
+            self._metrics.queue_duration.labels(self._deployment).observe(event.queue_s)
         response.timings.CopyFrom(timings(event.queue_s, event.inference_s))
         return response
 

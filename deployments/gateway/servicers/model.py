@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from monofacet.v1 import model_service_pb2 as pb
 from monofacet.v1 import model_service_pb2_grpc
 
+from deployments.gateway.bundles import Backend, Bundles
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.errors import UnknownModel
 from deployments.gateway.messages import duration, timings
 from deployments.generation_work import GeneratorInfo
 from deployments.settings import Settings
@@ -85,7 +85,7 @@ def _dictionaries(catalogue: Catalogue) -> list[pb.DictionaryInfo]:
 
 
 def model(catalogue: Catalogue, info: EncoderInfo, settings: Settings) -> pb.Model:
-    """Describe the bundle that is served; without its files."""
+    """Describe a bundle that is served; without its files."""
     bundle = catalogue.bundle
     manifest = bundle.manifest
     metrics = {key: value for key, value in manifest.metrics.items() if key != "dictionaries"}
@@ -143,45 +143,48 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
 
     Parameters
     ----------
-    catalogue
-        The bundle.
-    info
-        What the encoder runs on.
+    bundles
+        What is served.
+    backends
+        What computes for each, in the order of `bundles`.
     settings
         Of the server.
     """
 
-    def __init__(self, catalogue: Catalogue, info: EncoderInfo, settings: Settings) -> None:
-        self._bundle = catalogue.bundle
-        self._model = model(catalogue, info, settings)
+    def __init__(self, bundles: Bundles, backends: Sequence[Backend], settings: Settings) -> None:
+        self._bundles = bundles
+        self._models = {
+            name: model(bundles[name], backend.info, settings)
+            for name, backend in zip(bundles, backends, strict=True)
+        }
+        self._models[bundles.default].is_default = True
         self._version = server_version()
-        self._catalogue = catalogue
-        self._describe_pipeline(None)
+        self._default = bundles[bundles.default].bundle.id
+        for name in bundles:
+            self.set_generator(name, None)
 
-    def set_generator(self, info: GeneratorInfo) -> None:
-        """Learn what the generator runs on, once it is warm."""
-        self._describe_pipeline(info)
-
-    def _describe_pipeline(self, info: GeneratorInfo | None) -> None:
-        described = pipeline(self._catalogue, info)
+    def set_generator(self, bundle: str, info: GeneratorInfo | None) -> None:
+        """Learn what the generator of a bundle runs on, once it is warm; None before."""
+        described = pipeline(self._bundles[bundle], info)
         if described is not None:
-            self._model.pipeline.CopyFrom(described)
+            self._models[bundle].pipeline.CopyFrom(described)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
         """Describe one bundle, with its files."""
-        if request.bundle not in ("", self._bundle.id, self._bundle.manifest.name):
-            message = f"no bundle {request.bundle!r}; this server serves {self._bundle.id}"
-            raise UnknownModel(message, [("bundle", message)])
+        name = self._bundles.resolve(request.bundle)
         described = pb.Model()
-        described.CopyFrom(self._model)
-        for path, entry in sorted(self._bundle.manifest.files.items()):
+        described.CopyFrom(self._models[name])
+        for path, entry in sorted(self._bundles[name].bundle.manifest.files.items()):
             described.files.add(path=path, sha256=entry.sha256, bytes=entry.bytes)
         return pb.GetModelResponse(
-            model=described, server_version=self._version, timings=timings(), bundle=self._bundle.id
+            model=described, server_version=self._version, timings=timings(), bundle=self._default
         )
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
-        """Describe every bundle; there is one."""
+        """Describe every bundle, the default first."""
         return pb.ListModelsResponse(
-            models=[self._model], server_version=self._version, timings=timings(), bundle=self._bundle.id
+            models=self._models.values(),
+            server_version=self._version,
+            timings=timings(),
+            bundle=self._default,
         )

@@ -1,0 +1,85 @@
+"""Which bundles a server serves, as its settings name them; read without opening anything but their manifests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deployments.settings import Settings
+from services.errors import BundleError, BundleFileError
+from services.manifest import MANIFEST_NAME, Manifest, parse_manifest
+
+
+class NamesClash(ValueError):
+    """Two bundles of one name: no request could tell them apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One of the bundles.
+
+    Attributes
+    ----------
+    name
+        Of its manifest.
+    settings
+        Those of the server, with this bundle as the only one: what its replicas get.
+    default
+        Whether requests that name no bundle get it.
+    draws
+        Whether it has a pipeline, and the settings want a generator.
+    """
+
+    name: str
+    settings: Settings
+    default: bool
+    draws: bool
+
+    @property
+    def encoder(self) -> str:
+        """Name of its encoder's deployment."""
+        return deployment_of("encoder", self.name, self.default)
+
+    @property
+    def generator(self) -> str:
+        """Name of its generator's deployment."""
+        return deployment_of("generator", self.name, self.default)
+
+
+def deployment_of(kind: str, bundle: str, default: bool) -> str:
+    """Return the name of a deployment: the bare kind for the default bundle, so that most servers see no other."""
+    return kind if default else f"{kind}-{bundle}"
+
+
+def read_served(settings: Settings) -> tuple[Served, ...]:
+    """Read the manifests of the bundles to serve, in their order.
+
+    Raises
+    ------
+    BundleError
+        When a manifest cannot be read; it names the directory.
+    NamesClash
+        When two have one name.
+    """
+    found: dict[str, Served] = {}
+    for path in settings.served:
+        manifest = _manifest(path)
+        known = found.get(manifest.name)
+        if known is not None:
+            raise NamesClash(
+                f"{known.settings.bundle} and {path} are both named {manifest.name!r}; bundles that are served "
+                "together must have different names"
+            )
+        alone = settings.model_copy(update={"bundle": path, "bundles": ()})
+        draws = settings.generator and manifest.diffusion is not None
+        found[manifest.name] = Served(manifest.name, alone, not found, draws)
+    return tuple(found.values())
+
+
+def _manifest(path: Path) -> Manifest:
+    try:
+        return parse_manifest((path / MANIFEST_NAME).read_bytes())
+    except OSError as error:
+        raise BundleFileError(f"{path}: no {MANIFEST_NAME} to read") from error
+    except BundleError as error:
+        raise type(error)(f"{path}: {error}", error.violations, reason=error.reason) from error
