@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,12 +49,14 @@ def load_pairs(embeddings: EmbeddingSet) -> Pairs:
     )
 
 
-def train_pair(pairs: Pairs, settings: SAESettings, label: str = "") -> SAEPair:
+def train_pair(
+    pairs: Pairs, settings: SAESettings, label: str = "", tell: Callable[[float], None] | None = None
+) -> SAEPair:
     """Train one autoencoder a modality and match their features over true pairs."""
     sides: dict[Modality, SAE] = {}
     for modality in Modality:
         only = replace(settings, modalities=(modality.value,))
-        sides[modality] = SAETrainer(pairs, only).run(f"{label} {modality.value}")
+        sides[modality] = SAETrainer(pairs, only).run(f"{label} {modality.value}", tell)
     generator = torch.Generator().manual_seed(settings.seed)
     image, text = pairs.batch(MATCH_PAIRS, generator)
     with torch.no_grad():
@@ -63,16 +66,21 @@ def train_pair(pairs: Pairs, settings: SAESettings, label: str = "") -> SAEPair:
     return SAEPair.matched(sides[Modality.IMAGE], sides[Modality.TEXT], order).eval().requires_grad_(False)
 
 
-def train(name: str, pairs: Pairs, settings: SAESettings | NCLSettings | None) -> Dictionary:
-    """Train one dictionary of `RECIPES`."""
+def train(
+    name: str,
+    pairs: Pairs,
+    settings: SAESettings | NCLSettings | None,
+    tell: Callable[[float], None] | None = None,
+) -> Dictionary:
+    """Train one dictionary of `RECIPES`; `tell` is told each step."""
     if settings is None:
         return Neurons(pairs.images.shape[1])
     label = f"{name}/{settings.seed}"
     if isinstance(settings, NCLSettings):
-        return train_ncl(pairs, settings, label)
+        return train_ncl(pairs, settings, label, tell)
     if name == "sae-pair":
-        return train_pair(pairs, settings, label)
-    return SAETrainer(pairs, settings).run(label)
+        return train_pair(pairs, settings, label, tell)
+    return SAETrainer(pairs, settings).run(label, tell)
 
 
 def is_trained(folder: Path, name: str, fingerprint: str, settings: SAESettings | NCLSettings | None) -> bool:

@@ -6,6 +6,7 @@ Source: Wang et al., "Non-negative Contrastive Learning" (ICLR 2024). The decode
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +42,13 @@ class NCLSettings:
     seed: int = 0
 
 
-def train_ncl(pairs: Pairs, settings: NCLSettings, label: str = "") -> NCL:
-    """Train and fit the decoder, with progress; returns the dictionary in eval mode."""
+def train_ncl(
+    pairs: Pairs, settings: NCLSettings, label: str = "", tell: Callable[[float], None] | None = None
+) -> NCL:
+    """Train and fit the decoder; returns the dictionary in eval mode.
+
+    Progress is printed, or told step by step where `tell` is given.
+    """
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     ncl = NCL(pairs.images.shape[1], settings.n_features, settings.hidden_dim)
@@ -57,7 +63,9 @@ def train_ncl(pairs: Pairs, settings: NCLSettings, label: str = "") -> NCL:
         for group in optimiser.param_groups:
             group["lr"] = settings.lr * min(1.0, (step + 1) / 20, 2 * (1 - step / settings.steps))
         optimiser.step()
-        if (step + 1) % max(1, settings.steps // 4) == 0:
+        if tell is not None:
+            tell(1.0)
+        elif (step + 1) % max(1, settings.steps // 4) == 0:
             seconds = time.monotonic() - started
             print(f"{label} step {step + 1} loss {float(loss.detach()):.3f} {seconds:.0f} s", flush=True)
     # A few thousand pairs fix 1,024 ridge coefficients; all of them would only take longer.

@@ -13,6 +13,7 @@ random mask of features shared by both sides of a pair, are what makes one conce
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -287,13 +288,18 @@ class SAETrainer:
         self.step += 1
         return float(loss.detach())
 
-    def run(self, label: str = "") -> SAE:
-        """Train to the end with progress; returns the autoencoder in eval mode."""
+    def run(self, label: str = "", tell: Callable[[float], None] | None = None) -> SAE:
+        """Train to the end; returns the autoencoder in eval mode.
+
+        Progress is printed, or told step by step where `tell` is given.
+        """
         started = time.monotonic()
         every = max(1, self.settings.steps // 4)
         while self.step < self.settings.steps:
             loss = self.train_step()
-            if self.step % every == 0:
+            if tell is not None:
+                tell(1.0)
+            elif self.step % every == 0:
                 dead = int((self.idle > self.settings.dead_after).sum())
                 seconds = time.monotonic() - started
                 print(f"{label} step {self.step} loss {loss:.4f} dead {dead} {seconds:.0f} s", flush=True)
@@ -315,9 +321,10 @@ class SAETrainer:
                     pre = sae.pre_activations(chunk, modality)
                     bar = pre.topk(s.k, dim=-1).values[:, -1:].relu()
                     fires |= (sae.activate(pre) > 0).any(0)
-                    margins.append((pre - bar).topk(least, dim=0).values)
+                    margins.append((pre - bar).topk(min(least, len(chunk)), dim=0).values)
             dead = ~fires
             if not dead.any():
                 return
-            margin = torch.cat(margins).topk(least, dim=0).values[-1]
+            margin = torch.cat(margins)
+            margin = margin.topk(min(least, len(margin)), dim=0).values[-1]
             sae.encoder_bias[dead] += 1e-3 * self.level - margin[dead]
