@@ -23,6 +23,7 @@ RULES = CHART / "files" / "rules.yaml"
 OWN = frozenset(
     {
         "bundle",
+        "bundles",
         "host",
         "port",
         "health_port",

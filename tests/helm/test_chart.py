@@ -192,6 +192,24 @@ def test_the_serve_config_says_what_the_values_say() -> None:
     assert set(made) <= set(Settings.model_fields)
 
 
+def test_several_bundles_have_pods_for_each() -> None:
+    paths = ["/models/photos", "/models/drawings"]
+    values = joined(FULL, {"bundle": {"existingClaim": "models", "path": "/models", "paths": paths}})
+    made = arguments(values)
+    assert made["bundles"] == paths
+    assert "bundle" not in made
+    assert [str(path) for path in Settings(**made).served] == paths
+    (one,), (two,) = (of_kind(chosen, "RayService") for chosen in (FULL, values))
+    for before, after in zip(
+        *(service["spec"]["rayClusterConfig"]["workerGroupSpecs"] for service in (one, two)), strict=True
+    ):
+        factor = 1 if after["groupName"] == "gateway" else 2
+        for number in ("replicas", "minReplicas", "maxReplicas"):
+            assert after[number] == factor * before[number]
+        (container,) = after["template"]["spec"]["containers"]
+        assert "/models" in {mount["mountPath"] for mount in container["volumeMounts"]}
+
+
 @pytest.mark.parametrize("values", MATRIX[::4])
 def test_each_replica_finds_the_one_kind_of_pod_that_is_meant_for_it(values: Values) -> None:
     (service,) = of_kind(values, "RayService")

@@ -79,7 +79,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   "generator_resource" "generator")
 -}}
 {{- end -}}
-{{- if or .Values.bundle.path .Values.bundle.existingClaim -}}
+{{- if .Values.bundle.paths -}}
+{{- $_ := set $set "bundles" .Values.bundle.paths -}}
+{{- else if or .Values.bundle.path .Values.bundle.existingClaim -}}
 {{- $_ := set $set "bundle" (include "monofacet.bundlePath" .) -}}
 {{- end -}}
 {{- if .Values.tls.secretName -}}
@@ -280,13 +282,15 @@ spec:
 {{/* A group of pods that each hold one replica of a model. Arguments: root, component. */}}
 {{- define "monofacet.modelGroup" -}}
 {{- $values := index .root.Values .component -}}
+{{- $bundles := max 1 (len .root.Values.bundle.paths) | int -}}
 {{- $gpu := eq $values.device "gpu" -}}
 {{- $limits := dict "memory" $values.memory -}}
 {{- if $gpu }}{{ $_ := set $limits "nvidia.com/gpu" (int $values.gpus) }}{{ end -}}
 - groupName: {{ .component }}-{{ $values.device }}
-  replicas: {{ $values.minReplicas }}
-  minReplicas: {{ $values.minReplicas }}
-  maxReplicas: {{ $values.maxReplicas }}
+  # So many for each bundle.
+  replicas: {{ mul $bundles $values.minReplicas }}
+  minReplicas: {{ mul $bundles $values.minReplicas }}
+  maxReplicas: {{ mul $bundles $values.maxReplicas }}
   rayStartParams:
     num-cpus: {{ $values.cpus | quote }}
     object-store-memory: {{ include "monofacet.bytes" .root.Values.ray.objectStoreMemory | quote }}
