@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +91,46 @@ def choose_default(rows: dict[str, dict[str, Any]]) -> tuple[str, str]:
 
 
 def build_table(
-    embeddings: EmbeddingSet, columns: dict[str, np.ndarray], folder: Path, modality: Path, parts: list[str]
+    embeddings: EmbeddingSet,
+    columns: dict[str, np.ndarray],
+    folder: Path,
+    modality: Path,
+    parts: list[str],
+    pairs: Pairs | None = None,
+    *,
+    n_features: int = GROUP.n_features,
+    k: int = GROUP.k,
+    other_artist: bool = True,
+    tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measure every dictionary and baseline on each part."""
-    pairs = load_pairs(embeddings)
+    """Measure every dictionary and baseline on each part.
+
+    Parameters
+    ----------
+    embeddings, columns, folder, modality, parts
+        The pairs, the dictionaries, their modality tables, and what to measure on.
+    pairs : Pairs or None
+        What the dictionaries were trained on; None is the fit part with its views.
+    n_features, k : int
+        Of the random dictionary, and of PCA.
+    other_artist : bool
+        See `EvaluationSet.of`.
+    tell : callable
+        Told a line after each dictionary.
+    """
+    pairs = load_pairs(embeddings) if pairs is None else pairs
     trained = load_all(folder)
     baselines: dict[str, Dictionary] = {
-        f"pca-{GROUP.k}": PCA(pairs, GROUP.k),
-        "random": random_dictionary(pairs, GROUP.n_features, GROUP.k),
+        f"pca-{k}": PCA(pairs, k),
+        "random": random_dictionary(pairs, n_features, k),
     }
     result: dict[str, Any] = {}
     for part in parts:
-        evaluation = EvaluationSet.of(embeddings, columns, part)
+        evaluation = EvaluationSet.of(embeddings, columns, part, other_artist)
         rows: dict[str, dict[str, Any]] = {}
         for name, dictionary in {**trained, **baselines}.items():
             rows[name] = figures(dictionary, evaluation, alive_features(dictionary, pairs)).as_dict()
-            print(f"{part} {name} {rows[name]}", flush=True)
+            tell(f"{part} {name} {rows[name]}")
         if part == "validation":
             fvu = min(rows[name]["fvu"] for name in CANDIDATES if name in rows)
             baselines["pca-same-fvu"] = pca_for_fvu(pairs, fvu)

@@ -52,10 +52,16 @@ class EvaluationSet:
     fit_mean: dict[Modality, Tensor]
 
     @classmethod
-    def of(cls, embeddings: EmbeddingSet, columns: dict[str, np.ndarray], part: str) -> EvaluationSet:
-        """Collect one part: for the test artist only captions without skin tone that were trained on."""
+    def of(
+        cls, embeddings: EmbeddingSet, columns: dict[str, np.ndarray], part: str, other_artist: bool = True
+    ) -> EvaluationSet:
+        """Collect one part.
+
+        Where test is by another artist than was trained on (`other_artist`), only its captions without skin tone that
+        were trained on count.
+        """
         index = embeddings.where(part)
-        if part == "test":
+        if part == "test" and other_artist:
             seen = np.isin(embeddings.caption[index], embeddings.caption[embeddings.where("fit", "pool")])
             index = index[seen & (columns["tone"][embeddings.rows[index]] == "")]
         texts = embeddings.mean_texts()

@@ -195,33 +195,55 @@ def describe_dictionary(
     torch.set_num_threads(1)
     embeddings, columns, judges = EmbeddingSet.load(source), load_columns(corpus), Judges.load(judges_path)
     pairs = HeldOutPairs.of(embeddings, columns)
+    table, summary = describe(name, folder, embeddings, pairs, judges)
+    table.write(out / f"{name}.parquet")
+    return summary
+
+
+def describe(
+    name: str, folder: Path, embeddings: EmbeddingSet, pairs: HeldOutPairs, judges: Judges | None = None
+) -> tuple[ModalityTable, dict[str, Any]]:
+    """Return the modality table of one dictionary, with names, and a summary as JSON values.
+
+    Parameters
+    ----------
+    name, folder : str, Path
+        The dictionary and where it is, with those of other seeds below.
+    embeddings : EmbeddingSet
+        Names are found on its fit part.
+    pairs : HeldOutPairs
+        All else is said on these.
+    judges : Judges or None
+        Judge whether a feature is about one thing; None leaves that undefined.
+    """
     dictionary = load_dictionary(folder, name)
     table = score(dictionary, pairs)
     z_image = activations(dictionary, pairs.images, Modality.IMAGE)
     z_text = activations(dictionary, pairs.texts, Modality.TEXT)
     halves = split_half_agreement(z_image, z_text, ModalitySettings(), groups=pairs.concepts)
-    unseen = score(dictionary, pairs, pairs.new_to_towers)
+    unseen = score(dictionary, pairs, pairs.new_to_towers) if pairs.new_to_towers.any() else None
     names = name_by_side(dictionary, embeddings, pairs, table.mds_energy)
-    scores, means = monosemanticity(dictionary, embeddings, judges)
+    scores, means = ({}, None) if judges is None else monosemanticity(dictionary, embeddings, judges)
     table = table.with_columns(name=names.name, name_npmi=names.npmi, name_auc=names.auc, **scores)
-    table.write(out / f"{name}.parquet")
     live = table.label != Label.DEAD.value
     shuffled = np.random.default_rng(0).permutation(len(pairs.index))
     null = score_pairs(z_image, z_text[shuffled], ModalitySettings(resamples=200), groups=None)
-    return {
+    agreement = None if unseen is None else asdict(label_agreement(table.label, unseen.label))
+    named = table.name_auc[~np.isnan(table.name_auc)]
+    return table, {
         "pairs": len(pairs.index),
         "concepts": int(pairs.concepts.max()) + 1,
         "pairs_new_to_towers": int(pairs.new_to_towers.sum()),
         "labels": label_shares(table.label),
         "paper_labels": label_shares(table.paper_label),
         "cross_on_shuffled_pairs": label_shares(null.label)[Label.CROSS.value],
-        "significant": float(table.coactivation_significant[live].mean()),
+        "significant": float(table.coactivation_significant[live].mean()) if live.any() else 0.0,
         "kappa_halves": asdict(halves),
-        "kappa_new_to_towers": asdict(label_agreement(table.label, unseen.label)),
+        "kappa_new_to_towers": agreement,
         "kappa_seeds": seed_agreement(folder, name, table, pairs),
         "mds_histogram": np.histogram(table.mds_energy[live], bins=32, range=(0, 1))[0].tolist(),
-        "named": float((table.name[live] != "").mean()),
-        "name_auc_median": float(np.nanmedian(table.name_auc)),
+        "named": float((table.name[live] != "").mean()) if live.any() else 0.0,
+        "name_auc_median": float(np.median(named)) if len(named) else float("nan"),
         "monosemanticity": means,
     }
 
