@@ -252,3 +252,35 @@ def test_the_command_says_what_is_wrong(command: Any, options: Any, tmp_path: Pa
     result = command("a cat", *(options if "--out" in options else (*options, "--out", tmp_path / "x.png")))
     assert result.exit_code == 3
     assert "error" in result.output
+
+
+@pytest.fixture(scope="module")
+def preview() -> Any:
+    runner = CliRunner()
+    with run_server(FakeMonofacet()) as target:
+        yield lambda *arguments: runner.invoke(
+            app, ["preview", *map(str, arguments), "--target", target], env={"COLUMNS": "200"}
+        )
+
+
+def test_the_preview_command_shows_features_and_captions_before_and_after(preview: Any) -> None:
+    shown = preview("a cat", "--label", "image", "--quantile", 0.9)
+    assert shown.exit_code == 0, shown.output
+    assert "nearest captions before" in shown.output
+    told = json.loads(preview("a cat", "--label", "image", "--quantile", 1, "--captions", 2, "--json").stdout)
+    assert 0 < told["delta"] <= 2
+    assert len(told["captions"]) == len(told["steered_captions"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give an edit"),
+        (("--label", "image"), "an edit is one of"),
+        (("--feature", 1, "--from-text", "a", "--from-image", "b.png"), "not both"),
+    ],
+)
+def test_the_preview_command_says_what_an_edit_needs(preview: Any, arguments: Any, message: str) -> None:
+    result = preview("a cat", *arguments)
+    assert result.exit_code == 3
+    assert message in result.output

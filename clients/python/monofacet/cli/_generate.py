@@ -19,7 +19,19 @@ from monofacet._types import (
     GenerationEvent,
     GenerationProgress,
     GenerationResult,
-    SteeringEdit,
+)
+from monofacet.cli._edits import (
+    Delta,
+    Dictionary,
+    Feature,
+    FromImage,
+    FromText,
+    Label,
+    Quantile,
+    Scale,
+    Strength,
+    edits,
+    one_reference,
 )
 from monofacet.cli._grid import grid
 from monofacet.cli._session import FAILED, Session, connected, error_as_dict, print_json
@@ -44,31 +56,19 @@ def generate(
     image: Annotated[
         Path | None, typer.Option(help="Picture that conditions the images beside the prompt.")
     ] = None,
-    from_image: Annotated[
-        Path | None, typer.Option(help="Edit: take the activations of this picture.")
-    ] = None,
-    from_text: Annotated[str | None, typer.Option(help="Edit: take the activations of this text.")] = None,
-    quantile: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Edit: set to this quantile of the active values.")
-    ] = None,
-    scale: Annotated[
-        float | None, typer.Option(min=-16, max=16, help="Edit: multiply the activations; 0 removes them.")
-    ] = None,
-    label: Annotated[
-        str | None, typer.Option(help="Features to edit, by label: image, text, cross, ...")
-    ] = None,
-    feature: Annotated[
-        list[int] | None, typer.Option(help="Feature to edit, by id; may be repeated.")
-    ] = None,
-    strength: Annotated[float, typer.Option(min=0, max=4, help="Of the edit: 0 none, 1 all of it.")] = 1.0,
-    dictionary: Annotated[str, typer.Option(help="Whose features; '' is the default one.")] = "",
+    from_image: FromImage = None,
+    from_text: FromText = None,
+    quantile: Quantile = None,
+    scale: Scale = None,
+    label: Label = None,
+    feature: Feature = None,
+    strength: Strength = 1.0,
+    dictionary: Dictionary = "",
     path: Annotated[str | None, typer.Option(help="Way of the edit: embedding or prompt.")] = None,
     contrastive: Annotated[
         bool, typer.Option(help="Edit the unconditional side of guidance too, the other way.")
     ] = False,
-    delta: Annotated[
-        float | None, typer.Option(min=0, max=2, help="Rescale the whole change to this size.")
-    ] = None,
+    delta: Delta = None,
     twin: Annotated[bool, typer.Option(help="Also make each image without the edit, beside it.")] = False,
     like: Annotated[
         Path | None, typer.Option(help="Make this PNG again, from the request that it carries.")
@@ -91,11 +91,11 @@ def generate(
     if like is not None:
         result = _watched(session, lambda told: session.client.generate_like(like, on_event=told))
     else:
-        target = {"reference": from_image or from_text, "quantile": quantile, "scale": scale}
+        reference = one_reference(from_image, from_text)
         options: GenerateOptions = {
             "negative_prompt": negative,
             "image": image,
-            "edits": _edits(target, label, feature, strength),
+            "edits": edits(reference, quantile, scale, label, feature, strength),
             "dictionary": dictionary,
             "path": path,  # type: ignore[typeddict-item]  # checked where the request is made
             "contrastive": contrastive,
@@ -115,20 +115,6 @@ def generate(
     _report(session, result, out if made else None)
     if len(made) < len(result.images) + len(result.twins):
         raise typer.Exit(FAILED)
-
-
-def _edits(
-    target: dict[str, Any], label: str | None, features: list[int] | None, strength: float
-) -> list[SteeringEdit]:
-    given = {name: value for name, value in target.items() if value is not None}
-    if not given and label is None and not features:
-        return []
-    if len(given) != 1 or (label is None) == (not features):
-        raise exceptions.InputError(
-            "an edit is one of --label and --feature, and one of --from-image, --from-text, --quantile and --scale"
-        )
-    chosen = label if label is not None else tuple(features or ())
-    return [SteeringEdit(chosen, strength=strength, **given)]
 
 
 def _seeds(seeds: list[int] | None, num_images: int | None) -> list[int]:
