@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,26 +16,10 @@ from services.imaging.edits import Edit, ImageRequest, SetQuantile, Steering
 from services.imaging.generator import Imaging
 from services.tables import Label
 from tests.support.service import Service, start_service
-from tests.support.tiny_pipeline import add_tiny_pipeline
 
 pytestmark = pytest.mark.timeout(900)
 
 EDIT = SteeringEdit("image", quantile=0.8)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    path = Path(shutil.copytree(tiny.path, tmp_path_factory.mktemp("generation") / "tiny"))
-    return add_tiny_pipeline(Bundle.load(path), "unclip")
-
-
-@pytest.fixture(scope="module")
-def service(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    started = start_service(bundle.path, tmp_path_factory.mktemp("service") / "service.log")
-    try:
-        yield started
-    finally:
-        started.stop()
 
 
 @pytest.fixture(scope="module")

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import monofacet
 import pytest
 from monofacet import Ablation, AuditSettings, LabelledItem
 
-from services.bundle import Bundle
-from tests.support.service import Service, start_service
-from tests.support.tiny_bias import with_bias
+from tests.support.service import Service
 
 pytestmark = pytest.mark.timeout(600)
 
 GENDERS = ("woman", "man", None)
-
-
-@pytest.fixture(scope="module")
-def service(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    folder: Path = tmp_path_factory.mktemp("biased")
-    service = start_service(with_bias(tiny, folder / "tiny").path, folder / "service.log")
-    try:
-        yield service
-    finally:
-        service.stop()
 
 
 def people(count: int) -> Iterator[LabelledItem]:

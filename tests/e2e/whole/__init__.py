@@ -1,0 +1,1 @@
+"""Tests that share one service on a tiny bundle with every calibration and a pipeline."""
