@@ -37,7 +37,8 @@ from training.bias import tables
 from training.bias.data import StudyData, codes
 from training.bias.measure import Utility, by_artist, by_profession, quick
 from training.bias.methods import LABELS, Method, feature_methods, reference_methods
-from training.build_bundle import DEFAULT_OUT, without_nan
+from training.build.assemble import without_nan
+from training.build_bundle import DEFAULT_OUT
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.embeddings import DEFAULT_OUT as EMBEDDINGS
 from training.pairs import TEMPLATES

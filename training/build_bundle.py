@@ -18,22 +18,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from services.bundle import (
-    CARDS,
-    CLIP_CONFIG,
-    CLIP_WEIGHTS,
-    DICTIONARIES,
-    MODALITY,
-    SAMPLES,
-    Bundle,
-    write_manifest,
-)
+from services.bundle import SAMPLES, Bundle, write_manifest
 from services.manifest import Licence
+from training.build.assemble import TABLES, copy_folders, copy_towers, in_place_of, without_nan
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.corpus.sets import ALL_SETS, Role, licences
 from training.corpus.svg import document, rasterise
 from training.dictionary_table import load_columns
-from training.embeddings import CONFIG_FILE, DEFAULT_CLIP, WEIGHTS_FILE
+from training.embeddings import DEFAULT_CLIP
 
 DEFAULT_OUT = Path("bundles/emoji")
 WORK = Path("work")
@@ -177,50 +169,27 @@ def metrics(work: Path) -> dict[str, Any]:
     return without_nan(result)
 
 
-def without_nan(value: Any) -> Any:
-    """Return JSON values with NaN as None, which a manifest may not hold."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and value != value else value
-
-
 def assemble(work: Path, clip: Path, corpus: Path, out: Path) -> Bundle:
     """Write the bundle beside its place, verify it, and then put it there."""
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    for source, target in ((clip / CONFIG_FILE, CLIP_CONFIG), (clip / WEIGHTS_FILE, CLIP_WEIGHTS)):
-        (part / target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, part / target)
-    for folder, suffixes in (
-        (DICTIONARIES, (".json", ".safetensors")),
-        (MODALITY, (".parquet",)),
-        (CARDS, (".parquet",)),
-    ):
-        (part / folder).mkdir(parents=True, exist_ok=True)
-        for file in sorted((work / folder).iterdir()):
-            if file.suffix in suffixes:
-                shutil.copyfile(file, part / folder / file.name)
-    columns = load_columns(corpus)
-    pictures = np.load(corpus / "plain.npy", mmap_mode="r")
-    write_samples(part, columns, pick_samples(columns, pictures))
-    if (work / "report.html").exists():
-        shutil.copyfile(work / "report.html", part / "report.html")
-    figures = metrics(work)
-    write_manifest(
-        part,
-        name=out.name,
-        description=DESCRIPTION,
-        licences=bundle_licences(),
-        default_dictionary=figures["dictionaries"]["default"],
-        provenance=provenance(work, clip),
-        training_commands=COMMANDS,
-        metrics=figures,
-    )
-    Bundle.load(part)
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
+    with in_place_of(out) as part:
+        copy_towers(clip, part)
+        copy_folders(work, part, TABLES)
+        columns = load_columns(corpus)
+        pictures = np.load(corpus / "plain.npy", mmap_mode="r")
+        write_samples(part, columns, pick_samples(columns, pictures))
+        if (work / "report.html").exists():
+            shutil.copyfile(work / "report.html", part / "report.html")
+        figures = metrics(work)
+        write_manifest(
+            part,
+            name=out.name,
+            description=DESCRIPTION,
+            licences=bundle_licences(),
+            default_dictionary=figures["dictionaries"]["default"],
+            provenance=provenance(work, clip),
+            training_commands=COMMANDS,
+            metrics=figures,
+        )
     return Bundle.load(out, verify=False)
 
 

@@ -22,7 +22,8 @@ import torch
 from services.bundle import DEFENSE, Bundle, refresh_manifest
 from services.defense import DefenseCalibration
 from services.tables import Label
-from training.build_bundle import DEFAULT_OUT, without_nan
+from training.build.assemble import without_nan
+from training.build_bundle import DEFAULT_OUT
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.defense import corruptions, evaluate, tables
 from training.defense.attacks import Loss, apgd, feature_matching, pgd, untargeted
@@ -110,7 +111,11 @@ class Attacker:
         file = self.kept / f"{name}-{epsilon}-{self.steps}-{digest.hexdigest()[:16]}.npy"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            np.save(file, to_pixels(self._attack(name, epsilon, drawings)))
+            pixels = to_pixels(self._attack(name, epsilon, drawings))
+            part = file.with_suffix(".part")
+            with part.open("wb") as open_file:
+                np.save(open_file, pixels)
+            part.replace(file)
         return to_images(np.load(file))
 
     def _attack(self, name: str, epsilon: int, drawings: Drawings) -> torch.Tensor:
@@ -140,7 +145,10 @@ def kept_looks(victim: Victim, images: torch.Tensor, kept: Path | None) -> Looks
     file = kept / f"looks-{digest}.npz"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, **vars(look_twice(victim, images)))
+        part = file.with_suffix(".part")
+        with part.open("wb") as open_file:
+            np.savez(open_file, **vars(look_twice(victim, images)))
+        part.replace(file)
     with np.load(file) as arrays:
         return Looks(arrays["unit"], arrays["twin"], arrays["noise"])
 

@@ -7,6 +7,7 @@ twentieth of inputs reach.
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class ActivationStatistics:
             str(path),
             {"dictionary": dictionary, "tower_fingerprint": tower_fingerprint},
         )
+        _sort_metadata(path)
 
     @classmethod
     def read(cls, path: Path) -> ActivationStatistics:
@@ -145,6 +147,17 @@ class ActivationStatistics:
             message = f"feature {dead[0]} is never active, so it has no quantiles"
             raise InvalidInput(message, [("ids", message)], reason="FEATURE_NEVER_ACTIVE")
         return np.array([np.interp(q, self.probabilities, row) for row in rows], np.float32)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: the library writes it in another one in each process."""
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def active_quantiles(z: Any) -> tuple[NDArray[np.float32], NDArray[np.int32]]:

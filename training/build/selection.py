@@ -169,8 +169,8 @@ def _embedding_set(
     rows = chosen[first[own]]
     by_row = np.argsort(rows)
     texts[:, np.flatnonzero(own)[by_row]] = gather(store, rows[by_row], "texts")
-    for who, direction in zip(PEOPLE, people.astype(np.float32), strict=True):
-        texts[:, np.searchsorted(captions, who)] = direction
+    for who, prompts in zip(PEOPLE, people, strict=True):
+        texts[:, np.searchsorted(captions, who)] = unit(prompts.mean(0))
     images = unit(gather(store, chosen, "images"))
     return EmbeddingSet(
         fingerprint=store.key.fingerprint,

@@ -1,0 +1,98 @@
+"""Putting a bundle together: the same for the embedded one and for anybody's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from services.bundle import (
+    CARDS,
+    CLIP_CONFIG,
+    CLIP_WEIGHTS,
+    DICTIONARIES,
+    MODALITY,
+    STEERING,
+    Bundle,
+)
+from services.manifest import MANIFEST_NAME
+from training.build.errors import BuildError
+from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
+
+# Folders of a build that go into a bundle as they are, and which of their files.
+TABLES = ((DICTIONARIES, (".json", ".safetensors")), (MODALITY, (".parquet",)), (CARDS, (".parquet",)))
+QUANTILES = ((STEERING, (".safetensors",)),)
+
+
+def copy_towers(clip: Path, bundle: Path, link: bool = False) -> None:
+    """Copy open_clip's config and weights into a bundle; `link` the weights where the file system can."""
+    for source, target in ((clip / CONFIG_FILE, CLIP_CONFIG), (clip / WEIGHTS_FILE, CLIP_WEIGHTS)):
+        (bundle / target).parent.mkdir(parents=True, exist_ok=True)
+        if link and source.name == WEIGHTS_FILE:
+            try:
+                os.link(source, bundle / target)
+                continue
+            except OSError:
+                pass
+        shutil.copyfile(source, bundle / target)
+
+
+def copy_folders(
+    work: Path, bundle: Path, folders: Sequence[tuple[str, Sequence[str]]], only: Sequence[str] | None = None
+) -> None:
+    """Copy the files of `folders` with their suffixes into a bundle.
+
+    Parameters
+    ----------
+    work, bundle : Path
+        From and to.
+    folders : sequence of (folder, suffixes)
+        Such as `TABLES`.
+    only : sequence of str or None
+        Stems to take; None takes all.
+    """
+    for folder, suffixes in folders:
+        (bundle / folder).mkdir(parents=True, exist_ok=True)
+        for file in sorted((work / folder).iterdir()):
+            if file.suffix in suffixes and (only is None or file.stem in only):
+                shutil.copyfile(file, bundle / folder / file.name)
+
+
+@contextmanager
+def in_place_of(out: Path) -> Iterator[Path]:
+    """Give a folder to make a bundle in; verify the bundle, and only then put it where the old one is.
+
+    Raises
+    ------
+    BuildError
+        Where `out` is there and is not a bundle.
+    """
+    check_replaceable(out)
+    part, old = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.old")
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    Bundle.load(part)
+    if out.exists():
+        out.rename(old)
+    part.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(out: Path) -> None:
+    """Raise BuildError where `out` holds something else than a bundle."""
+    if out.exists() and not (out / MANIFEST_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise BuildError(f"{out} is there and is not a bundle: it is not replaced")
+
+
+def without_nan(value: Any) -> Any:
+    """Return JSON values with NaN as None, which a manifest may not hold."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
