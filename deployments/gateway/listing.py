@@ -66,6 +66,8 @@ def _query_digest(request: pb.ListFeaturesRequest, bundle: str) -> str:
     query.CopyFrom(request)
     query.ClearField("page_token")
     query.ClearField("page_size")
+    # By its name or by its id, it is the same bundle.
+    query.ClearField("bundle")
     data = query.SerializeToString(deterministic=True) + bundle.encode()
     return hashlib.sha256(data).hexdigest()[:16]
 

@@ -38,7 +38,7 @@ PREPROCESS = {
 CAPTIONS = ("red circle", "green square", "blue triangle", "yellow ring on a dark ground")
 
 
-def make_tiny_bundle(path: Path | str, seed: int = 0) -> Bundle:
+def make_tiny_bundle(path: Path | str, seed: int = 0, name: str = "tiny") -> Bundle:
     """Write a bundle under `path` and return it, loaded and verified.
 
     The towers are a random two-layer ViT at 32 pixels and a random text transformer; the dictionaries
@@ -56,13 +56,13 @@ def make_tiny_bundle(path: Path | str, seed: int = 0) -> Bundle:
     pixels = np.stack([ImagePreprocess(config)(image) for image in images])
     e_image = torch.from_numpy(towers.encode_images(pixels).unit)
     e_text = torch.from_numpy(towers.encode_texts(Tokeniser(config).tokenise(CAPTIONS)).unit)
-    for name, dictionary in tiny_dictionaries(e_image, e_text).items():
-        dictionary.save(path / "dictionaries", name, tower_fingerprint=fingerprint, training={"seed": seed})
-        write_tables(path, name, dictionary, e_image, e_text, rng)
+    for kind, dictionary in tiny_dictionaries(e_image, e_text).items():
+        dictionary.save(path / "dictionaries", kind, tower_fingerprint=fingerprint, training={"seed": seed})
+        write_tables(path, kind, dictionary, e_image, e_text, rng)
     write_thumbnails(path / CARD_IMAGES, {f"sample-{i}": webp(image) for i, image in enumerate(images)})
     write_manifest(
         path,
-        name="tiny",
+        name=name,
         description="Random weights for tests.",
         licences=[Licence("Apache-2.0", "everything")],
         default_dictionary="sae",

@@ -19,7 +19,7 @@ class AsyncClient(FeatureCalls, ModalityCalls, BiasCalls, DefenseCalls, ImagingC
 
     Parameters
     ----------
-    target, token, tls, timeout, retry
+    target, token, tls, timeout, retry, bundle
         As for `Client`.
     channel
         A `grpc.aio.Channel` to use instead of making one, such as `monofacet.testing.MockAioChannel`. It is

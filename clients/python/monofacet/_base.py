@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self, TypeVar
+
+from google.protobuf.message import Message
 
 from monofacet import _exceptions as exceptions
 from monofacet._config import TLS, Connection, Retry, Timeout
 from monofacet._inputs import MAX_INPUTS, MAX_REQUEST_BYTES, split
 from monofacet._types import Limits
 from monofacet.v1 import common_pb2
+
+Request = TypeVar("Request", bound=Message)
 
 # A batch under both needs no question about the server's limits: any sensible server takes it.
 SMALL_INPUTS = 32
@@ -103,8 +108,12 @@ class BaseClient:
         timeout: Timeout | float | None,
         retry: Retry | None,
         channel: Any,
+        bundle: str,
     ) -> None:
         self._connection = Connection(target, token, tls)
+        self._bundle = bundle
+        # Of a client that `with_bundle` made: the one whose connection it uses.
+        self._owner: Self | None = None
         if timeout is None:
             timeout = Timeout()
         self._timeout = timeout if isinstance(timeout, Timeout) else Timeout(call=timeout)
@@ -118,9 +127,47 @@ class BaseClient:
         """Where the server is, as ``host:port``."""
         return self._connection.target
 
+    @property
+    def bundle(self) -> str:
+        """The bundle that answers this client's calls, as it was named; empty for the server's default."""
+        return self._bundle
+
+    def with_bundle(self, bundle: str) -> Self:
+        """Return a client of the same connection whose calls another bundle answers.
+
+        Parameters
+        ----------
+        bundle
+            Name or id (``name@hash``) of one of the bundles that the server serves: `models` lists them. Empty for
+            the server's default.
+
+        Returns
+        -------
+        Client or AsyncClient
+            As this one. It lives as long as this one's connection, and closing it does nothing.
+
+        Examples
+        --------
+        >>> photos = client.with_bundle("photos")  # doctest: +SKIP
+        >>> photos.encode(["a red heart"]).bundle
+        'photos@0123456789ab'
+        """
+        other = copy.copy(self)
+        other._bundle = bundle
+        other._owner = self._owner or self
+        return other
+
+    def _addressed(self, request: Request) -> Request:
+        """Name this client's bundle in a request that names none, and return it."""
+        fields = request.DESCRIPTOR.fields_by_name
+        if self._bundle and "bundle" in fields and not getattr(request, "bundle"):  # noqa: B009  # not of every message
+            setattr(request, "bundle", self._bundle)  # noqa: B010
+        return request
+
     def __repr__(self) -> str:
         # The token stays out: representations end up in logs.
-        return f"<{type(self).__name__} {self.target}>"
+        named = f" {self._bundle}" if self._bundle else ""
+        return f"<{type(self).__name__} {self.target}{named}>"
 
     def _retrying(self, deadline: Deadline) -> dict[str, Any]:
         return {

@@ -28,6 +28,9 @@ class Client(FeatureCalls, ModalityCalls, BiasCalls, DefenseCalls, ImagingCalls,
         A `Timeout`, or the seconds of a call with one answer. There is always a limit.
     retry
         When a call is tried again.
+    bundle
+        Name or id of the bundle that answers, on a server of several; `with_bundle` makes clients of the others.
+        Default the server's own.
     channel
         A channel to use instead of making one, such as `monofacet.testing.MockChannel`. It is not closed.
 

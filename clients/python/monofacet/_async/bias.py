@@ -50,7 +50,7 @@ class BiasCalls(AsyncCore):
         The items may be asynchronous.
         """
         deadline = Deadline(self._timeout.stream if timeout is None else timeout)
-        first = requests.audit_settings(settings or types.AuditSettings())
+        first = self._addressed(requests.audit_settings(settings or types.AuditSettings()))
 
         async def messages() -> AsyncIterator[bias_service_pb2.AuditGenderRequest]:
             yield first

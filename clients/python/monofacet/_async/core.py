@@ -34,9 +34,12 @@ class AsyncCore(BaseClient):
         tls: TLS | bool | None = None,
         timeout: Timeout | float | None = None,
         retry: Retry | None = None,
+        bundle: str = "",
         channel: grpc.aio.Channel | None = None,
     ) -> None:
-        super().__init__(target, token=token, tls=tls, timeout=timeout, retry=retry, channel=channel)
+        super().__init__(
+            target, token=token, tls=tls, timeout=timeout, retry=retry, channel=channel, bundle=bundle
+        )
         # Read now, so that a wrong path fails here and not in the first call.
         self._credentials = self._connection.credentials()
         self._channel = channel
@@ -52,7 +55,7 @@ class AsyncCore(BaseClient):
 
     async def close(self) -> None:
         """Close the connection. Calls in progress fail."""
-        if self._channel is not None and self._given_channel is None:
+        if self._channel is not None and self._given_channel is None and self._owner is None:
             await self._channel.close()
 
     def _open(self) -> grpc.aio.Channel:
@@ -63,6 +66,8 @@ class AsyncCore(BaseClient):
 
     # The stubs' types are those of a synchronous channel: that they are awaited is known here only.
     def _stub(self, kind: type[Any]) -> Any:
+        if self._owner is not None:
+            return self._owner._stub(kind)
         if self._channel is None:
             # A channel belongs to the loop that it is made in: the first call's, not the constructor's.
             self._channel = self._open()
@@ -72,6 +77,7 @@ class AsyncCore(BaseClient):
 
     async def _call(self, method: Callable[..., Awaitable[Any]], request: Any, timeout: float | None) -> Any:
         deadline = Deadline(self._timeout.call if timeout is None else timeout)
+        self._addressed(request)
         async for attempt in stamina.retry_context(**self._retrying(deadline)):
             with attempt:
                 try:

@@ -65,7 +65,7 @@ class FeatureCalls(AsyncCore):
         ledger = Ledger()
 
         async def messages() -> AsyncIterator[feature_service_pb2.StreamEncodeRequest]:
-            yield feature_service_pb2.StreamEncodeRequest(options=options)
+            yield self._addressed(feature_service_pb2.StreamEncodeRequest(options=options))
             async for item in iterate(items):
                 # Files are read and pictures encoded in a thread; a hop for each text would cost more than the text.
                 value = item[1] if isinstance(item, tuple) else item

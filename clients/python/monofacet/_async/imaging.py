@@ -116,6 +116,7 @@ class ImagingCalls(AsyncCore):
         self, request: imaging_service_pb2.GenerateRequest, deadline: Deadline
     ) -> tuple[Any, Any]:
         """Start the stream, and try again until its first event: nothing was answered before it."""
+        self._addressed(request)
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         async for attempt in stamina.retry_context(**self._retrying(deadline)):
             with attempt:

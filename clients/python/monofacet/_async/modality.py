@@ -96,7 +96,7 @@ class ModalityCalls(AsyncCore):
         deadline = Deadline(self._timeout.stream if timeout is None else timeout)
 
         async def messages() -> AsyncIterator[modality_service_pb2.ScoreModalityRequest]:
-            yield requests.score_settings(settings or types.ScoreSettings())
+            yield self._addressed(requests.score_settings(settings or types.ScoreSettings()))
             batcher = requests.PairBatcher()
             async for pair in iterate(pairs):
                 for message in await asyncio.to_thread(batcher.add, pair):

@@ -46,6 +46,7 @@ def model(message: model_service_pb2.Model, server_version: str) -> types.Model:
         )
         if message.HasField("pipeline")
         else None,
+        is_default=message.is_default,
     )
 
 

@@ -91,7 +91,7 @@ class BiasCalls(SyncCore):
             If the call fails. It is not tried again.
         """
         deadline = Deadline(self._timeout.stream if timeout is None else timeout)
-        first = requests.audit_settings(settings or types.AuditSettings())
+        first = self._addressed(requests.audit_settings(settings or types.AuditSettings()))
 
         def messages() -> Iterator[bias_service_pb2.AuditGenderRequest]:
             yield first

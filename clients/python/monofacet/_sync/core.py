@@ -34,9 +34,12 @@ class SyncCore(BaseClient):
         tls: TLS | bool | None = None,
         timeout: Timeout | float | None = None,
         retry: Retry | None = None,
+        bundle: str = "",
         channel: grpc.Channel | None = None,
     ) -> None:
-        super().__init__(target, token=token, tls=tls, timeout=timeout, retry=retry, channel=channel)
+        super().__init__(
+            target, token=token, tls=tls, timeout=timeout, retry=retry, channel=channel, bundle=bundle
+        )
         self._channel = channel if channel is not None else self._open()
         self._stubs: dict[type[Any], Any] = {}
 
@@ -57,11 +60,12 @@ class SyncCore(BaseClient):
 
     def close(self) -> None:
         """Close the connection. Calls in progress fail."""
-        if self._given_channel is None:
+        if self._given_channel is None and self._owner is None:
             self._channel.close()
 
     def _call(self, method: Callable[..., Response], request: Any, timeout: float | None) -> Response:
         deadline = Deadline(self._timeout.call if timeout is None else timeout)
+        self._addressed(request)
         for attempt in stamina.retry_context(**self._retrying(deadline)):
             with attempt:
                 try:
@@ -92,6 +96,8 @@ class SyncCore(BaseClient):
         return answers, [len(part) for part in parts]
 
     def _stub(self, kind: type[Stub]) -> Stub:
+        if self._owner is not None:
+            return self._owner._stub(kind)
         if kind not in self._stubs:
             self._stubs[kind] = kind(self._channel)  # type: ignore[call-arg]
         stub: Stub = self._stubs[kind]

@@ -123,7 +123,7 @@ class FeatureCalls(SyncCore):
         ledger = Ledger()
 
         def messages() -> Iterator[feature_service_pb2.StreamEncodeRequest]:
-            yield feature_service_pb2.StreamEncodeRequest(options=options)
+            yield self._addressed(feature_service_pb2.StreamEncodeRequest(options=options))
             for item in items:
                 message = ledger.take(item)
                 if message is not None:

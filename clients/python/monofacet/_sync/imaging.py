@@ -176,6 +176,7 @@ class ImagingCalls(SyncCore):
         self, request: imaging_service_pb2.GenerateRequest, deadline: Deadline
     ) -> tuple[Any, Iterator[Any], Any]:
         """Start the stream, and try again until its first event: nothing was answered before it."""
+        self._addressed(request)
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         for attempt in stamina.retry_context(**self._retrying(deadline)):
             with attempt:

@@ -188,7 +188,7 @@ class ModalityCalls(SyncCore):
         deadline = Deadline(self._timeout.stream if timeout is None else timeout)
 
         def messages() -> Iterator[modality_service_pb2.ScoreModalityRequest]:
-            yield requests.score_settings(settings or types.ScoreSettings())
+            yield self._addressed(requests.score_settings(settings or types.ScoreSettings()))
             batcher = requests.PairBatcher()
             for pair in pairs:
                 yield from batcher.add(pair)

@@ -23,7 +23,7 @@ class ModelCalls(SyncCore):
         Parameters
         ----------
         bundle
-            Its id or name; empty for the one that answers requests.
+            Its name or id; empty for the one that answers this client's calls.
         timeout
             Seconds for the call, all its tries included.
 
@@ -47,7 +47,7 @@ class ModelCalls(SyncCore):
         Returns
         -------
         tuple of Model
-            Without their files.
+            Without their files; the server's default first.
         """
         response = self._call(
             self._stub(model_service_pb2_grpc.ModelServiceStub).ListModels,

@@ -185,6 +185,8 @@ class Model:
         Of the server that answered.
     pipeline
         What makes images; None if the bundle has none.
+    is_default
+        Whether calls that name no bundle get this one.
     """
 
     bundle: str
@@ -200,6 +202,7 @@ class Model:
     files: dict[str, str]
     server_version: str
     pipeline: Pipeline | None = None
+    is_default: bool = True
 
     @property
     def default_dictionary(self) -> DictionaryInfo | None:

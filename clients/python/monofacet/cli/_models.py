@@ -21,7 +21,8 @@ def models(
     ] = None,
 ) -> None:
     """Show what the server serves: bundles, towers, dictionaries, what they run on, and every limit."""
-    found = session.client.models() if bundle is None else (session.client.model(bundle),)
+    alone = bundle or session.client.bundle
+    found = (session.client.model(alone),) if alone else session.client.models()
     if session.as_json:
         print_json({"models": found})
         return
@@ -30,7 +31,8 @@ def models(
 
 
 def _show(session: Session, model: Model) -> None:
-    facts = Table(show_header=False, title=f"{model.bundle} (server {model.server_version})")
+    default = ", the default" if model.is_default else ""
+    facts = Table(show_header=False, title=f"{model.bundle} (server {model.server_version}{default})")
     tower, runtime = model.tower, model.runtime
     facts.add_row("description", model.description)
     facts.add_row("licences", ", ".join(model.licences))

@@ -57,6 +57,10 @@ Certificate = Annotated[
 Key = Annotated[
     Path | None, typer.Option("--key", envvar="MONOFACET_KEY", help="PEM file of its private key.")
 ]
+# No variable: MONOFACET_BUNDLE is the directory that a server serves.
+Bundle = Annotated[
+    str, typer.Option("--bundle", help="Name or id of the bundle that answers. Default: the server's own.")
+]
 Seconds = Annotated[
     float | None,
     typer.Option("--timeout", min=0.001, help="Seconds for each call. Default: 60; for a stream 3600."),
@@ -110,6 +114,7 @@ def connected(command: Callable[..., None]) -> Callable[..., None]:
         cert: Path | None,
         key: Path | None,
         timeout: float | None,
+        served_bundle: str,
         as_json: bool,
         **own: Any,
     ) -> None:
@@ -118,7 +123,7 @@ def connected(command: Callable[..., None]) -> Callable[..., None]:
         keys = TLS(ca=ca, certificate=cert, key=key) if (ca or cert or key) and tls is not False else tls
         limits = Timeout() if timeout is None else Timeout(call=timeout, stream=timeout)
         try:
-            with Client(target, token=token, tls=keys, timeout=limits) as client:
+            with Client(target, token=token, tls=keys, timeout=limits, bundle=served_bundle) as client:
                 session = Session(client, as_json, rich.console.Console(), rich.console.Console(stderr=True))
                 command(session, **own)
         except exceptions.MonofacetError as error:
@@ -135,6 +140,7 @@ def connected(command: Callable[..., None]) -> Callable[..., None]:
         "cert": (Certificate, None),
         "key": (Key, None),
         "timeout": (Seconds, None),
+        "served_bundle": (Bundle, ""),
         "as_json": (AsJson, False),
     }
     options = [

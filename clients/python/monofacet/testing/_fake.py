@@ -67,6 +67,7 @@ class FakeMonofacet(
 
     def Encode(self, request: feature_service_pb2.EncodeRequest, context: Any) -> Any:
         """Encode a batch; every bad input is named."""
+        self.check_bundle(request.bundle, context)
         self._check_inputs(request.inputs, context)
         encodings = [self._encoding(item, request.options, context) for item in request.inputs]
         response = feature_service_pb2.EncodeResponse(
@@ -88,6 +89,7 @@ class FakeMonofacet(
         """Encode item by item; a bad item is its own answer."""
         options = feature_service_pb2.EncodeOptions()
         for position, request in enumerate(requests):
+            self.check_bundle(request.bundle, context)
             if request.WhichOneof("payload") == "options":
                 if position:
                     abort(
@@ -140,6 +142,7 @@ class FakeMonofacet(
 
     def ListFeatures(self, request: modality_service_pb2.ListFeaturesRequest, context: Any) -> Any:
         """List the cards that pass label and name, by feature id, in pages."""
+        self.check_bundle(request.bundle, context)
         name = self._check_dictionary(request.dictionary, context)
         cards = [self.card(feature) for feature in range(N_FEATURES)]
         wanted = request.filter
@@ -163,6 +166,7 @@ class FakeMonofacet(
 
     def GetFeature(self, request: modality_service_pb2.GetFeatureRequest, context: Any) -> Any:
         """Describe one feature, with one image and one text."""
+        self.check_bundle(request.bundle, context)
         name = self._check_dictionary(request.dictionary, context)
         if request.feature >= N_FEATURES:
             abort(
@@ -184,6 +188,7 @@ class FakeMonofacet(
 
     def ClassifyModality(self, request: modality_service_pb2.ClassifyModalityRequest, context: Any) -> Any:
         """Spread the energy of each input over the labels."""
+        self.check_bundle(request.bundle, context)
         self._check_inputs(request.inputs, context)
         response = modality_service_pb2.ClassifyModalityResponse(
             dictionary=self._check_dictionary(request.dictionary, context), timings=_timings(), bundle=BUNDLE
@@ -215,6 +220,7 @@ class FakeMonofacet(
         settings = modality_service_pb2.ScoreSettings()
         pairs = 0
         for position, request in enumerate(requests):
+            self.check_bundle(request.bundle, context)
             if request.WhichOneof("payload") == "settings":
                 if position:
                     abort(
@@ -259,10 +265,7 @@ class FakeMonofacet(
 
     def GetModel(self, request: model_service_pb2.GetModelRequest, context: Any) -> Any:
         """Describe the bundle, with its files."""
-        if request.bundle not in ("", "fake", BUNDLE):
-            abort(
-                context, grpc.StatusCode.NOT_FOUND, f"no bundle {request.bundle!r}", reason="UNKNOWN_BUNDLE"
-            )
+        self.check_bundle(request.bundle, context)
         model = self.model()
         model.files.add(path="manifest.json", sha256="0" * 64, bytes=2)
         return model_service_pb2.GetModelResponse(

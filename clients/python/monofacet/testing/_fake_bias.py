@@ -26,6 +26,7 @@ class FakeBias(FakeModel, bias_service_pb2_grpc.BiasServiceServicer):
 
     def ClassifyGender(self, request: bias_service_pb2.ClassifyGenderRequest, context: Any) -> Any:
         """Score a batch; every bad input is named."""
+        self.check_bundle(request.bundle, context)
         problems = {
             f"inputs[{i}].image.data": "not a PNG, JPEG or WebP image"
             for i, item in enumerate(request.inputs)
@@ -53,6 +54,7 @@ class FakeBias(FakeModel, bias_service_pb2_grpc.BiasServiceServicer):
         response = bias_service_pb2.AuditGenderResponse(timings=_timings(), bundle=BUNDLE)
         seen = 0
         for request in requests:
+            self.check_bundle(request.bundle, context)
             if (request.WhichOneof("payload") == "settings") != (settings is None):
                 abort(
                     context, grpc.StatusCode.INVALID_ARGUMENT, "settings come first", reason="INVALID_STREAM"

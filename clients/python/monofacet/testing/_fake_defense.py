@@ -26,6 +26,7 @@ class FakeDefense(FakeModel, defense_service_pb2_grpc.DefenseServiceServicer):
 
     def FilterAdversarial(self, request: defense_service_pb2.FilterAdversarialRequest, context: Any) -> Any:
         """Judge a batch; every bad image is named."""
+        self.check_bundle(request.bundle, context)
         problems = {
             f"images[{i}].data": "not a PNG, JPEG or WebP image"
             for i, image in enumerate(request.images)

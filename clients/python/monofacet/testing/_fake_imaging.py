@@ -29,6 +29,7 @@ class FakeImaging(FakeModel, imaging_service_pb2_grpc.ImagingServiceServicer):
 
     def Generate(self, request: imaging_service_pb2.GenerateRequest, context: Any) -> Iterator[Any]:
         """Tell every step, then give the images."""
+        self.check_bundle(request.bundle, context)
         self._check_steering(request.steering, context)
         seeds = list(request.seeds) or list(range(request.num_images or 1))
         steps = request.num_inference_steps or STEPS
@@ -64,6 +65,7 @@ class FakeImaging(FakeModel, imaging_service_pb2_grpc.ImagingServiceServicer):
         self, request: imaging_service_pb2.PreviewSteeringRequest, context: Any
     ) -> imaging_service_pb2.PreviewSteeringResponse:
         """Multiply the edited activations by 1 + strength."""
+        self.check_bundle(request.bundle, context)
         self._check_steering(request.steering, context)
         embedding = self.embed(request.input)
         z = self.activations(embedding / np.float32(np.linalg.norm(embedding)))

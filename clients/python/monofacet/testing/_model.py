@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
+import grpc
 import numpy as np
 import numpy.typing as npt
 from google.protobuf import duration_pb2
 
+from monofacet.testing._status import abort
 from monofacet.v1 import common_pb2, modality_service_pb2, model_service_pb2
 
 BUNDLE = "fake@000000000000"
@@ -30,6 +33,26 @@ THUMBNAIL = bytes.fromhex(
 
 class FakeModel:
     """A model of 8 dimensions and 20 features; override a method to change what the fake answers."""
+
+    def check_bundle(self, bundle: str, context: Any) -> None:
+        """End the call unless it asks for the one bundle that there is.
+
+        Parameters
+        ----------
+        bundle
+            As the request names it.
+        context
+            Of the call.
+        """
+        if bundle not in ("", BUNDLE.partition("@")[0], BUNDLE):
+            message = f"no bundle {bundle!r}; this server serves {BUNDLE}"
+            abort(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                message,
+                reason="UNKNOWN_MODEL",
+                violations={"bundle": message},
+            )
 
     def embed(self, item: common_pb2.Input) -> npt.NDArray[np.float32]:
         """Embed an input.
@@ -155,6 +178,7 @@ class FakeModel:
             ),
             limits=limits,
             metrics={"image_to_text_recall_at_1": 0.5},
+            is_default=True,
             pipeline=model_service_pb2.Pipeline(
                 kind="StableUnCLIPImg2ImgPipeline",
                 paths=["embedding", "prompt"],
