@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -228,8 +229,10 @@ def label_shares(labels: np.ndarray, known: DictionaryCalibration) -> dict[str, 
     return result
 
 
-def run(study: Study, test: bool) -> tuple[BiasCalibration, dict[str, Any]]:
-    """Run everything; returns the bundle's section and the figures."""
+def run(
+    study: Study, test: bool, tell: Callable[[str], None] = print
+) -> tuple[BiasCalibration, dict[str, Any]]:
+    """Run everything, telling how far it is; returns the bundle's section and the figures."""
     data, bundle = study.data, study.bundle
     known = {name: study.calibrate(bundle.dictionary(name)) for name in bundle.dictionary_names}
     labels = bundle.modality(study.name).label
@@ -241,7 +244,7 @@ def run(study: Study, test: bool) -> tuple[BiasCalibration, dict[str, Any]]:
     validation = study.cases("validation")
     rows = study.compare(methods, validation, Utility.of(data, study.dictionary, "validation"))
     chosen = choose(rows)
-    print(tables.methods_table("Methods", rows, "image").markdown(), f"\nchosen: {chosen}", flush=True)
+    tell(f"{tables.methods_table('Methods', rows, 'image').markdown()}\nchosen: {chosen}")
     thresholds = {
         Modality.IMAGE: study.threshold(validation.take(validation.gender != UNGENDERED)),
         Modality.TEXT: study.threshold(study.text_cases),
@@ -268,7 +271,7 @@ def run(study: Study, test: bool) -> tuple[BiasCalibration, dict[str, Any]]:
         shift = gender_scores(cases.e, data.direction)
         moved = audit_scores(cases, shift, shift - shift[cases.gender != UNGENDERED].mean(), study.settings)
         figures[part]["audits"].append({"method": "threshold shift", "features": 0, **audit_figures(moved)})
-        print(f"{part}: {len(full)} audits in {time.monotonic() - started:.0f} s", flush=True)
+        tell(f"{part}: {len(full)} audits in {time.monotonic() - started:.0f} s")
     figures |= _professions(study, by_name[chosen], figures, test)
     calibration = BiasCalibration(
         tower_fingerprint=bundle.manifest.clip.fingerprint,

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,8 @@ class Study:
         Its name; empty for the default one.
     kept : Path or None
         Where attacked pictures, and what the towers saw, are kept between runs.
+    tell : callable
+        Told a line now and then.
     """
 
     def __init__(
@@ -177,7 +180,9 @@ class Study:
         settings: StudySettings,
         dictionary: str = "",
         kept: Path | None = None,
+        tell: Callable[[str], None] = print,
     ) -> None:
+        self.tell = tell
         self.bundle, self.data, self.settings = bundle, data, settings
         self.victim = Victim(bundle)
         self.dictionary = bundle.dictionary(dictionary)
@@ -188,7 +193,7 @@ class Study:
 
     def say(self, what: str) -> None:
         """Tell how far the study is."""
-        print(f"[{time.monotonic() - self.started:5.0f} s] {what}", flush=True)
+        self.tell(f"[{time.monotonic() - self.started:5.0f} s] {what}")
 
     def observe(self, images: torch.Tensor) -> Observed:
         """Look at pictures twice."""

@@ -9,6 +9,7 @@ import argparse
 import base64
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def feature_cards(table: ModalityTable, cards: Cards) -> dict[str, list[dict[str
                 "images": [
                     {"uri": data_uri(sample.thumbnail), "text": sample.text}
                     for sample in cards.top(int(feature), "image", 5)
+                    if sample.thumbnail
                 ],
                 "texts": [sample.text for sample in cards.top(int(feature), "text", 3)],
             }
@@ -99,24 +101,33 @@ def defense_section(work: Path) -> dict[str, Any] | None:
     return {"summary": summary(figures), "tables": tables(figures)} if figures else None
 
 
-def bias_section(work: Path) -> dict[str, Any] | None:
-    """Return the tables and plots of the bias study; None where it was not run."""
+def bias_section(work: Path, parts: Mapping[str, str] = bias_tables.PARTS) -> dict[str, Any] | None:
+    """Return the tables and plots of the bias study; None where it was not run. `parts` are titles."""
     figures = read_json(work / "bias.json")
     if not figures:
         return None
     shown = "test" if "test" in figures else "validation"
     audits = figures[shown]["audits"]
-    title = f"{figures['chosen']}: {bias_tables.PARTS[shown]}"
+    title = f"{figures['chosen']}: {parts[shown]}"
     plots = (
         bias_plots.professions(audits[0], title),
         bias_plots.nulls(audits),
         bias_plots.threshold(audits[0]),
     )
     return {
-        "summary": bias_tables.summary(figures),
-        "tables": bias_tables.tables(figures),
+        "summary": bias_tables.summary(figures, parts),
+        "tables": bias_tables.tables(figures, parts),
         "plots": "".join(f"<section>{plot}</section>" for plot in plots if plot),
     }
+
+
+def environment() -> Environment:
+    """Return what fills the templates of this folder."""
+    made = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    made.filters |= {"interval": interval, "number": bias_tables.number}
+    return made
 
 
 def render(work: Path, bench: Path = BENCH) -> str:
@@ -127,26 +138,26 @@ def render(work: Path, bench: Path = BENCH) -> str:
     cards = Cards.read(
         work / "cards" / f"{default}.parquet", read_thumbnails(work / "cards" / "images.parquet")
     )
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    environment.filters["interval"] = interval
     retrieval = read_json(work / "retrieval.json")
-    return environment.get_template(TEMPLATE).render(
-        retrieval={part: retrieval[part] for part in ("validation", "test") if part in retrieval},
-        retrieval_rows=retrieval_rows,
-        dictionaries=dictionaries,
-        modality=modality,
-        default=default,
-        generation=generation_section(bench),
-        bias=bias_section(work),
-        defense=defense_section(work),
-        cards=feature_cards(table, cards),
-        plots={
-            "mds": mds_histograms(modality),
-            "labels": label_bars(modality),
-            "monosemanticity": monosemanticity_curves(modality),
-        },
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            retrieval={part: retrieval[part] for part in ("validation", "test") if part in retrieval},
+            retrieval_rows=retrieval_rows,
+            dictionaries=dictionaries,
+            modality=modality,
+            default=default,
+            generation=generation_section(bench),
+            bias=bias_section(work),
+            defense=defense_section(work),
+            cards=feature_cards(table, cards),
+            plots={
+                "mds": mds_histograms(modality),
+                "labels": label_bars(modality),
+                "monosemanticity": monosemanticity_curves(modality),
+            },
+        )
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,15 @@ class Table:
         return f"### {self.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def summary(figures: dict[str, Any]) -> str:
-    """Return in sentences what was chosen and what it did."""
+def summary(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> str:
+    """Return in sentences what was chosen and what it did; `titles` say what each part is."""
     rows = {row["method"]: row for row in figures["validation"]["methods"]}
     nothing, chosen = rows["nothing"], rows[figures["chosen"]]
     parts = [
         f"Ablations of {figures['dictionary']}; chosen on held-out pairs: {figures['chosen']}, which keeps "
-        f"{chosen['r1_kept']:.0%} of the retrieval of drawings that show no people."
+        f"{chosen['r1_kept']:.0%} of the retrieval of pictures that show no people."
     ]
-    for part, title in PARTS.items():
+    for part, title in titles.items():
         if part not in figures:
             continue
         found = figures[part]["audits"][0]
@@ -51,23 +51,23 @@ def summary(figures: dict[str, Any]) -> str:
         )
     if nothing["image"]["auc"] < WEAK_AUC:
         parts.append(
-            f"These towers hardly tell the genders (AUC {nothing['image']['auc']:.2f} on held-out drawings): there is "
+            f"These towers hardly tell the genders (AUC {nothing['image']['auc']:.2f} on held-out pictures): there is "
             "little to remove, and little to conclude."
         )
     return " ".join(parts)
 
 
-def tables(figures: dict[str, Any]) -> list[Table]:
-    """Return every table of the study."""
+def tables(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> list[Table]:
+    """Return every table of the study; `titles` say what each part is."""
     result = [
-        methods_table(PARTS[part], figures[part]["methods"], "image")
+        methods_table(titles[part], figures[part]["methods"], "image")
         for part in ("validation", "test")
         if part in figures
     ]
-    result.append(methods_table(PARTS["texts"], figures["validation"]["methods"], "text"))
+    result.append(methods_table(titles["texts"], figures["validation"]["methods"], "text"))
     result += [
         audits_table(f"Audits: {title}", figures[part]["audits"])
-        for part, title in PARTS.items()
+        for part, title in titles.items()
         if part in figures
     ]
     result += [

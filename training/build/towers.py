@@ -94,8 +94,9 @@ def _from_hub(repository: str, revision: str | None) -> tuple[str, Path]:
 
 
 def _from_name(name: str, tag: str, revision: str | None) -> tuple[str, Path]:
-    from services.encoding.quiet_open_clip import open_clip
+    from services.encoding.quiet_open_clip import whole_open_clip
 
+    open_clip = whole_open_clip()
     model_cfg: dict[str, Any] | None = open_clip.get_model_config(name)
     if model_cfg is None:
         raise BuildError(f"open_clip has no model {name!r}")

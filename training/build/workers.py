@@ -10,6 +10,7 @@ from multiprocessing.queues import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
+from threadpoolctl import threadpool_limits
 
 T = TypeVar("T")
 Tell = Callable[[float], None]
@@ -20,11 +21,12 @@ _queue: SimpleQueue[float] | None = None
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Run the body with so many threads of PyTorch."""
+    """Run the body with so many threads of PyTorch and of the libraries below it and numpy."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        yield
+        with threadpool_limits(count):
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -39,6 +41,7 @@ def _start(queue: SimpleQueue[float]) -> None:
     global _queue
     _queue = queue
     torch.set_num_threads(1)
+    threadpool_limits(1)
 
 
 def run_all(

@@ -1,0 +1,257 @@
+"""Calibrate gender bias and the defence on one's own pairs, with the studies of the embedded bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from services.bias.audit import AuditSettings
+from services.bias.calibration import BiasCalibration
+from services.bias.gender import gender_direction
+from services.bundle import BIAS, DEFENSE, Bundle
+from services.defense import DefenseCalibration
+from services.encoding.images import ImagePreprocess, decode_image
+from services.errors import ImageError, NotEnoughItems
+from training.bias.data import StudyData as BiasData
+from training.bias_study import MIN_GROUP, run
+from training.bias_study import Study as BiasStudy
+from training.build.assemble import without_nan
+from training.build.embed import embedder, read_images
+from training.build.selection import PEOPLE, PROMPTS, Selection
+from training.build.settings import BuildSettings
+from training.defense.calibrate import answered
+from training.defense.data import Drawings, split_by_concept
+from training.defense.data import StudyData as DefenseData
+from training.defense.measure import correct, mean
+from training.defense.observe import Decoder
+from training.defense.victim import to_images
+from training.defense_study import EPSILONS, Study, StudySettings
+
+# Gendered pairs that the bias study looks at, of each part: its time grows with them, its intervals hardly shrink.
+BIAS_LIMIT = 2_000
+# Of each gender, to fit on and to choose or report on.
+MIN_FITTED, MIN_JUDGED = 20, 8
+# With fewer pairs without a person retrieval is measured on all.
+MIN_THINGS = 50
+# Clean images that set the detector's thresholds, and labels that a bundle brings.
+CLEAN_LIMIT, LABEL_LIMIT = 200, 1_000
+FALSE_POSITIVES = 0.01
+
+
+class Skipped(Exception):
+    """Why a calibration is left out."""
+
+
+@dataclass(frozen=True)
+class OwnBiasData(BiasData):
+    """Pairs of one's own; of things without people there may be none."""
+
+    def things(self, part: str) -> np.ndarray:
+        """Return the pairs of a part without a gender; all of them where those are few."""
+        index = self.embeddings.where(part)
+        things = index[(self.columns["gender"][index] == "") & (self.columns["category"][index] == "")]
+        return things if len(things) >= MIN_THINGS else index
+
+
+def limited(selection: Selection) -> dict[str, np.ndarray]:
+    """Return the columns with labels of people on at most `BIAS_LIMIT` pairs of each part."""
+    columns = dict(selection.columns)
+    labelled = (columns["gender"] != "") | (columns["profession"] != "")
+    kept = labelled.copy()
+    for part in ("fit", "pool", "validation", "test"):
+        inside = np.flatnonzero(labelled & (selection.embeddings.part == part))
+        kept[np.random.default_rng(0).permutation(inside)[BIAS_LIMIT:]] = False
+    for name in ("gender", "profession"):
+        columns[name] = np.where(kept, columns[name], "")
+    # What was left out is still no thing.
+    columns["category"] = np.where(labelled, "People & Body", "").astype(object)
+    return columns
+
+
+def calibrate_bias(
+    bundle: Bundle, selection: Selection, people: np.ndarray, settings: BuildSettings
+) -> tuple[BiasCalibration, dict[str, Any]]:
+    """Return the bundle's section and the figures.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        With dictionaries and modality tables.
+    selection : Selection
+        Its pairs.
+    people : float32 array, shape (2, prompts, d)
+        Unit embeddings of the prompts of a woman and of a man.
+    settings : BuildSettings
+        Of the build.
+
+    Raises
+    ------
+    Skipped
+        Where too few pairs say a gender.
+    """
+    columns = limited(selection)
+    for parts, least in (
+        (("fit", "pool"), MIN_FITTED),
+        (("validation",), MIN_JUDGED),
+        (("test",), MIN_JUDGED),
+    ):
+        gender = columns["gender"][selection.where(*parts)]
+        for who in PEOPLE:
+            found = int((gender == who).sum())
+            if found < least:
+                raise Skipped(f"{found} pairs of {' and '.join(parts)} are of a {who}; {least} are needed")
+    data = OwnBiasData(selection.embeddings, columns, gender_direction(*people))
+    audit = AuditSettings(
+        data.embeddings.logit_scale, settings.resamples, settings.resamples, MIN_GROUP, settings.seed
+    )
+    try:
+        calibration, figures = run(BiasStudy(bundle, data, audit), test=True, tell=nothing)
+    except NotEnoughItems as error:
+        raise Skipped(str(error)) from error
+    prompts = {who: tuple(prompt.format(who) for prompt in PROMPTS) for who in PEOPLE}
+    return replace(calibration, prompts=prompts), figures
+
+
+def nothing(line: str) -> None:
+    """Tell nobody."""
+
+
+def write_bias(calibration: BiasCalibration, work: Path) -> list[Path]:
+    """Write the section, and return its files."""
+    paths = [work / BIAS / f"{BIAS}{suffix}" for suffix in (".json", ".safetensors")]
+    calibration.write(paths[0], paths[1])
+    return paths
+
+
+class Pictures:
+    """Images of the pairs at the tower's size, read again from where they came.
+
+    Parameters
+    ----------
+    selection : Selection
+        The pairs.
+    settings : BuildSettings
+        With the sources.
+    """
+
+    def __init__(self, selection: Selection, settings: BuildSettings) -> None:
+        self._selection, self._settings = selection, settings
+        self._fit = ImagePreprocess(embedder(settings.work / "clip", settings.device).config).fit
+
+    def read(self, index: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """Return images in [0, 1], (B, 3, H, W), and which of `index` they are; changed files are left out."""
+        columns = self._selection.columns
+        places = [(columns["source"][i], int(columns["row"][i])) for i in index]
+        data = read_images(self._settings.pairs, places)
+        pixels, found = [], []
+        for i, place in zip(index, places, strict=True):
+            try:
+                pixels.append(np.asarray(self._fit(decode_image(data[place]))))
+                found.append(i)
+            except (KeyError, ImageError):
+                continue
+        if not found:
+            raise Skipped("the images cannot be read again")
+        return to_images(np.stack(pixels)), np.array(found)
+
+
+def defense_data(selection: Selection, settings: BuildSettings) -> DefenseData:
+    """Return what the defence is calibrated and judged on: halves of validation, and test.
+
+    An image's label is its column `label`, or its caption.
+    """
+    embeddings, columns = selection.embeddings, selection.columns
+    captions = columns["caption"].astype(str)
+    label = columns["label"] if (columns["label"] != "").any() else captions
+    rng = np.random.default_rng(settings.seed)
+    validation = rng.permutation(selection.where("validation"))
+    validation = validation[label[validation] != ""]
+    first = split_by_concept(label[validation], settings.seed)
+    pictures = Pictures(selection, settings)
+    halves = [pictures.read(validation[half][:CLEAN_LIMIT]) for half in (first, ~first)]
+    test = rng.permutation(selection.where("test"))
+    tested = pictures.read(test[label[test] != ""][: settings.attack_images])
+    labels = np.unique(label[np.concatenate([index for _, index in (*halves, tested)])])
+    names, count = np.unique(label[selection.where("fit", "pool", "validation")], return_counts=True)
+    bundled = np.sort(names[names != ""][np.argsort(-count[names != ""], kind="stable")[:LABEL_LIMIT]])
+    towers = embedder(settings.work / "clip", settings.device)
+
+    def drawings(found: tuple[torch.Tensor, np.ndarray]) -> Drawings:
+        return Drawings(found[0], np.searchsorted(labels, label[found[1]]))
+
+    return DefenseData(
+        clean_units=embeddings.images[selection.where("fit", "pool")],
+        calibration=drawings(halves[0]),
+        evaluation=drawings(halves[1]),
+        calibration_clean=halves[0][0],
+        evaluation_clean=halves[1][0],
+        test=drawings(tested),
+        labels=tuple(labels.tolist()),
+        texts=torch.from_numpy(towers.texts(labels.tolist())),
+        bundled=tuple(bundled.tolist()),
+        bundled_units=towers.texts(bundled.tolist()),
+    )
+
+
+def calibrate_defense(
+    bundle: Bundle, selection: Selection, settings: BuildSettings, tell: Callable[[float], None]
+) -> tuple[DefenseCalibration, dict[str, Any]]:
+    """Return the bundle's section, and what it is worth on test images.
+
+    Raises
+    ------
+    Skipped
+        Where the images cannot be read again.
+    """
+    data = defense_data(selection, settings)
+    sizes = StudySettings(
+        images=2 * min(settings.attack_images, len(data.calibration.truth)),
+        steps=settings.attack_steps,
+        false_positive_rate=FALSE_POSITIVES,
+        seed=settings.seed,
+    )
+    study = Study(bundle, data, sizes, kept=settings.work / "attacks", tell=lambda line: tell(1.0))
+    calibration = study.calibrate(study.seen())
+    figures = {
+        "settings": {
+            "images": sizes.images // 2,
+            "steps": sizes.steps,
+            "false_positive_rate": FALSE_POSITIVES,
+        },
+        "labels": len(data.labels),
+        "test": test_figures(study, calibration, data.test, tell),
+    }
+    return replace(calibration, figures=figures), figures
+
+
+def test_figures(
+    study: Study, calibration: DefenseCalibration, drawings: Drawings, tell: Callable[[float], None]
+) -> list[dict[str, Any]]:
+    """Return, for clean and for attacked test images, the share called adversarial and accuracy before and after."""
+    decoder, texts, truth = Decoder.of(study.dictionary), study.data.texts.numpy(), drawings.truth
+    rows = []
+    for epsilon in (0, *EPSILONS):
+        images = study.attacker.attack("pgd", epsilon, drawings) if epsilon else drawings.images
+        observed = study.observe(images)
+        row: dict[str, Any] = {"attack": f"PGD, {epsilon} / 255" if epsilon else "none", "images": len(truth)}
+        row["accuracy"] = mean(correct(observed.unit, texts, truth))
+        for name, second_look in (("one_look", False), ("two_looks", True)):
+            called, after, _ = answered(
+                observed, calibration, decoder, second_look=second_look, false_positive_rate=FALSE_POSITIVES
+            )
+            row[name] = {"called": mean(called), "accuracy": mean(correct(after, texts, truth))}
+        rows.append(row)
+        tell(1.0)
+    return without_nan(rows)
+
+
+def write_defense(calibration: DefenseCalibration, work: Path) -> list[Path]:
+    """Write the section, and return its files."""
+    paths = [work / DEFENSE / f"{DEFENSE}{suffix}" for suffix in (".json", ".safetensors")]
+    calibration.write(paths[0], paths[1])
+    return paths
