@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from services.dictionaries import SAE, Modality
+from training.sparse_code import combine, select
 
 IMAGE, TEXT = Modality.IMAGE, Modality.TEXT
 
@@ -193,14 +194,14 @@ class SAETrainer:
         progress = self.step / s.steps
         return min(1.0, (self.step + 1) / (0.05 * s.steps), (1.0 - progress) / s.decay)
 
-    def _aux_loss(self, pre: Tensor, residual: Tensor) -> Tensor:
+    def _aux_loss(self, x: Tensor, pre: Tensor, residual: Tensor) -> Tensor:
         """Return the share of the residual that dead features leave unexplained (AuxK)."""
         dead = (self.idle > self.settings.dead_after).nonzero().squeeze(1)
         if len(dead) == 0:
             return residual.new_zeros(())
-        values, indices = pre[:, dead].topk(min(self.settings.aux_k, len(dead)), dim=-1)
-        z = torch.zeros(len(pre), len(dead)).scatter(-1, indices, values.relu())
-        error = residual - z @ self.sae.decoder[dead]
+        values, among = pre[:, dead].topk(min(self.settings.aux_k, len(dead)), dim=-1)
+        values = select(self.sae.encoder, self.sae.encoder_bias, x, dead[among], values).relu()
+        error = residual - combine(self.sae.decoder, values, dead[among])
         return (error**2).sum() / (residual**2).sum().clamp_min(1e-9)
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
@@ -214,17 +215,20 @@ class SAETrainer:
             if modality.value not in s.modalities:
                 continue
             x = e - sae.pre_bias(modality)
-            pre = torch.addmm(sae.encoder_bias, x, sae.encoder)
-            values, indices = (pre if hidden is None else pre.masked_fill(hidden, -1.0)).topk(s.k, dim=-1)
-            values = values.relu()
-            # The same as `SAE.decode` on the dense activations, at half the cost of a step.
-            residual = x - F.embedding_bag(indices, sae.decoder, per_sample_weights=values, mode="sum")
+            with torch.no_grad():
+                pre = torch.addmm(sae.encoder_bias, x, sae.encoder)
+                shown = pre if hidden is None else pre.masked_fill(hidden, -1.0)
+                values, indices = shown.topk(s.k, dim=-1, sorted=False)
+            values = select(sae.encoder, sae.encoder_bias, x, indices, values).relu()
+            residual = x - combine(sae.decoder, values, indices)
             total = total + (residual**2).sum() / (x**2).sum()
             if s.aux:
-                total = total + s.aux * self._aux_loss(pre, residual.detach())
+                total = total + s.aux * self._aux_loss(x, pre, residual.detach())
             active = values.detach() > 0
             fired += torch.bincount(indices[active], minlength=s.n_features)
             self.level = values.detach()[active].mean()
+            if not s.group and not s.align:
+                continue
             few = slice(s.align_batch)
             dense = torch.zeros(len(values[few]), s.n_features).scatter(-1, indices[few], values[few])
             activations.append(dense)
