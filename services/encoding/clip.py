@@ -123,11 +123,12 @@ def build_clip(config: ClipConfig, weights: Path | None) -> nn.Module:
     """
     import safetensors.torch
 
-    from services.encoding.quiet_open_clip import open_clip
+    from services.encoding.quiet_open_clip import open_clip, take_timm
 
     arguments = copy.deepcopy(config.model_cfg)
     custom_text = arguments.pop("custom_text", False)
     if "timm_model_name" in arguments["vision_cfg"]:
+        take_timm()
         # Otherwise timm would download weights only to have them replaced.
         arguments["vision_cfg"]["timm_model_pretrained"] = False
     try:

@@ -7,6 +7,7 @@ because conversion and compilation take seconds and a cache would be one more ar
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,29 @@ def best_precision(core: ov.Core) -> str:
     return "bf16" if "BF16" in core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES") else "f32"
 
 
+@dataclass(frozen=True)
+class Converted:
+    """Both towers as OpenVINO has them, not compiled yet; `causal` as of `TextTower`."""
+
+    image: ov.Model
+    text: ov.Model
+    causal: bool
+
+
+def convert_towers(model: Any, config: ClipConfig) -> Converted:
+    """Convert open_clip's model, in eval mode, float32, on the CPU."""
+    text = TextTower(model)
+    height, width = config.image_size
+    length = -1 if text.causal else config.context_length
+    pixels = torch.zeros(2, 3, height, width)
+    tokens = torch.ones(2, config.context_length, dtype=torch.int64)
+    return Converted(
+        convert(model.visual, pixels, [-1, 3, height, width]),
+        convert(text, tokens, [-1, length]),
+        text.causal,
+    )
+
+
 class OpenVINOTowers:
     """See `services.encoding.towers.Towers`.
 
@@ -41,13 +65,21 @@ class OpenVINOTowers:
         Inference threads; None lets OpenVINO take all cores.
     precision : {"auto", "f32", "bf16"}
         Of the arithmetic; see `best_precision` for "auto".
+    converted : Converted or None
+        The model as `convert_towers` returns it, for whoever compiles it more than once; None converts it.
     """
 
     backend = "openvino"
     device = "cpu"
 
     def __init__(
-        self, model: Any, config: ClipConfig, *, threads: int | None = None, precision: str = "auto"
+        self,
+        model: Any,
+        config: ClipConfig,
+        *,
+        threads: int | None = None,
+        precision: str = "auto",
+        converted: Converted | None = None,
     ) -> None:
         if precision not in ("auto", "f32", "bf16"):
             raise UnsupportedModel(f"precision must be auto, f32 or bf16, not {precision!r}")
@@ -66,16 +98,10 @@ class OpenVINOTowers:
         }
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
-        text = TextTower(model)
-        self._trim = text.causal
-        pixels = torch.zeros(2, 3, *config.image_size)
-        tokens = torch.ones(2, config.context_length, dtype=torch.int64)
-        height, width = config.image_size
-        length = -1 if text.causal else config.context_length
-        self._image = core.compile_model(
-            convert(model.visual, pixels, [-1, 3, height, width]), DEVICE, options
-        )
-        self._text = core.compile_model(convert(text, tokens, [-1, length]), DEVICE, options)
+        converted = converted or convert_towers(model, config)
+        self._trim = converted.causal
+        self._image = core.compile_model(converted.image, DEVICE, options)
+        self._text = core.compile_model(converted.text, DEVICE, options)
 
     def encode_images(self, pixels: NDArray[np.float32]) -> Embeddings:
         """Embed preprocessed images, shape (B, 3, H, W)."""
@@ -109,5 +135,8 @@ def convert(module: nn.Module, example: torch.Tensor, shape: list[int]) -> ov.Mo
     with torch.inference_mode(), warnings.catch_warnings():
         # Tracing warns of every check of a shape in the layers; the shapes that may vary are tested to.
         warnings.simplefilter("ignore")
-        model: ov.Model = ov.convert_model(module, example_input=example, input=[ov.PartialShape(shape)])
+        # A function is traced in a tenth of the time of a module, each of whose parts would be described first. The
+        # check is left to the tests: it runs all again, and imports torch's compiler to compare.
+        traced = torch.jit.trace(lambda batch: module(batch), example, check_trace=False)
+        model: ov.Model = ov.convert_model(traced, example_input=example, input=[ov.PartialShape(shape)])
     return model

@@ -33,7 +33,8 @@ class TextTower(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        tower = model.text if isinstance(model, open_clip.CustomTextCLIP) else model
+        # By its layout and not by its class: a model may come of the whole open_clip as well as of the part served.
+        tower = getattr(model, "text", model)
         if getattr(tower, "cls_emb", None) is not None:
             raise UnsupportedModel("a text tower with a class token is not supported")
         self.token_embedding: nn.Module = tower.token_embedding

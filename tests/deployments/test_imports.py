@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,3 +25,47 @@ def test_only_the_encoder_imports_torch(modules: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+# What a replica has no use for, by what it costs to import (torch's compiler alone: 2 s and 100 MB).
+UNUSED = (
+    "torchvision",
+    "transformers",
+    "torch._dynamo",
+    "sympy",
+    "torch.distributed.tensor",
+    "huggingface_hub",
+)
+BUILD = """
+import sys
+from pathlib import Path
+import torch
+from services.encoding.clip import build_clip, read_clip_config
+from services.encoding.openvino_backend import OpenVINOTowers
+from deployments.encoder import Encoder
+path = Path(sys.argv[1])
+config = read_clip_config(path)
+towers = OpenVINOTowers(build_clip(config, None), config, threads=1, precision="f32")
+print([m for m in sys.argv[2].split() if m in sys.modules], towers.embed_dim)
+import torchvision, open_clip
+print(torchvision.ops.misc.FrozenBatchNorm2d.__name__, open_clip.create_model.__name__)
+"""
+
+
+@pytest.mark.parametrize("vision", ["vit", "timm"])
+def test_an_encoder_imports_no_compiler_and_leaves_the_libraries_whole(tmp_path: Path, vision: str) -> None:
+    # timm downloads through huggingface_hub, and imports it whether or not it does.
+    unused = [name for name in UNUSED if vision == "vit" or name != "huggingface_hub"]
+    tower = {"image_size": 16, "width": 32, "layers": 1, "patch_size": 8, "head_width": 16}
+    if vision == "timm":
+        tower = {"image_size": 32, "timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear"}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": tower, "text_cfg": text}, "preprocess_cfg": {}}
+    path = tmp_path / "open_clip_config.json"
+    path.write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BUILD, str(path), " ".join(unused)],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[] 16", "FrozenBatchNorm2d create_model"]
