@@ -25,7 +25,16 @@ from training.sae import Pairs, SAESettings, SAETrainer
 
 DEFAULT_DIR = Path("work/dictionaries")
 SEEDS = (0, 1, 2)
-PLAIN = SAESettings()
+# Small batches and a high rate: on a few ten thousand pairs the number of steps, not of samples, is what is short.
+PLAIN = SAESettings(
+    steps=900,
+    batch=256,
+    lr=2e-3,
+    decay=0.6,
+    dead_after=120,
+    lift=0.005,
+    revive_at=(0.05, 0.1, 0.2, 0.35, 0.5),
+)
 GROUP = replace(PLAIN, align=0.05)
 RECIPES: dict[str, SAESettings | NCLSettings | None] = {
     "neurons": None,
