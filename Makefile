@@ -4,10 +4,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Of `make test`. Each takes up to 3 GB of memory; one of them runs all the tests that start Ray.
+WORKERS ?= 2
 export OMP_WAIT_POLICY := PASSIVE
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help setup demo test lint format bench protos docs chart corpus clip bundle lock clean
+.PHONY: help setup demo test lint format bench protos docs figures chart corpus clip bundle lock clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -15,7 +17,8 @@ help:  ## List the targets
 
 $(STAMP): pyproject.toml clients/python/pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable clients/python --editable ".[server,train,dev]"
+	@# Compiling all 60,000 files takes longer than installing them; what is used is compiled when it is imported.
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable clients/python --editable ".[server,train,dev]"
 	@touch $@
 
 setup: $(STAMP)  ## Make the virtual environment, everything pinned by constraints.txt
@@ -24,7 +27,7 @@ demo: $(STAMP)  ## Start the service on the embedded bundle, call every method, 
 	$(BIN)/python clients/demo
 
 test: $(STAMP) tests/foreign/node_modules/.package-lock.json  ## Run the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 15
 
 lint: $(STAMP)  ## Check style, types, the contract and the arrows between packages
 	$(BIN)/ruff check .
@@ -48,6 +51,9 @@ protos: $(STAMP)  ## Generate the stubs and docs/api.md from protos/
 
 docs: $(STAMP)  ## Write docs/api.md from the contract
 	$(BIN)/python clients/python/tools/reference
+
+figures: $(STAMP)  ## Write the README's figures from the embedded bundle and out/bench/
+	$(BIN)/python -m benchmarks.readme
 
 chart: $(STAMP)  ## Write what the chart holds of the code: alerts, dashboard, environment, schema of the settings
 	$(BIN)/python -m deployments.chart

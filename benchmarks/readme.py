@@ -1,0 +1,277 @@
+"""Write the README's figures: what a stranger should know first, each with the command that measures it.
+
+`python -m benchmarks.readme`, or `make figures`
+
+Figures of the models come from the embedded bundle, and of its bias study from `work/bias.json`; figures of the service
+from `out/bench/*.json`, as the last run of each benchmark left them. All are kept in `benchmarks/figures.json`, so that
+the README can be written, and checked, where nothing was measured; what a run does not find stays as it was. It also
+draws `docs/figures/features.webp`: some features with the drawings that activate them most.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from deployments.settings import EMBEDDED_BUNDLE
+from services.bundle import Bundle
+from services.modalities import Modality
+from services.tables import CardSample
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "benchmarks" / "figures.json"
+README = ROOT / "README.md"
+PICTURE = ROOT / "docs" / "figures" / "features.webp"
+BENCH, WORK = ROOT / "out" / "bench", ROOT / "work"
+BEGIN, END = "<!-- figures: written by `make figures` -->", "<!-- end of figures -->"
+
+Values = dict[str, Any]
+# Where each figure is: a file, and the way to it; see `look_up`.
+FROM_BUNDLE = {
+    "default": "manifest.json:default_dictionary",
+    "validation": "manifest.json:metrics/retrieval/validation/towers",
+    "validation_pixels": "manifest.json:metrics/retrieval/validation/pixels/1",
+    "test": "manifest.json:metrics/retrieval/test/towers",
+    "test_pixels": "manifest.json:metrics/retrieval/test/pixels/1",
+    "dictionary": "manifest.json:metrics/dictionaries/validation/{default}",
+    "labels": "manifest.json:metrics/modality/{default}/labels",
+    "shuffled": "manifest.json:metrics/modality/{default}/cross_on_shuffled_pairs",
+    "kappa": "manifest.json:metrics/modality/{default}/kappa_halves",
+    "wins_image": "manifest.json:metrics/modality/{default}/monosemanticity/image/win_rate/10",
+    "wins_text": "manifest.json:metrics/modality/{default}/monosemanticity/text/win_rate/10",
+    "neurons_image": "manifest.json:metrics/modality/neurons/monosemanticity/image/win_rate/10",
+    "neurons_text": "manifest.json:metrics/modality/neurons/monosemanticity/text/win_rate/10",
+    "attacked_one": "defense/defense.json:figures/detection/pgd 4|255/one look/detected/1%",
+    "attacked_two": "defense/defense.json:figures/detection/pgd 4|255/two looks/detected/1%",
+    "evades_one": "defense/defense.json:figures/adaptive/one look/4|255/evades",
+    "evades_two": "defense/defense.json:figures/adaptive/two looks/4|255/evades",
+}
+FROM_WORK = {
+    "bias_chosen": "bias.json:chosen",
+    "bias_auc": "bias.json:test/audits/0/auc",
+    "bias_skew": "bias.json:test/audits/0/recalibrated/skew",
+    "bias_verdict": "bias.json:test/audits/0/verdict",
+}
+FROM_BENCH = {
+    "following": "generation.json:following/generated",
+    "cores": "encode.json:machine/cores",
+    "share_at_32": "encode.json:served/vit-b-32/served/32x1/of_batch_32",
+    "share_of_batches": "encode.json:served/vit-b-32/served/4x32/of_batch_32",
+    "latency_ms": "encode.json:served/vit-b-32/p50_over_in_process_ms",
+    "start_s": "start.json:figures/to serving, s",
+    "memory_mb": "start.json:figures/memory after calls, MB",
+    "killed": "stopping.json:sigkill_of_the_encoder",
+    "stopped": "stopping.json:sigterm",
+}
+
+
+def look_up(folder: Path, place: str, values: Mapping[str, Any]) -> Any:
+    """Return what is at a place such as `file.json:key/key`; None where there is no such file or key.
+
+    A key may hold `|` for a slash, and `{name}` for a value that was found before.
+    """
+    name, _, way = place.format_map(values).partition(":")
+    path = folder / name
+    if not path.exists():
+        return None
+    found: Any = json.loads(path.read_text(encoding="utf-8"))
+    for step in way.split("/"):
+        key = step.replace("|", "/")
+        try:
+            found = found[int(key)] if isinstance(found, list) else found[key]
+        except (KeyError, IndexError):
+            return None
+    return found
+
+
+def collect(kept: Values, bundle: Path, work: Path | None, bench: Path | None) -> Values:
+    """Return the figures that can be found now; the others as they were kept."""
+    values: Values = {"bundle": Bundle.load(bundle, verify=False).id}
+    for folder, places in ((bundle, FROM_BUNDLE), (work, FROM_WORK), (bench, FROM_BENCH)):
+        for name, place in places.items():
+            found = None if folder is None else look_up(folder, place, values)
+            if found is None:
+                found = kept.get(name)
+            if found is not None:
+                values[name] = found
+    return values
+
+
+def percent(figure: Any) -> str:
+    """Write a share, with its interval where it has one."""
+    if not isinstance(figure, dict):
+        return f"{figure:.0%}"
+    value = figure["value"] if "value" in figure else figure["mean"]
+    return f"{value:.0%} [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+
+
+def change(figure: Any) -> str:
+    """Write a figure before and after, with the interval of the difference."""
+    before, after, difference = (figure[part] for part in ("before", "after", "difference"))
+    interval = f"[{difference['low']:+.2f}, {difference['high']:+.2f}]"
+    return f"{before['value']:.2f} to {after['value']:.2f} (difference {interval})"
+
+
+def rows(v: Values) -> list[tuple[str, str, str]]:
+    """Return the table's rows: what, the figure, and what measures it; without those whose figures are missing."""
+    made: list[tuple[str, Callable[[], str], str]] = [
+        (
+            "caption of a held-out drawing, first guess",
+            lambda: (
+                f"{percent(v['validation']['image_to_text']['1'])} of {v['validation']['candidates']:,} captions; "
+                f"nearest neighbour on pixels {percent(v['validation_pixels'])}"
+            ),
+            "`make bundle`",
+        ),
+        (
+            "the same, of an artist never seen",
+            lambda: (
+                f"{percent(v['test']['image_to_text']['1'])} of {v['test']['candidates']:,}; pixels "
+                f"{percent(v['test_pixels'])}"
+            ),
+            "`make bundle`",
+        ),
+        (
+            "retrieval that the default dictionary keeps",
+            lambda: (
+                f"{v['dictionary']['r1_round_trip_kept']:.0%} after the round trip, "
+                f"{v['dictionary']['r1_codes_kept']:.0%} on its {v['dictionary']['l0_image']:.0f} active features alone"
+            ),
+            "`make bundle`",
+        ),
+        (
+            "what its features are about",
+            lambda: (
+                ", ".join(f"{name} {share:.0%}" for name, share in v["labels"].items())
+                + f"; CROSS on shuffled pairs: {v['shuffled']:.0%}; kappa of halves {v['kappa']['kappa']:.2f}"
+            ),
+            "`make bundle`",
+        ),
+        (
+            "top pictures (texts) of a feature more alike than random ones",
+            lambda: (
+                f"{percent(v['wins_image'])} ({percent(v['wins_text'])}); neurons {percent(v['neurons_image'])} "
+                f"({percent(v['neurons_text'])})"
+            ),
+            "`make bundle`",
+        ),
+        (
+            f"gender after ablating `{v.get('bias_chosen')}`, artist never seen",
+            lambda: (
+                f"AUC {change(v['bias_auc'])}, skew of ungendered professions {change(v['bias_skew'])}: "
+                f"{v['bias_verdict']}"
+            ),
+            "`python -m training.bias_study`",
+        ),
+        (
+            "PGD 4/255 found at 1% false positives",
+            lambda: f"{percent(v['attacked_one'])} by one look, {percent(v['attacked_two'])} by two",
+            "`python -m training.defense_study`",
+        ),
+        (
+            "wrong and not found, of an attacker who knows the defence",
+            lambda: f"{percent(v['evades_one'])} by one look, {percent(v['evades_two'])} by two",
+            "`python -m training.defense_study`",
+        ),
+        (
+            "generated drawings whose caption a judge finds among 100",
+            lambda: percent(v["following"]),
+            "`python -m benchmarks.generation`",
+        ),
+        (
+            "images/s served, as a share of in-process batches of 32 (ViT-B-32)",
+            lambda: (
+                f"{percent(v['share_at_32'])} with 32 callers of one image, "
+                f"{percent(v['share_of_batches'])} with 4 callers of 32"
+            ),
+            "`make bench`",
+        ),
+        (
+            "start to SERVING; memory of all processes",
+            lambda: f"{v['start_s']:.0f} s; {v['memory_mb'] / 1000:.1f} GB",
+            "`python -m benchmarks.start`",
+        ),
+        (
+            "calls lost to SIGTERM; failed when the encoder is killed",
+            lambda: (
+                f"{v['stopped']['unary_lost'] + v['stopped']['stream_items_lost']}; {v['killed']['calls_failed']} of "
+                f"{v['killed']['calls']:,}"
+            ),
+            "`python -m benchmarks.stopping`",
+        ),
+    ]
+    found = []
+    for what, figure, command in made:
+        try:
+            found.append((what, figure(), command))
+        except KeyError:
+            continue
+    return found
+
+
+def block(values: Values) -> str:
+    """Return what stands between the markers."""
+    lines = [
+        "| what | figure | measured by |",
+        "|---|---|---|",
+        *(f"| {' | '.join(row)} |" for row in rows(values)),
+    ]
+    note = f"Bundle `{values['bundle']}`. Brackets are 95% intervals."
+    if "cores" in values:
+        note += f" Figures of the service are of {values['cores']} CPU cores without a GPU, load generator included."
+    return "\n".join([BEGIN, *lines, "", note, END])
+
+
+def put_into(page: str, values: Values) -> str:
+    """Return the page with its block written anew."""
+    before, _, rest = page.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"the page has no {BEGIN} ... {END}")
+    return before + block(values) + after
+
+
+def features_picture(bundle: Bundle, rows_a_label: int = 2, examples: int = 5, side: int = 48) -> Image.Image:
+    """Draw features of each label with the drawings that activate them most; those whose names hold best."""
+    table, cards = bundle.modality(), bundle.cards()
+    score = np.nan_to_num(table.name_npmi, nan=-1.0) * np.nan_to_num(table.name_auc)
+    gap, words = 6, 190
+    chosen: list[tuple[int, list[CardSample]]] = []
+    for label in ("IMAGE", "CROSS", "TEXT"):
+        best = [int(j) for j in np.argsort(-score) if table.label[j] == label]
+        top = ((j, cards.top(j, Modality.IMAGE.value, examples)) for j in best)
+        full = ((j, shown) for j, shown in top if len(shown) == examples and all(s.thumbnail for s in shown))
+        chosen += itertools.islice(full, rows_a_label)
+    sheet = Image.new("RGB", (words + examples * (side + gap), len(chosen) * (side + gap) + gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for row, (feature, shown) in enumerate(chosen):
+        top_edge = gap + row * (side + gap)
+        pen.text((gap, top_edge + 6), str(table.name[feature]), fill="black", font=font)
+        label = f"{table.label[feature]}, MDS {table.mds_energy[feature]:.2f}"
+        pen.text((gap, top_edge + 26), label, fill="dimgray", font=font)
+        for column, sample in enumerate(shown):
+            picture = Image.open(io.BytesIO(sample.thumbnail)).convert("RGB").resize((side, side))
+            sheet.paste(picture, (words + column * (side + gap), top_edge))
+    return sheet
+
+
+def main() -> None:
+    """Write all three."""
+    kept = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+    values = collect(kept, EMBEDDED_BUNDLE, WORK, BENCH)
+    KEPT.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    README.write_text(put_into(README.read_text(encoding="utf-8"), values), encoding="utf-8")
+    PICTURE.parent.mkdir(exist_ok=True)
+    features_picture(Bundle.load(EMBEDDED_BUNDLE)).save(PICTURE, quality=80)
+    print(f"{block(values)}\n{PICTURE.relative_to(ROOT)}: {PICTURE.stat().st_size / 1024:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
