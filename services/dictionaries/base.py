@@ -50,6 +50,13 @@ class Dictionary(nn.Module, ABC):
     def encode(self, e: Float[Tensor, "batch d"], modality: Modality) -> Float[Tensor, "batch n"]:
         """Return the activations z of unit embeddings `e` of one modality."""
 
+    def encode_sparse(self, e: Float[Tensor, "batch d"], modality: Modality) -> list[SparseRow]:
+        """Return the non-zero activations of `encode`, one row an embedding.
+
+        A kind that knows them before it has spread them over n features says so without the detour.
+        """
+        return sparse_rows(self.encode(e, modality))
+
     @abstractmethod
     def decode(self, z: Float[Tensor, "batch n"], modality: Modality) -> Float[Tensor, "batch d"]:
         """Return the embeddings e_hat that activations `z` stand for in one modality."""

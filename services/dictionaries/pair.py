@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from services.dictionaries.base import Dictionary, Modality, register
+from services.dictionaries.base import Dictionary, Modality, SparseRow, register
 from services.dictionaries.sae import SAE
 
 
@@ -89,6 +89,10 @@ class SAEPair(Dictionary):
     def encode(self, e: Float[Tensor, "batch d"], modality: Modality) -> Float[Tensor, "batch n"]:
         """Return the activations of the modality's own SAE."""
         return self.side(modality).encode(e, modality)
+
+    def encode_sparse(self, e: Float[Tensor, "batch d"], modality: Modality) -> list[SparseRow]:
+        """Return the non-zero activations of the modality's own SAE."""
+        return self.side(modality).encode_sparse(e, modality)
 
     def decode(self, z: Float[Tensor, "batch n"], modality: Modality) -> Float[Tensor, "batch d"]:
         """Return the reconstruction by the modality's own SAE."""

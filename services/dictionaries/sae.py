@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from services.dictionaries.base import Dictionary, Modality, register
+from services.dictionaries.base import Dictionary, Modality, SparseRow, register
 from services.errors import ManifestError
 
 
@@ -103,6 +103,19 @@ class SAE(Dictionary):
     def encode(self, e: Float[Tensor, "batch d"], modality: Modality) -> Float[Tensor, "batch n"]:
         """Return z = TopK(ReLU((e - b_m) W_enc + b))."""
         return self.activate(self.pre_activations(e, modality))
+
+    def encode_sparse(self, e: Float[Tensor, "batch d"], modality: Modality) -> list[SparseRow]:
+        """Return the non-zero entries of `encode`: the k largest pre-activations, those that are positive."""
+        if self.activation != "topk":
+            return super().encode_sparse(e, modality)
+        top = self.pre_activations(e, modality).topk(self.k, dim=-1)
+        indices, order = top.indices.sort(dim=-1)
+        values = top.values.gather(-1, order).detach().to("cpu", torch.float32).numpy()
+        columns = indices.to("cpu", torch.int32).numpy()
+        return [
+            SparseRow(column[value > 0], value[value > 0])
+            for column, value in zip(columns, values, strict=True)
+        ]
 
     def decode(self, z: Float[Tensor, "batch n"], modality: Modality) -> Float[Tensor, "batch d"]:
         """Return e_hat = z D + b_m."""

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from deployments.work import EncoderInfo
+from services.dictionaries.base import SparseRow, sparse_rows
 from services.errors import CorruptImage, TextTooLong
 
 EMBED_DIM = 8
@@ -80,3 +81,6 @@ class DebugDictionary:
 
     def encode(self, e: torch.Tensor, modality: Any) -> torch.Tensor:
         return torch.where(e > 0.3, e, torch.zeros_like(e))
+
+    def encode_sparse(self, e: torch.Tensor, modality: Any) -> list[SparseRow]:
+        return sparse_rows(self.encode(e, modality))

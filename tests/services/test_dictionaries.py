@@ -248,3 +248,16 @@ def test_sparse_rows_hold_every_non_zero_in_order(seed):
         assert row.indices.tolist() == np.flatnonzero(expected).tolist()
         assert row.values.tolist() == expected[np.flatnonzero(expected)].tolist()
     assert sparse_rows(torch.zeros(0, 9)) == []
+
+
+@pytest.mark.parametrize("dictionary", ALL, ids=IDS)
+@pytest.mark.parametrize("modality", BOTH)
+def test_sparse_activations_are_the_non_zeros_of_the_dense_ones(dictionary, modality):
+    e = unit(9, 3)
+    expected = sparse_rows(dictionary.encode(e, modality))
+    found = dictionary.encode_sparse(e, modality)
+    for row, dense in zip(found, expected, strict=True):
+        assert row.indices.dtype == np.int32
+        assert row.indices.tolist() == dense.indices.tolist()
+        assert row.values.tolist() == dense.values.tolist()
+    assert dictionary.encode_sparse(torch.zeros(0, D), modality) == []
