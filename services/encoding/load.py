@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from services.bundle import Bundle
-from services.encoding.clip import build_clip
-from services.encoding.torch_backend import TorchTowers
+from services.encoding.clip import ClipConfig, build_clip
+from services.encoding.machine import usable_cpus
+from services.encoding.torch_backend import TorchTowers, best_precision
 from services.encoding.towers import Towers
 from services.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from services.encoding.openvino_backend import Converted
 
 
 def choose_backend(device: str = "cpu") -> str:
@@ -45,29 +49,77 @@ def load_towers(
     device : str
         "auto", "cpu", "cuda" or "cuda:<i>"; openvino runs on the CPU only.
     threads : int or None
-        Threads of one forward; None takes all the cores this process may use.
+        Threads of one forward; None takes all the CPUs this process may use.
     precision : {"auto", "f32", "bf16", "f16"}
-        "auto" is f32 for torch; for openvino bf16 where the CPU has it, else f32. f16 is for torch on a GPU.
+        "auto" is bf16 where the processor has it natively (a GPU, or a CPU under openvino), else f32. f16 is for
+        torch on a GPU.
 
     Raises
     ------
     UnsupportedModel
         Where backend, device and precision do not go together.
     """
-    if device == "auto":
-        device = "cpu" if backend == "openvino" else choose_device()
-    if backend == "auto":
-        backend = choose_backend(device)
-    if threads is None:
-        threads = len(os.sched_getaffinity(0))
-    model = build_clip(bundle.clip_config, bundle.clip_weights)
+    device = resolve_device(backend, device)
+    return build_towers(
+        build_clip(bundle.clip_config, bundle.clip_weights),
+        bundle.clip_config,
+        choose_backend(device) if backend == "auto" else backend,
+        device=device,
+        threads=threads or len(usable_cpus()),
+        precision=precision,
+    )
+
+
+def resolve_device(backend: str, device: str) -> str:
+    """Return the device that "auto" stands for; any other is returned as it is."""
+    if device != "auto":
+        return device
+    return "cpu" if backend == "openvino" else choose_device()
+
+
+def use_threads(threads: int) -> None:
+    """Set the threads of torch, which runs the dictionaries whatever runs the towers. Ray would leave it one."""
+    torch.set_num_threads(threads)
+
+
+def build_towers(
+    model: Any,
+    config: ClipConfig,
+    backend: str,
+    *,
+    device: str,
+    threads: int,
+    precision: str,
+    converted: Converted | None = None,
+) -> Towers:
+    """Put a model on a backend.
+
+    Parameters
+    ----------
+    model : nn.Module
+        open_clip's model, in eval mode, float32, on the CPU; a GPU takes it away.
+    config : ClipConfig
+        Of the model.
+    backend : {"torch", "openvino"}
+        See `choose_backend`.
+    device, threads, precision
+        As `load_towers`, the device resolved.
+    converted : Converted or None
+        As `OpenVINOTowers`.
+
+    Raises
+    ------
+    UnsupportedModel
+        Where backend, device and precision do not go together.
+    """
+    use_threads(threads)
     if backend == "torch":
         return TorchTowers(
             model,
-            bundle.clip_config,
+            config,
             device=device,
             threads=threads,
-            precision="f32" if precision == "auto" else precision,
+            precision=best_precision(device) if precision == "auto" else precision,
         )
     if backend == "openvino":
         if device != "cpu":
@@ -75,5 +127,5 @@ def load_towers(
         # Imported here: torch alone is enough to serve.
         from services.encoding.openvino_backend import OpenVINOTowers
 
-        return OpenVINOTowers(model, bundle.clip_config, threads=threads, precision=precision)
+        return OpenVINOTowers(model, config, threads=threads, precision=precision, converted=converted)
     raise UnsupportedModel(f"backend must be auto, torch or openvino, not {backend!r}")
