@@ -15,12 +15,19 @@ from services.bundle import (
     CLIP_WEIGHTS,
     DICTIONARIES,
     MODALITY,
+    PROBE,
     STEERING,
     Bundle,
 )
+from services.encoding.clip import build_clip, read_clip_config
+from services.encoding.images import ImagePreprocess
+from services.encoding.texts import Tokeniser
+from services.encoding.torch_backend import TorchTowers
 from services.manifest import MANIFEST_NAME
+from services.probe import check_probe, read_probe, write_probe
 from training.build.errors import BuildError
 from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
+from training.probe import PROBE_FILE, probe_of_folder
 
 # Folders of a build that go into a bundle as they are, and which of their files.
 TABLES = ((DICTIONARIES, (".json", ".safetensors")), (MODALITY, (".parquet",)), (CARDS, (".parquet",)))
@@ -28,7 +35,23 @@ QUANTILES = ((STEERING, (".safetensors",)),)
 
 
 def copy_towers(clip: Path, bundle: Path, link: bool = False) -> None:
-    """Copy open_clip's config and weights into a bundle; `link` the weights where the file system can."""
+    """Copy open_clip's config and weights into a bundle, and write their probe.
+
+    A folder that brings a probe of its own, recorded with the code that the towers were trained by, is held to that;
+    else open_clip's own loading of the folder is what the bundle is held to.
+
+    Parameters
+    ----------
+    clip, bundle : Path
+        From and to.
+    link : bool
+        Link the weights where the file system can.
+
+    Raises
+    ------
+    ProbeMismatch
+        Where the service's towers answer otherwise.
+    """
     for source, target in ((clip / CONFIG_FILE, CLIP_CONFIG), (clip / WEIGHTS_FILE, CLIP_WEIGHTS)):
         (bundle / target).parent.mkdir(parents=True, exist_ok=True)
         if link and source.name == WEIGHTS_FILE:
@@ -38,6 +61,15 @@ def copy_towers(clip: Path, bundle: Path, link: bool = False) -> None:
             except OSError:
                 pass
         shutil.copyfile(source, bundle / target)
+    given = clip / PROBE_FILE
+    probe = read_probe(given) if given.exists() else probe_of_folder(clip)
+    config = read_clip_config(bundle / CLIP_CONFIG)
+    towers = TorchTowers(build_clip(config, bundle / CLIP_WEIGHTS), config)
+    tokeniser = Tokeniser(config)
+    check_probe(
+        probe, ImagePreprocess(config), lambda texts: tokeniser.tokenise(texts, truncate=True), towers
+    )
+    write_probe(bundle / PROBE, probe)
 
 
 def copy_folders(

@@ -75,7 +75,7 @@ def build(
         list[str] | None, typer.Option(help=f"Dictionaries to make. Repeatable. Default: {', '.join(KINDS)}.")
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, max=9, help="Trainings of each kind; two and more tell their stability.")
+        int, typer.Option(min=1, max=3, help="Trainings of each kind; two and more tell their stability.")
     ] = DEFAULTS.seeds,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = DEFAULTS.seed,
     fit_limit: Annotated[

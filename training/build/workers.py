@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from multiprocessing import connection
 from multiprocessing.queues import SimpleQueue
 from typing import Any, TypeVar
 
@@ -40,8 +44,19 @@ def tell(amount: float) -> None:
 def _start(queue: SimpleQueue[float]) -> None:
     global _queue
     _queue = queue
+    # Ctrl-C reaches the whole group; the main process alone decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     threadpool_limits(1)
+
+
+def _end_with_parent() -> None:
+    """End this process when the main one was killed: it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def run_all(
@@ -90,6 +105,10 @@ def run_all(
             for future in done:
                 finished(number[future], future.result())
         return [future.result() for future in futures]
+    except BaseException:
+        # What is under way is lost in any case, and would be waited for.
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
     finally:
-        # After an error or a stop what was not begun is not begun any more.
         pool.shutdown(cancel_futures=True)
