@@ -78,7 +78,7 @@ class GreedyBatcher(Generic[Item, Result]):
         Computes one batch: a list of items in, one result an item out, same order. An exception fails every
         ticket of the batch.
     max_batch
-        Weight of one batch. An item heavier than that still runs, alone.
+        Weight of one batch; may be changed later. An item heavier than that still runs, alone.
     max_queued
         Weight that may wait; a submission that would pass it is refused with `QueueFull`.
     concurrency
@@ -101,7 +101,7 @@ class GreedyBatcher(Generic[Item, Result]):
         cancel_abandoned: bool = False,
     ) -> None:
         self._run = run
-        self._max_batch = max_batch
+        self.max_batch = max_batch
         self._max_queued = max_queued
         self.concurrency = concurrency
         self._weigh = weigh
@@ -225,7 +225,7 @@ class GreedyBatcher(Generic[Item, Result]):
             if ticket.caller in callers:
                 continue
             callers.add(ticket.caller)
-            if batch.weight * 2 >= self._max_batch or not self._take(batch, ticket):
+            if batch.weight * 2 >= self.max_batch or not self._take(batch, ticket):
                 break
         for ticket in list(self._tickets):
             while ticket.next < len(ticket.items):
@@ -241,7 +241,7 @@ class GreedyBatcher(Generic[Item, Result]):
 
     def _take(self, batch: _Batch[Item, Result], ticket: _Ticket[Item, Result]) -> bool:
         weight = self._weigh(ticket.items[ticket.next])
-        if batch.entries and batch.weight + weight > self._max_batch:
+        if batch.entries and batch.weight + weight > self.max_batch:
             return False
         batch.entries.append((ticket, ticket.next))
         batch.weight += weight

@@ -85,6 +85,13 @@ QUEUE_DURATION = Row(
     SECONDS,
 )
 QUEUE_ITEMS = Row(Gauge, "monofacet_queue_items", "Items that wait at the gateway.", ("deployment",))
+DECODE_DURATION = Row(
+    Histogram,
+    "monofacet_decode_duration_seconds",
+    "Of one request: from its arrival at the encoder until its last image is decoded, beside other requests' forwards.",
+    ("deployment",),
+    SECONDS,
+)
 INFERENCE_DURATION = Row(
     Histogram,
     "monofacet_inference_duration_seconds",
@@ -128,6 +135,7 @@ TABLE: tuple[Row[Any], ...] = (
     REJECTED,
     QUEUE_DURATION,
     QUEUE_ITEMS,
+    DECODE_DURATION,
     INFERENCE_DURATION,
     BATCH_SIZE,
     GENERATION_STEPS,
@@ -159,6 +167,7 @@ class Metrics:
         self.rejected = REJECTED.make(r)
         self.queue_duration = QUEUE_DURATION.make(r)
         self.queue_items = QUEUE_ITEMS.make(r)
+        self.decode_duration = DECODE_DURATION.make(r)
         self.inference_duration = INFERENCE_DURATION.make(r)
         self.batch_size = BATCH_SIZE.make(r)
         self.generation_steps = GENERATION_STEPS.make(r)

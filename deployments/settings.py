@@ -45,16 +45,23 @@ class Settings(BaseSettings):
     )
     backend: Backend = Field(
         "auto",
-        description="What runs the towers. auto: torch on a GPU, OpenVINO on a CPU where it is installed.",
+        description="What runs the towers. auto: torch on a GPU, OpenVINO on a CPU where it is installed, unless "
+        "`tune` finds torch faster.",
     )
     precision: Literal["auto", "f32", "bf16", "f16"] = Field(
         "auto",
-        description="Arithmetic of the towers. auto: bf16 for OpenVINO on a CPU that has it, else f32.",
+        description="Arithmetic of the towers. auto: bf16 on a GPU, and for OpenVINO on a CPU that has it; else f32.",
     )
     threads: int = Field(
         default_factory=_usable_cores,
         ge=1,
         description="Threads of one tower forward. Default: the usable cores; Ray by itself would set 1.",
+    )
+    tune: bool = Field(
+        True,
+        description="Measure at the start, for about a second, which backend and how many threads run the towers "
+        "fastest, of what `backend` and `threads` leave open: a value that is set is kept. The log says why. Off takes "
+        "the defaults unmeasured.",
     )
     decode_threads: int = Field(
         default_factory=lambda: max(1, min(4, _usable_cores())),
@@ -202,11 +209,17 @@ class Settings(BaseSettings):
         "it streams, which can be made to wait, take at most half.",
     )
     max_queue_s: float = Field(
-        0.5,
+        0.2,
         gt=0,
-        description="Seconds that a request may be expected to wait for the work before it, by the speed of "
-        "the last batches; one that would wait longer is refused at once. What fits one forward is never "
+        description="Seconds that a request of a burst may be expected to wait for the work before it, by the speed at "
+        "which items were answered; one that would wait longer is refused at once. What fits one forward is not "
         "refused, nor is a request that waits for three times its own work.",
+    )
+    overload_queue_s: float = Field(
+        0.06,
+        gt=0,
+        description="The same while more than a fifth of all requests has to be refused: a standing queue delays "
+        "every answer and adds none. Lower it where a late answer is worth nothing.",
     )
     retry_after_s: float = Field(
         0.5, gt=0, description="Seconds that RetryInfo asks a refused caller to wait."
@@ -260,6 +273,13 @@ class Settings(BaseSettings):
         32,
         ge=1,
         description="Items of one tower forward. On a CPU larger batches add latency and no throughput.",
+    )
+    max_batch_s: float = Field(
+        0.05,
+        gt=0,
+        description="Seconds that one forward may take, by the speed of the last ones, as long as it holds 8 items: a "
+        "single image waits for the forward that runs when it comes, so a bulk caller's must not be long. A CPU is as "
+        "fast with 8 as with 32; a GPU runs 32 in this time.",
     )
     stream_window: int = Field(
         192,

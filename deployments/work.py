@@ -6,10 +6,13 @@ everything that waited together.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from services.errors import InvalidInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class Work:
     looks
         0 to encode the images. 1 to tell their noise, too, which is cheap. 2 to encode them smoothed besides, for a
         second forward.
+    each
+        A bad item is an answer of its own (`Encoded.failed`) and not the end of the others, as in a stream.
     stream
         Name of the stream that the work is an item of; empty for a call of its own. All items of a stream share
         one caller's part of the model.
@@ -39,6 +44,7 @@ class Work:
     max_features: int | None = None
     truncate_text: bool = False
     looks: int = 0
+    each: bool = False
     stream: str = ""
 
 
@@ -72,11 +78,16 @@ class Encoded:
         One an item, or empty when no dictionary was asked for.
     queue_s, inference_s
         Seconds waited for the model, and seconds of decoding and of the batches that held the items.
+    decode_s
+        The part of `inference_s` that was decoding: from the arrival of the message to its last item's array.
     noise
         How noisy each image is, in pixel levels (`services.defense.smoothing.noise`), float32, shape (items,); 0 for
         a text, and empty where no look was asked for.
     twin
         The same of the smoothed images (a text is its own twin); None where no second look was asked for.
+    failed
+        What is wrong with each bad item, by its place in the work, where each is an answer of its own. The other fields
+        then hold the other items alone.
     """
 
     unit: NDArray[np.float32]
@@ -86,6 +97,8 @@ class Encoded:
     inference_s: float = 0.0
     noise: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     twin: Encoded | None = None
+    failed: Mapping[int, InvalidInput] = field(default_factory=dict)
+    decode_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from deployments.batching import QueueFull
 
-# How much of the former estimate stays with each new batch: the last twenty or so count.
-_KEEP = 0.95
 # A request may wait for as much work of others as so many times its own: four equal bulk callers share a server.
 _PATIENCE = 3
+# Busy seconds that the measured speed remembers, and seconds that the count of refusals does.
+_SPEED_S = 2.0
+_REFUSALS_S = 1.0
+# From this share of requests refused on, the server is overloaded: more callers than now and then one too many.
+_OVERLOADED = 0.2
+# Items before a request that an overloaded replica still takes: one batch runs, one is decoded, one is on its way.
+_LEAST = 6
+
+
+class _Fading:
+    """A sum of which old summands fade away.
+
+    Parameters
+    ----------
+    seconds
+        In which a summand fades to 1/e.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.value = 0.0
+
+    def pass_(self, seconds: float) -> None:
+        """Let time pass."""
+        self.value *= math.exp(-seconds / self._seconds)
 
 
 class Backlog:
@@ -18,16 +43,27 @@ class Backlog:
 
     The batcher shares the model evenly between callers, so what stands before a request of n items is, of each
     caller before it, at most n items. Large requests therefore weigh little on small ones, and a stream weighs as
-    one caller however many of its items are under way.
+    one caller however many of its items are under way. The wait is that many items over the speed at which items
+    were answered while there was work: of the whole path, whatever part of it is the slow one.
+
+    A burst may wait for `max_wait_s`, since the queue is empty again soon. While requests are refused all the time, no
+    queue is a burst: a longer one delays every answer and adds none, so it is held at `overload_wait_s`.
+
+    Source: Nichols and Jacobson, "Controlling queue delay" (2012), for telling a standing queue from a burst; Little's
+    law, for the length that a wait stands for.
 
     Parameters
     ----------
     max_items
         Items at the deployment, waiting or running; bounds memory. Streams, which can wait, take up to half.
     max_wait_s
-        Expected seconds of waiting, by the speed of the last batches.
+        Expected seconds of waiting.
+    overload_wait_s
+        The same while a good part of all requests has to be refused.
     batch_items
-        Items of one forward: as much may always be before a request, since it takes one forward at most.
+        Items of one forward: as much may be before a request of a burst, since it takes one forward at most.
+    clock
+        Seconds, rising.
 
     Attributes
     ----------
@@ -37,33 +73,50 @@ class Backlog:
         At the deployment now.
     """
 
-    def __init__(self, max_items: int, max_wait_s: float, batch_items: int) -> None:
+    def __init__(
+        self,
+        max_items: int,
+        max_wait_s: float,
+        overload_wait_s: float,
+        batch_items: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._max_items = max_items
         self._max_wait_s = max_wait_s
+        self._overload_wait_s = overload_wait_s
         self._batch_items = batch_items
+        self._clock = clock
+        self._now = clock()
+        self._answered, self._busy_s = _Fading(_SPEED_S), _Fading(_SPEED_S)
+        self._asked, self._refused = _Fading(_REFUSALS_S), _Fading(_REFUSALS_S)
         self.replicas = 1
         self._callers: dict[object, int] = {}
-        self._weight = self._weighted_s = 0.0
         self.items = 0
-
-    def observe(self, items: int, seconds: float) -> None:
-        """Learn the speed from one forward.
-
-        Full batches count most, by the square of their items: under load they are what will run, and a batch
-        of one says little about them.
-        """
-        weight = float(items * items)
-        self._weight = _KEEP * self._weight + weight
-        self._weighted_s = _KEEP * self._weighted_s + weight * seconds / items
 
     @property
     def items_per_s(self) -> float:
-        """Expected throughput of all replicas; 0 while nothing was observed."""
-        return self.replicas * self._weight / self._weighted_s if self._weighted_s else 0.0
+        """Items answered a second while there was work; 0 while none was."""
+        return self._answered.value / self._busy_s.value if self._busy_s.value else 0.0
+
+    @property
+    def overloaded(self) -> bool:
+        """Whether a good part of the last requests had to be refused."""
+        return self._refused.value > max(1.0, _OVERLOADED * self._asked.value)
+
+    @property
+    def full(self) -> bool:
+        """Whether a request of one item would be refused now, and so any but a large one."""
+        return bool(self._callers) and not self._fits(1, False)
 
     def before(self, items: int) -> int:
         """Return how many items of others come before the last of `items` new ones."""
         return sum(min(items, theirs) for theirs in self._callers.values())
+
+    def refuse(self) -> None:
+        """Count a request that was refused, here or at the door."""
+        self._pass_time()
+        self._asked.value += 1
+        self._refused.value += 1
 
     @contextmanager
     def admitted(self, items: int, stream: object = None) -> Iterator[None]:
@@ -81,23 +134,46 @@ class Backlog:
         QueueFull
             When it should come back later.
         """
+        self._pass_time()
         if self._callers and not self._fits(items, stream is not None):
+            # A stream that is made to wait asks again at once, which says nothing about the others.
+            if stream is None:
+                self.refuse()
             raise QueueFull
+        self._asked.value += stream is None
         caller = object() if stream is None else stream
         self._callers[caller] = self._callers.get(caller, 0) + items
         self.items += items
         try:
             yield
+            self._pass_time()
+            self._answered.value += items
         finally:
+            self._pass_time()
             self.items -= items
             self._callers[caller] -= items
             if not self._callers[caller]:
                 del self._callers[caller]
+
+    def _pass_time(self) -> None:
+        now = self._clock()
+        passed, self._now = max(0.0, now - self._now), now
+        for counted in (self._asked, self._refused):
+            counted.pass_(passed)
+        if self._callers:
+            for measured in (self._answered, self._busy_s):
+                measured.pass_(passed)
+            self._busy_s.value += passed
 
     def _fits(self, items: int, stream: bool) -> bool:
         if stream:
             return self.items + items <= max(1, self._max_items // 2)
         if self.items + items > self._max_items:
             return False
-        wait = self._max_wait_s * self.items_per_s
-        return self.before(items) < max(self._batch_items * self.replicas, wait, _PATIENCE * items + 1)
+        return self.before(items) < max(self._length(), _PATIENCE * items + 1)
+
+    def _length(self) -> float:
+        """Return how many items may be before a request."""
+        if self.overloaded:
+            return max(_LEAST * self.replicas, self._overload_wait_s * self.items_per_s)
+        return max(self._batch_items * self.replicas, self._max_wait_s * self.items_per_s)

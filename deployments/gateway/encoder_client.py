@@ -71,6 +71,7 @@ class EncoderClient:
         self._backlog = Backlog(
             settings.max_queued_items,
             settings.max_queue_s,
+            settings.overload_queue_s,
             settings.max_batch_items,
         )
         self._heard: dict[str, float] = {}
@@ -83,6 +84,15 @@ class EncoderClient:
             weigh=lambda waiting: len(waiting.work.items),
             cancel_abandoned=True,
         )
+
+    @property
+    def full(self) -> bool:
+        """Whether a request of one item would be refused now; not while no encoder is left, when calls wait for one."""
+        return self._alive() and self._backlog.full
+
+    def refuse(self) -> None:
+        """Count a call that was refused at the door because all encoders are full."""
+        self._backlog.refuse()
 
     async def encode(self, work: Work, remaining_s: float | None = None) -> Encoded:
         """Encode the items of one caller.
@@ -130,6 +140,7 @@ class EncoderClient:
             raise answer
         queue_s = waited + answer.queue_s
         self._metrics.queue_duration.labels(self._deployment).observe(queue_s)
+        self._metrics.decode_duration.labels(self._deployment).observe(answer.decode_s)
         self._traced(queue_s, answer.inference_s)
         return replace(answer, queue_s=queue_s)
 
@@ -149,7 +160,6 @@ class EncoderClient:
         reply = await self._send([w.work for w in message], remaining)
         self._hear(reply.replica)
         for record in reply.records:
-            self._backlog.observe(record.items, record.seconds)
             self._metrics.batch_size.labels(self._deployment).observe(record.items)
             self._metrics.inference_duration.labels(self._deployment, self._backend).observe(record.seconds)
         return list(reply.answers)

@@ -84,6 +84,17 @@ ROUTED: tuple[tuple[Any, Callable[..., None]], ...] = tuple(
     )
 )
 IMAGING = imaging_service_pb2.DESCRIPTOR.services_by_name["ImagingService"].full_name
+# The unary calls that need a forward of the towers.
+ENCODING = frozenset(
+    f"monofacet.v1.{method}"
+    for method in (
+        "FeatureService/Encode",
+        "ModalityService/ClassifyModality",
+        "BiasService/ClassifyGender",
+        "DefenseService/FilterAdversarial",
+        "ImagingService/PreviewSteering",
+    )
+)
 # A message a little over the limit is answered by us, with a reason; only a far larger one by gRPC itself.
 _SLACK_BYTES = 4 * MIB
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -133,6 +144,7 @@ class GatewayServer:
         )
         self._alive = dict.fromkeys(self._bundles, True)
         self._draining = False
+        self._encoders: list[EncoderClient] = []
         self._services = LateServices()
         self._server.add_generic_rpc_handlers((self._services,))
         # Of the bundles whose images are made here.
@@ -163,7 +175,20 @@ class GatewayServer:
             settings.max_request_bytes,
             reflection_layers=[*told, access],
             awaited=[name for service in DESCRIPTORS for name in methods_of(service)],
+            shut=self._shut,
+            told=told,
         )
+
+    def _shut(self, method: str) -> bool:
+        """Return whether a call must be refused because every encoder has all the work that it can take.
+
+        With several bundles one of them may still take the call, and its own backlog decides.
+        """
+        if method not in ENCODING or not self._encoders or not all(e.full for e in self._encoders):
+            return False
+        for encoder in self._encoders:
+            encoder.refuse()
+        return True
 
     async def open(self) -> tuple[int, int]:
         """Listen, and say NOT_SERVING.
@@ -263,6 +288,7 @@ class GatewayServer:
             lambda: self._alive[name],
             deployment_of("encoder", name, default),
         )
+        self._encoders.append(encoder)
         decoders = Decoders(catalogue.bundle)
         scale = backend.info.logit_scale
         # The encoder computes audits where it computes scores.

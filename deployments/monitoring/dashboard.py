@@ -163,6 +163,12 @@ def panels() -> dict[str, list[Panel]]:
                 "s",
             ),
             Panel(
+                "Decoding",
+                "Of the images of one request, in threads beside the model. When it grows, forwards lack work.",
+                _quantiles(m.DECODE_DURATION, ("deployment",)),
+                "s",
+            ),
+            Panel(
                 "Batch size",
                 "Mean items of a forward. Large batches are what load looks like, not trouble.",
                 {"{{deployment}}": mean(m.BATCH_SIZE, WINDOW, ("deployment",), job=OURS)},

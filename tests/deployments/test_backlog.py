@@ -23,64 +23,157 @@ def admit(backlog: Backlog, stack: ExitStack, items: int, stream: object = None,
     return entered
 
 
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def backlog(clock: Clock | None = None, max_items: int = 1_000) -> Backlog:
+    return Backlog(max_items, 0.2, 0.05, 32, clock or Clock())
+
+
+def answer(known: Backlog, clock: Clock, items: int, per_s: float, times: int = 50) -> None:
+    """Let requests of `items` be answered at `per_s` items a second, one after another."""
+    for _ in range(times):
+        with known.admitted(items):
+            clock.now += items / per_s
+
+
 def test_one_forwards_worth_of_singles_is_let_in_and_the_next_refused() -> None:
     with ExitStack() as stack:
-        assert admit(Backlog(1_000, 0.1, 32), stack, 1, times=50) == 32
+        assert admit(backlog(), stack, 1, times=33) == 32
 
 
-def test_a_fast_model_lets_more_in_by_the_time_they_would_wait() -> None:
-    backlog = Backlog(1_000, 0.1, 32)
-    for _ in range(50):
-        backlog.observe(32, 0.032)
-    assert backlog.items_per_s == pytest.approx(1_000)
+def test_a_fast_server_lets_more_in_by_the_time_they_would_wait() -> None:
+    clock = Clock()
+    known = backlog(clock)
+    answer(known, clock, 32, per_s=1_000)
+    assert known.items_per_s == pytest.approx(1_000)
     with ExitStack() as stack:
-        # 0.1 s at 1,000 items/s.
-        assert admit(backlog, stack, 1, times=500) == 100
+        # 0.2 s at 1,000 items/s.
+        assert admit(known, stack, 1, times=201) == 200
 
 
-def test_batches_of_one_say_little_about_the_speed_of_full_ones() -> None:
-    backlog = Backlog(1_000, 0.1, 32)
-    for _ in range(50):
-        backlog.observe(32, 0.032)
-    backlog.observe(1, 0.01)
-    assert backlog.items_per_s == pytest.approx(1_000, rel=0.01)
+def test_idle_time_says_nothing_about_the_speed() -> None:
+    clock = Clock()
+    known = backlog(clock)
+    answer(known, clock, 1, per_s=100)
+    clock.now += 60
+    answer(known, clock, 1, per_s=100, times=1)
+    assert known.items_per_s == pytest.approx(100)
 
 
-def test_replicas_add_up() -> None:
-    backlog = Backlog(1_000, 0.1, 32)
-    backlog.observe(32, 0.32)
-    backlog.replicas = 3
-    assert backlog.items_per_s == pytest.approx(300)
+def test_work_that_failed_is_no_answer() -> None:
+    clock = Clock()
+    known = backlog(clock)
+    with pytest.raises(ValueError), known.admitted(1):
+        clock.now += 1
+        raise ValueError
+    assert known.items_per_s == 0
+    assert known.items == known.before(1) == 0
+
+
+def test_the_speed_follows_a_server_that_slows_down() -> None:
+    clock = Clock()
+    known = backlog(clock)
+    answer(known, clock, 1, per_s=1_000, times=5_000)
+    answer(known, clock, 1, per_s=100, times=1_000)
+    # Ten busy seconds are five times what it remembers: e^-5 of the former speed is left.
+    assert known.items_per_s == pytest.approx(100, rel=0.1)
+
+
+def test_while_many_are_refused_the_queue_is_held_short_and_afterwards_a_burst_fits_again() -> None:
+    clock = Clock()
+    known = backlog(clock)
+    answer(known, clock, 1, per_s=200)
+    with ExitStack() as stack:
+        # 0.2 s at 200 a second.
+        assert admit(known, stack, 1, times=100) == 40
+        assert known.overloaded and known.full
+        clock.now += 0.2
+    assert not known.full
+    with ExitStack() as stack:
+        # 0.05 s at 200 a second, and one for rounding.
+        assert admit(known, stack, 1, times=100) in (10, 11)
+    clock.now += 10
+    with ExitStack() as stack:
+        assert admit(known, stack, 1, times=33) >= 32
+        assert not known.overloaded
+
+
+def test_a_refusal_now_and_then_is_no_overload() -> None:
+    clock = Clock()
+    known = backlog(clock)
+    for _ in range(20):
+        clock.now += 0.01
+        with known.admitted(1):
+            pass
+    known.refuse()
+    known.refuse()
+    assert not known.overloaded
+    for _ in range(5):
+        known.refuse()
+    assert known.overloaded
+
+
+def test_a_slow_server_keeps_its_pipeline_filled_while_it_is_overloaded() -> None:
+    clock = Clock()
+    known = backlog(clock)
+    answer(known, clock, 1, per_s=2)
+    with ExitStack() as stack:
+        assert admit(known, stack, 1, times=60) == 32
+    with ExitStack() as stack:
+        assert admit(known, stack, 1, times=60) == 6
+
+
+def test_a_stream_that_waits_is_no_refusal() -> None:
+    known = backlog(max_items=10)
+    with ExitStack() as stack:
+        assert admit(known, stack, 1, "stream", times=50) == 5
+        assert not known.overloaded
+
+
+def test_replicas_take_a_forward_each() -> None:
+    known = backlog()
+    known.replicas = 3
+    with ExitStack() as stack:
+        assert admit(known, stack, 1, times=97) == 96
 
 
 def test_bulk_callers_keep_no_single_out_and_four_of_them_share() -> None:
-    backlog = Backlog(1_024, 0.1, 32)
+    known = backlog(max_items=1_024)
     with ExitStack() as stack:
-        assert admit(backlog, stack, 256, times=6) == 4
+        assert admit(known, stack, 256, times=6) == 4
         # Before a single stand four items, one of each bulk caller.
-        assert backlog.before(1) == 4
+        assert known.before(1) == 4
+    known = backlog(max_items=1_024)
     with ExitStack() as stack:
-        assert admit(backlog, stack, 200, times=4) == 4
-        assert admit(backlog, stack, 1, times=28) == 28
+        assert admit(known, stack, 200, times=4) == 4
+        assert admit(known, stack, 1, times=28) == 28
 
 
 def test_a_stream_weighs_as_one_caller_and_waits_within_half_of_the_room() -> None:
-    backlog = Backlog(100, 0.1, 32)
+    known = backlog(max_items=100)
     with ExitStack() as stack:
-        assert admit(backlog, stack, 1, "stream", times=80) == 50
-        assert backlog.before(1) == 1
-        assert admit(backlog, stack, 1, times=10) == 10
-        assert admit(backlog, stack, 1, "other", times=1) == 0
+        assert admit(known, stack, 1, "stream", times=80) == 50
+        assert known.before(1) == 1
+        assert admit(known, stack, 1, times=10) == 10
+        assert admit(known, stack, 1, "other", times=1) == 0
 
 
 def test_the_room_is_bounded_but_an_oversized_request_runs_alone() -> None:
-    backlog = Backlog(100, 0.1, 32)
+    known = backlog(max_items=100)
     with ExitStack() as stack:
-        assert admit(backlog, stack, 256) == 1
-        assert admit(backlog, stack, 1) == 0
-    assert backlog.items == 0
+        assert admit(known, stack, 256) == 1
+        assert admit(known, stack, 1) == 0
+    assert known.items == 0
     with ExitStack() as stack:
-        assert admit(backlog, stack, 1) == 1
+        assert admit(known, stack, 1) == 1
 
 
 async def test_a_single_is_in_the_next_batch_whatever_a_stream_has_queued() -> None:

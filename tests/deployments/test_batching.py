@@ -7,6 +7,9 @@ import asyncio
 import pytest
 
 from deployments.batching import BatcherClosed, DeadlineExpired, GreedyBatcher, QueueFull
+from deployments.encoder import Encoder
+from deployments.settings import Settings
+from tests.deployments.debug import DebugModel as TowerlessModel
 
 
 class DebugModel:
@@ -242,3 +245,25 @@ async def test_a_running_batch_is_cancelled_once_all_its_callers_have_gone() -> 
     model.open = True
     assert (await queue.submit([3])).results == [9]
     assert model.batches == [[1, 2], [3]]
+
+
+async def test_batches_shrink_to_what_runs_in_time_but_not_below_what_is_efficient() -> None:
+    settings = Settings(max_batch_items=32, max_batch_s=0.05)
+    encoder = Encoder(settings, TowerlessModel(), {})
+    try:
+        for _ in range(30):
+            encoder._size_batches(32, 0.032)
+        assert encoder._batcher.max_batch == 32
+        for _ in range(30):
+            encoder._size_batches(32, 0.128)
+        # 0.05 s at 4 ms an item.
+        assert encoder._batcher.max_batch == pytest.approx(12, abs=1)
+        for _ in range(30):
+            encoder._size_batches(12, 12.0)
+        assert encoder._batcher.max_batch == 8
+        # A batch of one says nothing about the speed of full ones.
+        for _ in range(100):
+            encoder._size_batches(1, 0.0001)
+        assert encoder._batcher.max_batch == 8
+    finally:
+        await encoder.close()

@@ -11,8 +11,9 @@ import pytest
 from grpc import aio
 from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
+from monofacet.v1 import model_service_pb2 as model_pb
 
-from deployments.gateway.servicers.feature import _Window
+from deployments.gateway.item_stream import Chunks, StreamItem, Window
 from tests.deployments.conftest import Open, array, error_details, status_details
 
 CODE = grpc.StatusCode
@@ -318,7 +319,7 @@ async def test_a_stream_of_nothing_ends_well(open_gateway: Open) -> None:
 
 
 async def test_a_streams_window_is_bounded_in_items_and_in_bytes() -> None:
-    window = _Window(max_items=2, max_bytes=100)
+    window = Window(max_items=2, max_bytes=100)
 
     async def fits(size: int) -> bool:
         try:
@@ -327,18 +328,123 @@ async def test_a_streams_window_is_bounded_in_items_and_in_bytes() -> None:
             return False
         return True
 
-    nothing: Any = None
     # Larger than the whole window: alone, but not refused for ever.
     assert await fits(500)
-    window.enter(nothing, 500)
+    window.enter(500)
     assert not await fits(1)
     window.leave(500)
-    window.enter(nothing, 60)
+    window.enter(60)
     assert not await fits(50)
     assert await fits(40)
-    window.enter(nothing, 40)
+    window.enter(40)
     assert not await fits(0)
     waiting = asyncio.create_task(window.room(10))
     await asyncio.sleep(0)
     window.leave(60)
     await asyncio.wait_for(waiting, 1)
+
+
+def numbered(count: int) -> list[StreamItem]:
+    return [StreamItem(str(n), 1, str(n)) for n in range(count)]
+
+
+async def test_what_arrives_while_chunks_are_encoded_is_the_next_chunk() -> None:
+    chunks_run: list[list[str]] = []
+    gate = asyncio.Semaphore(0)
+
+    async def encode(items: Any) -> list[str]:
+        chunks_run.append([item.id for item in items])
+        await gate.acquire()
+        return [item.id for item in items]
+
+    chunks: Chunks[str] = Chunks(encode, max_items=4, at_once=1)
+    items = numbered(8)
+    chunks.add(items[0])
+    await asyncio.sleep(0.01)
+    for one in items[1:]:
+        chunks.add(one)
+    chunks.end()
+    for _ in range(3):
+        gate.release()
+    answers = [answer async for _, answer in chunks.answers()]
+    assert chunks_run == [["0"], ["1", "2", "3", "4"], ["5", "6", "7"]]
+    assert answers == [str(n) for n in range(8)]
+
+
+async def test_chunks_that_finish_out_of_order_are_answered_in_order() -> None:
+    first = asyncio.Event()
+
+    async def encode(items: Any) -> list[str]:
+        if items[0].id == "0":
+            await first.wait()
+        else:
+            first.set()
+        return [item.id for item in items]
+
+    chunks: Chunks[str] = Chunks(encode, max_items=2, at_once=2)
+    for one in numbered(4):
+        chunks.add(one)
+    chunks.end()
+    assert [answer async for _, answer in chunks.answers()] == ["0", "1", "2", "3"]
+
+
+async def test_a_stream_costs_messages_by_chunks_and_not_by_items(open_gateway: Open) -> None:
+    async with open_gateway() as gateway:
+        sent: list[int] = []
+        send = gateway.encoder.encode
+        (client,) = gateway.server._encoders
+
+        async def counted(works: Any, remaining_s: Any) -> Any:
+            sent.append(sum(len(work.items) for work in works))
+            return await send(works, remaining_s)
+
+        client._send = counted
+        gateway.model.hold()
+        all_sent = asyncio.Event()
+
+        async def requests() -> Any:
+            for n in range(150):
+                yield item(str(n), text(str(n)))
+            all_sent.set()
+
+        call = gateway.features.StreamEncode(requests())
+
+        async def read() -> int:
+            return len([answer async for answer in call])
+
+        reading = asyncio.ensure_future(read())
+        await all_sent.wait()
+        await asyncio.sleep(0.1)
+        gateway.model.release()
+        assert await reading == 150
+    assert sum(sent) == 150
+    # Two chunks of whatever had come first, then of what came meanwhile: how much depends on the machine.
+    assert len(sent) <= 15
+
+
+async def test_a_full_server_refuses_at_the_door_whatever_the_request_holds(open_gateway: Open) -> None:
+    encode = "/monofacet.v1.FeatureService/Encode"
+    async with open_gateway(max_batch_items=2, max_queue_s=0.001) as gateway:
+        gateway.model.hold()
+        # Three times its own work is what a single may wait for, beside the one that runs.
+        running = [
+            asyncio.ensure_future(gateway.features.Encode(pb.EncodeRequest(inputs=[text(str(n))])))
+            for n in range(4)
+        ]
+        await until(lambda: gateway.server._encoders[0].full)
+        with pytest.raises(aio.AioRpcError) as caught:
+            # Bytes that are no message: nobody looked at them.
+            await gateway.channel.unary_unary(encode)(b"\xff" * 50)
+        # What needs no forward is answered.
+        await gateway.models.ListModels(model_pb.ListModelsRequest())
+        gateway.model.release()
+        await asyncio.gather(*running)
+        assert (await gateway.features.Encode(pb.EncodeRequest(inputs=[text("again")]))).norms
+        assert gateway.sample("monofacet_rejected_total", reason="QUEUE_FULL") == 1
+        refused = gateway.sample(
+            "monofacet_request_duration_seconds_count", method=encode[1:], code="RESOURCE_EXHAUSTED"
+        )
+    assert refused == 1
+    assert caught.value.code() is CODE.RESOURCE_EXHAUSTED
+    assert error_details(caught.value) == ("QUEUE_FULL", [], 0.25)
+    assert "x-request-id" in dict(caught.value.trailing_metadata())

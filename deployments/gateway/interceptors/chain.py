@@ -18,6 +18,7 @@ import grpc
 from grpc import aio
 
 from deployments.access.tokens import Token
+from deployments.batching import QueueFull
 from deployments.gateway.errors import STARTING, MalformedRequest, RequestTooLarge, Starting
 
 OURS = "/monofacet."
@@ -101,6 +102,12 @@ async def _never(requests: Any, context: Any) -> AsyncIterator[bytes]:
     yield b""
 
 
+async def _full(requests: Any, context: Any) -> AsyncIterator[bytes]:
+    """Stand in for a method whose models have all the work that they can take."""
+    raise QueueFull
+    yield b""
+
+
 class Chain(aio.ServerInterceptor):  # type: ignore[misc]
     """Puts `layers`, outermost first, around the calls of our own services.
 
@@ -114,6 +121,11 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
         Bytes of one request message.
     reflection_layers
         What to put around reflection, which shows what there is to call.
+    shut
+        Whether a method (by its name) takes no call now because the server is full. Its calls are refused inside
+        `told` alone and before their requests are read: while many are refused, refusing must cost little.
+    told
+        The layers that name, count and word what happens to a call.
     awaited
         Names of methods (`monofacet.v1.FeatureService/Encode`) that will be served once the model is warm.
         Until then the layers refuse their calls, where gRPC alone would say that there is no such method.
@@ -125,11 +137,16 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
         max_request_bytes: int,
         reflection_layers: Sequence[Layer] = (),
         awaited: Collection[str] = (),
+        shut: Callable[[str], bool] = lambda _: False,
+        told: Sequence[Layer] = (),
     ) -> None:
         self._layers = tuple(layers)
         self._max_request_bytes = max_request_bytes
         self._reflection_layers = tuple(reflection_layers)
         self._awaited = frozenset(awaited)
+        self._shut = shut
+        self._told = tuple(told)
+        self._refusing: dict[str, Any] = {}
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
@@ -142,10 +159,19 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None:
             return None
         if path.startswith(OURS):
+            if self._shut(path[1:]):
+                return self._refuse(path[1:])
             return self._wrap(handler, path[1:], self._layers)
         if path.startswith(REFLECTION):
             return self._wrap(handler, path[1:], self._reflection_layers)
         return handler
+
+    def _refuse(self, method: str) -> Any:
+        if method not in self._refusing:
+            # As a stream, so that gRPC does not wait for the request.
+            handler = grpc.stream_stream_rpc_method_handler(_full)
+            self._refusing[method] = self._wrap(handler, method, self._told)
+        return self._refusing[method]
 
     def _wrap(self, handler: Any, method: str, layers: Sequence[Layer]) -> Any:
         inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.errors import describe, reason_of
 from deployments.gateway.interceptors.validation import validate
+from deployments.gateway.item_stream import Chunks, StreamItem, Window
 from deployments.gateway.messages import check_texts, items_of, relocated, sparse, tensor, timings
 from deployments.metrics import Metrics
 from deployments.settings import Settings
@@ -26,51 +27,6 @@ _ENCODE = "monofacet.v1.FeatureService/Encode"
 _STREAM = "monofacet.v1.FeatureService/StreamEncode"
 # Seconds before a stream's item asks a full queue again.
 _STREAM_RETRY_S = 0.02
-
-
-class _Window:
-    """The items of a stream that are in progress, in order; bounded in number and in bytes.
-
-    Parameters
-    ----------
-    max_items
-        In progress at once.
-    max_bytes
-        Of their messages together; an item that is larger by itself is alone.
-    """
-
-    def __init__(self, max_items: int, max_bytes: int) -> None:
-        self._max_items = max_items
-        self._max_bytes = max_bytes
-        self._queue: asyncio.Queue[tuple[asyncio.Task[pb.StreamEncodeResponse], int] | None] = asyncio.Queue()
-        self._items = self._bytes = 0
-        self._left = asyncio.Event()
-
-    async def room(self, size: int) -> None:
-        """Wait until an item of `size` bytes fits; one reader only."""
-        while self._items >= self._max_items or (self._items and self._bytes + size > self._max_bytes):
-            self._left.clear()
-            await self._left.wait()
-
-    def enter(self, task: asyncio.Task[pb.StreamEncodeResponse], size: int) -> None:
-        """Let an item in."""
-        self._items += 1
-        self._bytes += size
-        self._queue.put_nowait((task, size))
-
-    def leave(self, size: int) -> None:
-        """Let the oldest item out, once it is answered."""
-        self._items -= 1
-        self._bytes -= size
-        self._left.set()
-
-    def end(self) -> None:
-        """Say that no more items come."""
-        self._queue.put_nowait(None)
-
-    async def next(self) -> tuple[asyncio.Task[pb.StreamEncodeResponse], int] | None:
-        """Return the oldest item, or None after the last."""
-        return await self._queue.get()
 
 
 class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
@@ -124,80 +80,107 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         The window bounds what is in progress: when it is full nothing more is read, and gRPC's flow control
         makes the caller wait.
         """
-        window = _Window(self._settings.stream_window, self._settings.max_request_bytes)
-        running: set[asyncio.Task[pb.StreamEncodeResponse]] = set()
-        stream = secrets.token_hex(8)
-        reader = asyncio.create_task(self._read(request_iterator, context, window, running, stream))
+        settings = self._settings
+        window = Window(settings.stream_window, settings.max_request_bytes)
+        stream, options = secrets.token_hex(8), pb.EncodeOptions()
+
+        async def encode(items: Sequence[StreamItem]) -> list[pb.StreamEncodeResponse]:
+            return await self._chunk(items, options, context, stream)
+
+        # Streams may hold half of the queue, so a chunk must be smaller to fit beside others.
+        largest = min(settings.coalesce_items, max(1, settings.max_queued_items // 4))
+        chunks = Chunks(encode, largest, settings.messages_in_flight)
+        reader = asyncio.create_task(self._read(request_iterator, options, window, chunks))
         try:
-            while (entry := await window.next()) is not None:
-                task, size = entry
-                yield await task
-                window.leave(size)
+            async for item, response in chunks.answers():
+                yield response
+                window.leave(item.size)
             await reader
         finally:
             reader.cancel()
-            for task in running:
-                task.cancel()
+            chunks.cancel()
 
     async def _read(
         self,
         requests: AsyncIterator[pb.StreamEncodeRequest],
-        context: Any,
-        window: _Window,
-        running: set[asyncio.Task[pb.StreamEncodeResponse]],
-        stream: str,
+        options: pb.EncodeOptions,
+        window: Window,
+        chunks: Chunks[pb.StreamEncodeResponse],
     ) -> None:
-        """Turn requests into running items until the caller is done; the reader's own error comes last."""
-        options = pb.EncodeOptions()
+        """Turn requests into items until the caller is done; the reader's own error comes last.
+
+        The caller's options, which only the first message may hold, are written into `options`.
+        """
         first = True
         try:
             async for request in requests:
-                if request.WhichOneof("payload") == "options":
-                    if not first:
+                payload = request.WhichOneof("payload")
+                if payload == "item":
+                    size = request.ByteSize()
+                    await window.room(size)
+                    window.enter(size)
+                    chunks.add(StreamItem(request.item.id, size, self._value(request.item)))
+                else:
+                    if payload == "options" and not first:
                         raise InvalidInput(
                             "options must be the first message",
                             [("options", "must be the first message, at most once")],
                         )
                     validate(request)
-                    options = request.options
+                    options.CopyFrom(request.options)
                     self._work((), options, "options")
-                elif request.WhichOneof("payload") is None:
-                    validate(request)
-                else:
-                    size = request.ByteSize()
-                    await window.room(size)
-                    task = asyncio.create_task(self._item(request, options, context, stream))
-                    running.add(task)
-                    task.add_done_callback(running.discard)
-                    task.add_done_callback(_retrieve)
-                    window.enter(task, size)
                 first = False
-        except Exception:
-            window.end()
-            raise
-        window.end()
+        finally:
+            chunks.end()
 
-    async def _item(
-        self, request: pb.StreamEncodeRequest, options: pb.EncodeOptions, context: Any, stream: str
-    ) -> pb.StreamEncodeResponse:
-        item = request.item
+    def _value(self, item: pb.StreamItem) -> bytes | str | InvalidInput:
         try:
             validate(item)
-            work = replace(self._work(items_of([item.input]), options, "options"), stream=stream)
-            check_texts(work.items, self._settings.max_text_bytes)
-            encoded = await self._patiently(work, context)
+            (value,) = items_of([item.input])
+            check_texts((value,), self._settings.max_text_bytes)
         except InvalidInput as error:
-            _, status = describe(relocated(error, lambda _: "input"), self._settings.retry_after_s)
-            self._metrics.rejected.labels(reason_of(status)).inc()
-            return pb.StreamEncodeResponse(id=item.id, error=status, bundle=self._bundle)
-        self._metrics.items.labels(_STREAM).inc()
+            return error
+        return value
+
+    async def _chunk(
+        self, items: Sequence[StreamItem], options: pb.EncodeOptions, context: Any, stream: str
+    ) -> list[pb.StreamEncodeResponse]:
+        """Answer some items of a stream."""
+        sent = [i for i, item in enumerate(items) if not isinstance(item.value, InvalidInput)]
+        bad = {i: item.value for i, item in enumerate(items) if isinstance(item.value, InvalidInput)}
+        rows: dict[int, int] = {}
+        encoded: Encoded | None = None
+        if sent:
+            values = tuple(item.value for item in items if not isinstance(item.value, InvalidInput))
+            work = replace(self._work(values, options, "options"), each=True, stream=stream)
+            encoded = await self._patiently(work, context)
+            bad |= {sent[place]: error for place, error in encoded.failed.items()}
+            good = [i for place, i in enumerate(sent) if place not in encoded.failed]
+            rows = {i: row for row, i in enumerate(good)}
+            self._metrics.items.labels(_STREAM).inc(len(good))
+            dictionary = work.dictionary or ""
+        return [
+            self._bad(item, bad[i])
+            if encoded is None or i in bad
+            else self._encoding(item, encoded, rows[i], dictionary, options)
+            for i, item in enumerate(items)
+        ]
+
+    def _bad(self, item: StreamItem, error: InvalidInput) -> pb.StreamEncodeResponse:
+        _, status = describe(relocated(error, lambda _: "input"), self._settings.retry_after_s)
+        self._metrics.rejected.labels(reason_of(status)).inc()
+        return pb.StreamEncodeResponse(id=item.id, error=status, bundle=self._bundle)
+
+    def _encoding(
+        self, item: StreamItem, encoded: Encoded, row: int, dictionary: str, options: pb.EncodeOptions
+    ) -> pb.StreamEncodeResponse:
         features = encoded.features
         return pb.StreamEncodeResponse(
             id=item.id,
             encoding=pb.Encoding(
-                embedding=tensor(encoded.unit[0]) if wants_embeddings(options) else None,
-                norm=float(encoded.norm[0]),
-                features=sparse(work.dictionary or "", features[0]) if features else None,
+                embedding=tensor(encoded.unit[row]) if wants_embeddings(options) else None,
+                norm=float(encoded.norm[row]),
+                features=sparse(dictionary, features[row]) if features else None,
             ),
             timings=timings(encoded.queue_s, encoded.inference_s),
             bundle=self._bundle,
@@ -218,12 +201,6 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
             dictionary = self._catalogue.resolve(options.dictionary, f"{where}.dictionary")
         limit = options.max_features if options.HasField("max_features") else None
         return Work(items, dictionary, limit, options.truncate_text)
-
-
-def _retrieve(task: asyncio.Task[pb.StreamEncodeResponse]) -> None:
-    """Look at a task's error, which asyncio would log when an earlier item has ended the stream."""
-    if not task.cancelled():
-        task.exception()
 
 
 def wants_embeddings(options: pb.EncodeOptions) -> bool:
