@@ -35,6 +35,7 @@ from services.dictionaries import Dictionary
 from services.modalities import Modality
 from services.tables import Label
 from training.bias import tables
+from training.bias.counterparts import subspace
 from training.bias.data import StudyData, codes
 from training.bias.measure import Utility, by_artist, by_profession, quick
 from training.bias.methods import LABELS, Method, feature_methods, reference_methods
@@ -89,6 +90,15 @@ class Study:
             m: (cases.e, cases.gender == WOMAN, cases.cluster)
             for m, cases in ((Modality.IMAGE, images), (Modality.TEXT, texts))
         }
+
+    def counterparts(self) -> dict[Modality, np.ndarray]:
+        """Return the gender subspace of the drawings and texts that things are fitted on, by modality."""
+        subjects = {
+            Modality.IMAGE: self.data.subjects(self.data.people(*FIT)),
+            # A text's activity is all that counterparts share; templates average out.
+            Modality.TEXT: self.fitted[Modality.TEXT][2],
+        }
+        return {m: subspace(e, woman, subjects[m]) for m, (e, woman, _) in self.fitted.items()}
 
     def associations(self, dictionary: Dictionary) -> dict[Modality, Association]:
         """Return how each feature of a dictionary goes with gender, by modality."""
@@ -239,7 +249,7 @@ def run(
     sides = study.sides(known[study.name])
     methods = feature_methods(sides, labels, known[study.name].rank)
     fitted = {m: (e, woman) for m, (e, woman, _) in study.fitted.items()}
-    methods += reference_methods(study.dictionary, data.direction, study.leace, fitted)
+    methods += reference_methods(study.dictionary, data.direction, study.leace, fitted, study.counterparts())
     by_name = {method.name: method for method in methods}
     validation = study.cases("validation")
     rows = study.compare(methods, validation, Utility.of(data, study.dictionary, "validation"))

@@ -106,6 +106,17 @@ class StudyData:
             keep &= np.isin(self.embeddings.caption[index], seen)
         return index[keep]
 
+    def subjects(self, index: np.ndarray) -> np.ndarray:
+        """Return a number for each drawing, shared by those of one artist, activity and skin tone."""
+        columns = (self.columns["set"][index], self.columns["tone"][index])
+        keys = np.stack(
+            [
+                *(np.unique(c, return_inverse=True)[1] for c in columns),
+                clusters(self.columns["concept"][index]),
+            ]
+        )
+        return np.unique(keys, axis=1, return_inverse=True)[1].ravel()
+
     def drawings(self, dictionary: Dictionary, index: np.ndarray) -> Cases:
         """Return drawings as cases; items of one activity or profession, whoever drew it, are one cluster."""
         e = self.embeddings.images[index]

@@ -16,6 +16,7 @@ from services.bias.plan import Plan
 from services.dictionaries import Dictionary
 from services.modalities import Modality
 from services.tables import Label
+from training.bias.counterparts import SUBSPACES
 
 LABELS = (Label.IMAGE, Label.TEXT, Label.CROSS)
 TOP = (4, 8, 16, 32, 64, 128, 256)
@@ -84,6 +85,7 @@ def reference_methods(
     direction: np.ndarray,
     leace: Mapping[Modality, Leace],
     fitted: Mapping[Modality, tuple[np.ndarray, np.ndarray]],
+    counterparts: Mapping[Modality, np.ndarray],
 ) -> list[Method]:
     """Return what needs no features.
 
@@ -97,6 +99,8 @@ def reference_methods(
         Erasers by modality.
     fitted : mapping
         Embeddings, (N, d), and "is a woman", (N,), of the gendered items that PCA is fitted on, by modality.
+    counterparts : mapping
+        The gender subspace of counterparts, (size, d), by modality.
     """
     methods = [
         Method("round trip", Plan(Mode.ZERO, {m: RoundTrip(dictionary, m) for m in Modality})),
@@ -107,6 +111,12 @@ def reference_methods(
     methods += [
         Method(f"PCA {q}", Plan(Mode.PROJECT, {m: WithoutSpan(components[m][:q]) for m in Modality}))
         for q in COMPONENTS
+    ]
+    methods += [
+        Method(
+            f"counterparts {q}", Plan(Mode.PROJECT, {m: WithoutSpan(counterparts[m][:q]) for m in Modality})
+        )
+        for q in SUBSPACES
     ]
     return methods
 
