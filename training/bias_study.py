@@ -51,7 +51,7 @@ FIT = ("fit", "pool")
 TRAINING_ARTISTS = (*FIT, "validation")
 MIN_GROUP = 5
 # Audited in full beside the chosen one.
-ALWAYS = (*(f"label {label.value}, zero" for label in LABELS), "LEACE", "round trip")
+ALWAYS = (*(f"label {label.value}, zero" for label in LABELS), "LEACE", "counterparts 1", "round trip")
 
 
 class Study:
