@@ -65,6 +65,11 @@ FROM_BENCH = {
     "share_at_32": "encode.json:served/vit-b-32/served/32x1/of_batch_32",
     "share_of_batches": "encode.json:served/vit-b-32/served/4x32/of_batch_32",
     "latency_ms": "encode.json:served/vit-b-32/p50_over_in_process_ms",
+    "peers_32": "peers.json:results/32x1/over the best peer",
+    "peers_batches": "peers.json:results/4x32/over the best peer",
+    "peers_alone": "peers.json:results/1x1/over the best peer",
+    "rides_small": "overhead.json:8192/in_process/32/all_cpu",
+    "rides_large": "overhead.json:65536/in_process/32/all_cpu",
     "start_s": "start.json:figures/to serving, s",
     "memory_mb": "start.json:figures/memory after calls, MB",
     "killed": "stopping.json:sigkill_of_the_encoder",
@@ -192,6 +197,20 @@ def rows(v: Values) -> list[tuple[str, str, str]]:
                 f"{percent(v['share_of_batches'])} with 4 callers of 32"
             ),
             "`make bench`",
+        ),
+        (
+            "over the best of LitServe, infinity-emb and FastAPI, the same ViT-B-32",
+            lambda: (
+                f"images/s x {v['peers_32']['throughput']:.2f} with 32 callers of one image, "
+                f"x {v['peers_batches']['throughput']:.2f} with 4 callers of 32; "
+                f"latency of one caller x {v['peers_alone']['p50']:.2f}"
+            ),
+            "`python -m benchmarks.peers`",
+        ),
+        (
+            "what features, modality and a verdict add to an encode (ViT-B-32, CPU time)",
+            lambda: f"{v['rides_small']:.1%} with 8,192 features, {v['rides_large']:.1%} with 65,536",
+            "`python -m benchmarks.overhead`",
         ),
         (
             "start to SERVING; memory of all processes",
