@@ -23,10 +23,16 @@ import numpy as np
 import typer
 from grpc import aio
 from monofacet.v1 import bias_service_pb2 as bias
-from monofacet.v1 import bias_service_pb2_grpc, defense_service_pb2_grpc, feature_service_pb2_grpc
+from monofacet.v1 import (
+    bias_service_pb2_grpc,
+    defense_service_pb2_grpc,
+    feature_service_pb2_grpc,
+    modality_service_pb2_grpc,
+)
 from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import defense_service_pb2 as defense
 from monofacet.v1 import feature_service_pb2 as feature
+from monofacet.v1 import modality_service_pb2 as modality
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +45,13 @@ from tests.support.service import start_service
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
 TARGET = 1.15
 ENCODE = "Encode"
-ONE_FORWARD = ("ClassifyGender", "ClassifyGender, top 32 zeroed", "FilterAdversarial")
+ONE_FORWARD = (
+    "Encode, with features",
+    "ClassifyModality",
+    "ClassifyGender",
+    "ClassifyGender, top 32 zeroed",
+    "FilterAdversarial",
+)
 
 Call = Callable[[bytes], Awaitable[Any]]
 
@@ -47,9 +59,11 @@ Call = Callable[[bytes], Awaitable[Any]]
 def calls(channel: aio.Channel) -> dict[str, Call]:
     """Return each call as a function of one picture."""
     encode = feature_service_pb2_grpc.FeatureServiceStub(channel).Encode
+    classify = modality_service_pb2_grpc.ModalityServiceStub(channel).ClassifyModality
     gender = bias_service_pb2_grpc.BiasServiceStub(channel).ClassifyGender
     judge = defense_service_pb2_grpc.DefenseServiceStub(channel).FilterAdversarial
     ablation = bias.Ablation(top_gender_features=32, mode=bias.ABLATION_MODE_ZERO)
+    sparse = feature.EncodeOptions(dictionary="")
     twice = defense.FilterOptions(second_look=True)
 
     def one(data: bytes) -> common.Input:
@@ -62,11 +76,13 @@ def calls(channel: aio.Channel) -> dict[str, Call]:
 
     return {
         ENCODE: lambda data: encode(feature.EncodeRequest(inputs=[one(data)])),
-        ONE_FORWARD[0]: lambda data: gender(bias.ClassifyGenderRequest(inputs=[one(data)])),
-        ONE_FORWARD[1]: lambda data: gender(
+        ONE_FORWARD[0]: lambda data: encode(feature.EncodeRequest(inputs=[one(data)], options=sparse)),
+        ONE_FORWARD[1]: lambda data: classify(modality.ClassifyModalityRequest(inputs=[one(data)])),
+        ONE_FORWARD[2]: lambda data: gender(bias.ClassifyGenderRequest(inputs=[one(data)])),
+        ONE_FORWARD[3]: lambda data: gender(
             bias.ClassifyGenderRequest(inputs=[one(data)], ablation=ablation)
         ),
-        ONE_FORWARD[2]: filtering(None),
+        ONE_FORWARD[4]: filtering(None),
         "FilterAdversarial, second look": filtering(twice),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,23 @@ import safetensors.torch
 import torch
 from PIL import Image, ImageDraw
 
-from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle, write_manifest
-from services.dictionaries import Neurons
+from services.bundle import (
+    CLIP_CONFIG,
+    CLIP_WEIGHTS,
+    DEFENSE,
+    MODALITY,
+    Bundle,
+    refresh_manifest,
+    write_manifest,
+)
+from services.dictionaries import SAE, Neurons
 from services.encoding.clip import build_clip, read_clip_config, tower_fingerprint
 from services.errors import BundleError
 from services.manifest import Licence
 from services.strict_json import canonical_json
+from services.tables import Label, ModalityTable
+from tests.support.tiny_bias import write_bias
+from tests.support.tiny_defense import tiny_calibration
 
 
 def drawing(seed: int, side: int) -> Image.Image:
@@ -71,3 +83,74 @@ def vit_b_32(path: Path) -> Bundle:
         default_dictionary="neurons",
     )
     return Bundle.load(path)
+
+
+def vit_b_32_with_features(path: Path, n_features: int, k: int = 32) -> Bundle:
+    """Return ViT-B-32 with a TopK autoencoder, its modality table and both calibrations, all of random numbers.
+
+    Made on the first call. What the numbers say is nothing; what they cost is what they would of a trained one.
+
+    Parameters
+    ----------
+    path : Path
+        Folder of the bundle.
+    n_features : int
+        Of the dictionary.
+    k : int
+        Features active in one embedding.
+    """
+    try:
+        return Bundle.load(path, verify=False)
+    except BundleError:
+        pass
+    plain = vit_b_32(path.parent / "vit-b-32")
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(plain.path / "clip", path / "clip")
+    torch.manual_seed(0)
+    SAE(512, n_features, k).save(
+        path / "dictionaries", "sae", tower_fingerprint=plain.manifest.clip.fingerprint
+    )
+    random_modality(n_features).write(path / MODALITY / "sae.parquet")
+    write_manifest(
+        path,
+        name=f"vit-b-32-{n_features}",
+        description=f"ViT-B-32 with {n_features:,} features, of random weights, for measuring.",
+        licences=[Licence("Apache-2.0", "everything")],
+        default_dictionary="sae",
+    )
+    bundle = Bundle.load(path, verify=False)
+    write_bias(bundle, path)
+    tiny_calibration(bundle).write(path / DEFENSE / "defense.json", path / DEFENSE / "defense.safetensors")
+    refresh_manifest(path)
+    return Bundle.load(path)
+
+
+def random_modality(n: int) -> ModalityTable:
+    """Return a modality table of `n` living features with labels in turn."""
+    rng = np.random.default_rng(0)
+    living = [label.value for label in Label if label is not Label.DEAD]
+    labels = np.array(living)[np.arange(n) % len(living)]
+    share = rng.uniform(0, 1, n)
+    return ModalityTable.from_columns(
+        {
+            "label": labels,
+            "mds_energy": share,
+            "mds_energy_low": np.clip(share - 0.1, 0, 1),
+            "mds_energy_high": np.clip(share + 0.1, 0, 1),
+            "mds_paper": share,
+            "paper_label": np.where(labels == Label.UNRESOLVED, Label.CROSS, labels),
+            "paper_pairs": np.ones(n, np.int64),
+            "coactivation": rng.uniform(-1, 1, n),
+            "coactivation_p": share,
+            "coactivation_q": share,
+            "coactivation_significant": labels == Label.CROSS,
+            "firing_rate_image": share,
+            "firing_rate_text": share,
+            "energy_image": share,
+            "energy_text": share,
+            "name": [f"word{j}" for j in range(n)],
+            "name_npmi": share,
+            "name_auc": share,
+        },
+        n,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,31 @@ from deployments.work import EncoderInfo
 from services.bundle import Bundle
 from services.defense.smoothing import noise, smooth
 from services.dictionaries.base import Dictionary
+from services.encoding.choice import choose_towers
 from services.encoding.images import ImageLimits, ImagePreprocess, decode_image
 from services.encoding.load import load_towers
 from services.encoding.texts import TextLimits, Tokeniser
+from services.encoding.towers import Towers
+
+log = logging.getLogger("monofacet.encoder")
 
 
 def count_parameters(weights: Path) -> int:
     """Return the number of values in a safetensors file, from its header alone."""
     with safetensors.safe_open(str(weights), framework="numpy") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+def tuned_towers(bundle: Bundle, settings: Settings) -> tuple[Towers, int]:
+    """Load the towers as the settings say, measuring what they leave open; return them and their threads."""
+    if not settings.tune:
+        towers = load_towers(bundle, settings.backend, threads=settings.threads, precision=settings.precision)
+        return towers, settings.threads
+    # A number that somebody set is kept; the default is only the first guess.
+    threads = settings.threads if "threads" in settings.model_fields_set else None
+    towers, choice = choose_towers(bundle, settings.backend, threads=threads, precision=settings.precision)
+    log.info("towers: %s (%.1f s)", choice.why, choice.seconds)
+    return towers, choice.candidate.threads
 
 
 class TowerModel:
@@ -49,10 +66,7 @@ class TowerModel:
         )
         # The gateway counts bytes, of which a text never has fewer than characters.
         self._tokeniser = Tokeniser(config, TextLimits(settings.max_text_bytes))
-        self._threads = settings.threads
-        self._towers = load_towers(
-            bundle, settings.backend, threads=settings.threads, precision=settings.precision
-        )
+        self._towers, self._threads = tuned_towers(bundle, settings)
         self._parameters = count_parameters(bundle.clip_weights)
 
     def warm_up(self, max_batch: int) -> None:

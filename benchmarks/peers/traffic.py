@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from grpc import aio
+from grpc import StatusCode, aio
 from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import feature_service_pb2_grpc
@@ -28,6 +28,8 @@ Call = Callable[[int], Awaitable[np.ndarray[Any, Any]]]
 # Different bodies; a call takes the next one.
 BODIES = 32
 MODEL = "vit-b-32"
+# Seconds before a call that was refused is made again.
+_AGAIN_S = 0.05
 
 
 def _groups(files: list[bytes], items: int) -> list[list[bytes]]:
@@ -45,10 +47,21 @@ async def monofacet(target: str, groups: list[list[bytes]], stack: AsyncExitStac
     ]
 
     async def call(turn: int) -> np.ndarray[Any, Any]:
-        answer = (await encode(requests[turn % BODIES])).embeddings
+        answer = (await _patiently(lambda: encode(requests[turn % BODIES]))).embeddings
         return np.frombuffer(answer.data, "<f4").reshape(tuple(answer.shape))
 
     return call
+
+
+async def _patiently(call: Callable[[], Awaitable[Any]]) -> Any:
+    """Call again when the server says that it is full; the wait is in the call's latency."""
+    while True:
+        try:
+            return await call()
+        except aio.AioRpcError as error:
+            if error.code() is not StatusCode.RESOURCE_EXHAUSTED:
+                raise
+            await asyncio.sleep(_AGAIN_S)
 
 
 async def openai(target: str, groups: list[list[bytes]], stack: AsyncExitStack) -> Call:

@@ -19,6 +19,13 @@ THRESHOLDS = {Modality.IMAGE: 0.05, Modality.TEXT: -0.02}
 def with_bias(bundle: Bundle, path: Path, seed: int = 0) -> Bundle:
     """Copy `bundle` to `path`, add the calibration, and load it."""
     shutil.copytree(bundle.path, path)
+    write_bias(bundle, path, seed)
+    refresh_manifest(path)
+    return Bundle.load(path)
+
+
+def write_bias(bundle: Bundle, path: Path, seed: int = 0) -> None:
+    """Write a calibration for `bundle` into the bundle folder `path`, whose manifest does not know of it yet."""
     rng = np.random.default_rng(seed)
     d = bundle.clip_config.embed_dim
 
@@ -47,5 +54,3 @@ def with_bias(bundle: Bundle, path: Path, seed: int = 0) -> Bundle:
         },
         figures={"chosen": "nothing"},
     ).write(path / BIAS / f"{BIAS}.json", path / BIAS / f"{BIAS}.safetensors")
-    refresh_manifest(path)
-    return Bundle.load(path)
