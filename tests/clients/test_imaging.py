@@ -20,7 +20,7 @@ from monofacet.testing import FakeMonofacet, run_server
 from monofacet.v1 import common_pb2, imaging_service_pb2
 from typer.testing import CliRunner
 
-from tests.clients.test_client import Both
+from tests.clients.conftest import Both
 
 PIXELS = np.zeros((8, 8, 3), np.uint8)
 

@@ -1,14 +1,10 @@
-"""ImagingService over gRPC, on a debug pipeline and a debug encoder, without Ray."""
+"""ImagingService.Generate over gRPC, on a debug pipeline, without Ray."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import io
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -18,90 +14,14 @@ import pytest
 from google.protobuf import json_format
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from monofacet.v1 import common_pb2, imaging_service_pb2_grpc, model_service_pb2, model_service_pb2_grpc
+from monofacet.v1 import common_pb2, model_service_pb2, model_service_pb2_grpc
 from monofacet.v1 import imaging_service_pb2 as pb
 
-from deployments.encoder import Encoder
-from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.pictures import MAX_REFERENCES, REFERENCES_LEFT_OUT, picture
-from deployments.gateway.server import IMAGING, GatewayServer
-from deployments.generation_work import Events, Failed, GeneratorInfo
-from deployments.generator import Generator
-from deployments.model import TowerModel, load_dictionaries
-from deployments.settings import Settings
-from services.bundle import Bundle
+from deployments.gateway.server import IMAGING
 from services.errors import SteeringUnsupported
-from services.manifest import DiffusionEntry
 from tests.deployments.conftest import error_details
-from tests.deployments.debug_generation import DebugPipeline
-
-ENTRY = DiffusionEntry("StableUnCLIPImg2ImgPipeline", "embedding", "f" * 64, 64, 64, 4, 3.0)
-INFO = GeneratorInfo("cpu", "fp32", 1, ("embedding",), True, "free", 1)
-
-
-@dataclass
-class Gateway:
-    """A gateway in this process."""
-
-    model: DebugPipeline
-    server: GatewayServer
-    channel: aio.Channel
-    bundle: Bundle
-
-    @property
-    def imaging(self) -> Any:
-        return imaging_service_pb2_grpc.ImagingServiceStub(self.channel)
-
-    def sample(self, name: str, **labels: str) -> float:
-        return self.server.metrics.registry.get_sample_value(name, labels) or 0.0
-
-
-Open = Callable[..., AbstractAsyncContextManager[Gateway]]
-
-
-@pytest.fixture(scope="module")
-def encoder_parts(tiny: Bundle) -> tuple[Any, Any]:
-    return TowerModel(tiny, Settings(backend="torch", threads=1)), load_dictionaries(tiny)
-
-
-@pytest.fixture
-def open_gateway(tiny: Bundle, encoder_parts: tuple[Any, Any]) -> Open:
-    @asynccontextmanager
-    async def opened(pipeline: bool = True, warm: bool = True, **overrides: Any) -> AsyncIterator[Gateway]:
-        settings = Settings(
-            **{"port": 0, "metrics_port": 0, "drain_s": 5.0, "max_queue_s": 60.0, **overrides}
-        )
-        manifest = dataclasses.replace(tiny.manifest, diffusion=ENTRY) if pipeline else tiny.manifest
-        bundle = dataclasses.replace(tiny, manifest=manifest)
-        model = DebugPipeline()
-        generator = Generator(settings, model)
-        encoder = Encoder(settings, *encoder_parts)
-
-        async def stream(method: str, *args: Any) -> AsyncIterator[Events]:
-            try:
-                async for message in getattr(generator, method)(*args):
-                    yield message
-            except Exception as error:
-                yield Events((Failed(error),))
-
-        server = GatewayServer(settings, Catalogue.read(bundle))
-        port, _ = await server.open()
-        score: Any = encoder.score
-        await server.serve(encoder.encode, score, encoder.info(), stream if pipeline else None)
-        if pipeline and warm:
-            await server.generate(INFO)
-        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            try:
-                yield Gateway(model, server, channel, bundle)
-            finally:
-                model.release()
-                await server.drain()
-
-    return opened
-
-
-async def events(call: Any) -> list[Any]:
-    return [response async for response in call]
+from tests.deployments.imaging.conftest import INFO, Gateway, Open, events, preview
 
 
 def chunk(data: bytes) -> pb.GenerateRequest:
@@ -320,90 +240,6 @@ async def test_only_images_wait_for_the_generator(open_gateway: Open) -> None:
         assert await health(gateway) == {"": "SERVING", IMAGING: "SERVING"}
         after = (await models.GetModel(model_service_pb2.GetModelRequest())).model.pipeline
         assert (after.ready, list(after.paths)) == (True, ["embedding"])
-
-
-def preview(**steering: Any) -> pb.PreviewSteeringRequest:
-    edit = pb.SteeringEdit(label=common_pb2.MODALITY_LABEL_TEXT, scale=3.0)
-    return pb.PreviewSteeringRequest(
-        input=common_pb2.Input(text="red circle"), steering=pb.Steering(**{"edits": [edit], **steering})
-    )
-
-
-async def test_a_preview_is_what_the_steering_maths_says(
-    open_gateway: Open, tiny: Bundle, encoder_parts: tuple[Any, Any]
-) -> None:
-    import torch
-
-    from services.modalities import Modality
-
-    model, dictionaries = encoder_parts
-    async with open_gateway(pipeline=False) as gateway:
-        request = preview()
-        request.max_features = 64
-        answer = await gateway.imaging.PreviewSteering(request)
-        unit, _ = model.encode_texts(model.prepare("red circle", False)[None])
-        sae = dictionaries["sae"]
-        z = sae.encode(torch.from_numpy(unit), Modality.TEXT)[0].numpy()
-        text = tiny.modality("sae").label == "TEXT"
-        wanted = np.where(text, 3 * z, z)
-        got = np.zeros_like(z)
-        got[list(answer.steered_features.indices)] = answer.steered_features.values
-        np.testing.assert_allclose(got, wanted, rtol=1e-5)
-        moved = unit[0] + (wanted - z) @ sae.decoder_rows(Modality.TEXT).numpy()
-        moved /= np.linalg.norm(moved)
-        steered = np.frombuffer(answer.steered_embedding.data, "<f4")
-        # Float32 sums in another order.
-        np.testing.assert_allclose(steered, moved, atol=1e-5)
-        assert abs(answer.delta - np.linalg.norm(moved - unit[0])) < 1e-5
-        captions = [caption.text for caption in answer.captions]
-        assert captions[0] == "red circle"
-        assert answer.captions[0].similarity > 0.999
-        assert len(answer.steered_captions) == 4
-
-
-async def test_a_preview_takes_references_and_a_wanted_size(open_gateway: Open, tiny: Bundle) -> None:
-    async with open_gateway(pipeline=False) as gateway:
-        data = (tiny.path / "samples/1.png").read_bytes()
-        reference = common_pb2.Input(image=common_pb2.Image(data=data))
-        edit = pb.SteeringEdit(label=common_pb2.MODALITY_LABEL_IMAGE, reference=reference)
-        answer = await gateway.imaging.PreviewSteering(preview(edits=[edit], delta=0.25))
-        assert abs(answer.delta - 0.25) < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("steering", "field"),
-    [
-        ({"dictionary": "none"}, "steering.dictionary"),
-        (
-            {"edits": [pb.SteeringEdit(ids=pb.SteeredFeatures(ids=[64]), scale=0)]},
-            "steering.edits[0].ids",
-        ),
-        (
-            {
-                "edits": [
-                    pb.SteeringEdit(
-                        label=common_pb2.MODALITY_LABEL_TEXT,
-                        reference=common_pb2.Input(image=common_pb2.Image(data=b"no picture")),
-                    )
-                ]
-            },
-            "steering.edits[0].reference.image.data",
-        ),
-    ],
-)
-async def test_a_bad_preview_names_its_field(open_gateway: Open, steering: Any, field: str) -> None:
-    async with open_gateway(pipeline=False) as gateway:
-        with pytest.raises(aio.AioRpcError) as caught:
-            await gateway.imaging.PreviewSteering(preview(**steering))
-        assert error_details(caught.value)[1] == [field]
-
-
-async def test_quantiles_that_the_bundle_lacks_are_a_failed_precondition(open_gateway: Open) -> None:
-    async with open_gateway(pipeline=False) as gateway:
-        edit = pb.SteeringEdit(label=common_pb2.MODALITY_LABEL_TEXT, quantile=0.5)
-        with pytest.raises(aio.AioRpcError) as caught:
-            await gateway.imaging.PreviewSteering(preview(edits=[edit]))
-        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
 def test_the_request_in_a_png_is_one_line_of_json() -> None:
