@@ -17,7 +17,7 @@ help:  ## List the targets
 
 $(STAMP): pyproject.toml clients/python/pyproject.toml constraints.txt
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	@# Compiling all 60,000 files takes longer than installing them; what is used is compiled when it is imported.
+	@# Compiling all 20,000 files takes about as long as installing them; what is used is compiled when it is imported.
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable clients/python --editable ".[server,train,dev]"
 	@touch $@
 

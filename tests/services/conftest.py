@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-# Threads that spin while they wait slow a busy machine a hundredfold; read when torch starts.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import torch  # noqa: E402
-
-from services.bundle import Bundle  # noqa: E402
-from tests.support.tiny_bundle import make_tiny_bundle  # noqa: E402
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return make_tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+from services.bundle import Bundle
 
 
 @pytest.fixture
