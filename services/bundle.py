@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 CLIP_CONFIG = "clip/open_clip_config.json"
 CLIP_WEIGHTS = "clip/open_clip_model.safetensors"
+PROBE = "clip/probe.safetensors"
 DICTIONARIES = "dictionaries"
 MODALITY = "modality"
 CARDS = "cards"
@@ -225,7 +226,8 @@ def write_manifest(
     The layout says the rest: ``clip/``, ``dictionaries/<name>.json``, ``modality/<name>.parquet``,
     ``cards/<name>.parquet`` with ``cards/images.parquet``, ``samples/samples.json`` (a list of `Sample`, with
     paths relative to the bundle), ``<section>/<section>.json`` with its safetensors for each calibration,
-    ``diffusion/monofacet.json`` (a `DiffusionEntry`) and ``steering/<name>.safetensors``.
+    ``diffusion/monofacet.json`` (a `DiffusionEntry`), ``steering/<name>.safetensors`` and
+    ``clip/probe.safetensors`` (see `services.probe`).
 
     Returns
     -------
@@ -263,6 +265,7 @@ def write_manifest(
         defense=_calibration(path, DEFENSE),
         diffusion=_diffusion(path),
         steering=_stems(path / STEERING, STEERING, ".safetensors"),
+        probe=PROBE if PROBE in files else None,
     )
     check_references(manifest)
     verify_files(path, manifest, hashes=False)

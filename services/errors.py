@@ -23,6 +23,7 @@
         ├── BundleFileError               a wrong hash or size, a missing or an extra file
         ├── UnsafeWeights                 weights that are not safetensors
         ├── TowerMismatch                 a dictionary trained on another tower
+        │   └── ProbeMismatch                 towers, preprocessing or tokenizer that answer otherwise than recorded
         └── UnsupportedModel              a configuration these towers cannot run
 
 Every error has a `reason`, a constant in UPPER_SNAKE that clients may branch on, and `violations`: pairs of a
@@ -228,6 +229,12 @@ class TowerMismatch(BundleError):
     """A dictionary was trained on the embeddings of another tower."""
 
     default_reason = "TOWER_MISMATCH"
+
+
+class ProbeMismatch(TowerMismatch):
+    """The towers do not answer as they did when the bundle was made: they are used in another way."""
+
+    default_reason = "PROBE_MISMATCH"
 
 
 class UnsupportedModel(BundleError):

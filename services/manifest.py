@@ -14,7 +14,7 @@ from services.strict_json import canonical_json, parse_dataclass
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-OPTIONAL_SECTIONS = frozenset({"bias", "defense", "diffusion", "steering"})
+OPTIONAL_SECTIONS = frozenset({"bias", "defense", "diffusion", "probe", "steering"})
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,8 @@ class Manifest:
         The text-to-image pipeline; None in a bundle without one.
     steering : mapping of str to str
         Dictionary name to the path of its activation quantiles.
+    probe : str or None
+        Path of what the towers answered when the bundle was made (see `services.probe`); None in a bundle without.
     """
 
     schema_version: int
@@ -225,6 +227,7 @@ class Manifest:
     defense: CalibrationEntry | None = None
     diffusion: DiffusionEntry | None = None
     steering: Mapping[str, str] = field(default_factory=dict)
+    probe: str | None = None
 
 
 def manifest_sha256(manifest: Manifest) -> str:
@@ -281,6 +284,7 @@ def check_references(manifest: Manifest) -> None:
         ("clip.config", manifest.clip.config),
         ("clip.weights", manifest.clip.weights),
         ("cards.images", manifest.cards.images),
+        ("probe", manifest.probe),
     ]
     for name, entry in manifest.dictionaries.items():
         named += [

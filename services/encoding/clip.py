@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # a process that only reads a config should not pay.
 OPENAI_DATASET_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_DATASET_STD = (0.26862954, 0.26130258, 0.27577711)
+# What open_clip's preprocess_cfg may hold. A key that is passed over would be a preprocessing that is not done.
+PREPROCESS_KEYS = frozenset({"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"})
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def read_clip_config(path: Path) -> ClipConfig:
         Where it is not such a JSON.
     UnsupportedModel
         Where it asks for what these towers cannot run: a Hugging Face text tower or tokenizer, CoCa, another
-        vocabulary, an unknown resize.
+        vocabulary, an unknown resize or other preprocessing, pictures of another size than the tower's.
     """
     try:
         document = json.loads(path.read_text())
@@ -90,11 +92,22 @@ def read_clip_config(path: Path) -> ClipConfig:
     resize_mode = preprocess_cfg.get("resize_mode", "shortest")
     if interpolation not in ("bicubic", "bilinear") or resize_mode not in ("shortest", "longest", "squash"):
         raise UnsupportedModel(f"{path.name}: cannot resize by {interpolation!r}, {resize_mode!r}")
+    unknown = sorted(set(preprocess_cfg) - PREPROCESS_KEYS)
+    if unknown or preprocess_cfg.get("mode", "RGB") != "RGB":
+        what = f"{', '.join(unknown)} is unknown" if unknown else "mode must be RGB"
+        raise UnsupportedModel(f"{path.name}: preprocess_cfg: {what}")
+    image_size = _pair(preprocess_cfg.get("size") or vision.get("image_size", 224))
+    # A tower of timm's may take pictures of another size than its name says.
+    if "timm_model_name" not in vision and image_size != _pair(vision.get("image_size", 224)):
+        raise UnsupportedModel(
+            f"{path.name}: preprocess_cfg has pictures of {image_size} pixels, the tower takes "
+            f"{_pair(vision.get('image_size', 224))}"
+        )
     return ClipConfig(
         model_cfg=model_cfg,
         preprocess_cfg=preprocess_cfg,
         embed_dim=embed_dim,
-        image_size=_pair(preprocess_cfg.get("size") or vision.get("image_size", 224)),
+        image_size=image_size,
         context_length=int(text.get("context_length", 77)),
         mean=_triple(preprocess_cfg.get("mean") or OPENAI_DATASET_MEAN),
         std=_triple(preprocess_cfg.get("std") or OPENAI_DATASET_STD),

@@ -62,7 +62,7 @@ def copy_towers(clip: Path, bundle: Path, link: bool = False) -> None:
                 pass
         shutil.copyfile(source, bundle / target)
     given = clip / PROBE_FILE
-    probe = read_probe(given) if given.exists() else probe_of_folder(clip)
+    probe = read_probe(given) if given.exists() else probe_of_folder((bundle / CLIP_CONFIG).parent)
     config = read_clip_config(bundle / CLIP_CONFIG)
     towers = TorchTowers(build_clip(config, bundle / CLIP_WEIGHTS), config)
     tokeniser = Tokeniser(config)
