@@ -22,6 +22,7 @@ from services.encoding.images import ImageLimits, ImagePreprocess, decode_image
 from services.encoding.load import load_towers
 from services.encoding.texts import TextLimits, Tokeniser
 from services.encoding.towers import Towers
+from services.probe import check_bundle
 
 log = logging.getLogger("monofacet.encoder")
 
@@ -53,6 +54,11 @@ class TowerModel:
         Already verified.
     settings
         Backend, threads and limits.
+
+    Raises
+    ------
+    ProbeMismatch
+        Where the towers, as they run here, answer otherwise than when the bundle was made.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
@@ -67,6 +73,7 @@ class TowerModel:
         # The gateway counts bytes, of which a text never has fewer than characters.
         self._tokeniser = Tokeniser(config, TextLimits(settings.max_text_bytes))
         self._towers, self._threads = tuned_towers(bundle, settings)
+        check_bundle(bundle, self._preprocess, self._tokeniser, self._towers)
         self._parameters = count_parameters(bundle.clip_weights)
 
     def warm_up(self, max_batch: int) -> None:
