@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from monofacet.v1 import common_pb2
 from monofacet.v1 import defense_service_pb2 as pb
 from numpy.typing import NDArray
 
 from deployments.gateway.cards import label_value
+from deployments.gateway.decoders import Decoder
 from deployments.work import Features
-from services.defense import FilterMode, Look, Reason, Screened
+from services.defense import (
+    DefenseCalibration,
+    FilterChoice,
+    FilterMode,
+    Look,
+    Reason,
+    Screened,
+    screen,
+)
 from services.defense.labels import zero_shot
 from services.tables import ModalityTable
 
@@ -53,37 +64,118 @@ class LabelTexts:
         self._units = units
         self._logit_scale = logit_scale
 
-    def nearest(self, unit: NDArray[np.float32]) -> pb.ZeroShotLabel:
-        """Return the text that an embedding is nearest to."""
-        found = zero_shot(unit, self._units, self._logit_scale)
-        return pb.ZeroShotLabel(
-            text=self._texts[found.index],
-            index=found.index,
-            probability=found.probability,
-            similarity=found.similarity,
+    def nearest(self, units: NDArray[np.float32]) -> list[pb.ZeroShotLabel]:
+        """Return the text that each of several embeddings, shape (B, embed_dim), is nearest to."""
+        found = zero_shot(units, self._units, self._logit_scale)
+        rows = zip(found.index.tolist(), found.probability.tolist(), found.similarity.tolist(), strict=True)
+        return [
+            pb.ZeroShotLabel(text=self._texts[i], index=i, probability=p, similarity=s) for i, p, s in rows
+        ]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request's images, and how they are to be judged.
+
+    Attributes
+    ----------
+    looks, twins, noise
+        As `services.defense.screen` wants them.
+    choice, filter_all
+        As `services.defense.screen` wants them.
+    labels
+        For the zero-shot labels.
+    """
+
+    looks: Sequence[Look]
+    twins: Sequence[Look] | None
+    noise: NDArray[np.float32]
+    choice: FilterChoice
+    filter_all: bool
+    labels: LabelTexts
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What was found of one request's images, and their nearest labels before and after."""
+
+    screened: list[Screened]
+    before: list[pb.ZeroShotLabel]
+    after: list[pb.ZeroShotLabel]
+
+
+def judge(
+    questions: Sequence[Question],
+    calibration: DefenseCalibration,
+    decoder: Decoder,
+    false_positive_rate: float,
+) -> list[Verdicts]:
+    """Judge the images of several requests; those that ask the same are one batch.
+
+    A batch reads the decoder and the label embeddings once, which are most of the work.
+    """
+    alike: dict[object, list[int]] = {}
+    for i, question in enumerate(questions):
+        key = (question.choice, question.filter_all, question.twins is None, id(question.labels))
+        alike.setdefault(key, []).append(i)
+    answers: dict[int, Verdicts] = {}
+    for places in alike.values():
+        group = [questions[i] for i in places]
+        one = group[0]
+        screened = screen(
+            [look for question in group for look in question.looks],
+            np.concatenate([question.noise for question in group]),
+            None if one.twins is None else [twin for question in group for twin in question.twins or ()],
+            calibration,
+            decoder.rows,
+            decoder.origin,
+            choice=one.choice,
+            false_positive_rate=false_positive_rate,
+            filter_all=one.filter_all,
         )
+        before = one.labels.nearest(np.stack([look.unit for question in group for look in question.looks]))
+        after = list(before)
+        changed = [i for i, found in enumerate(screened) if found.was_filtered]
+        if changed:
+            labels = one.labels.nearest(np.stack([screened[i].unit for i in changed]))
+            for i, label in zip(changed, labels, strict=True):
+                after[i] = label
+        start = 0
+        for place, question in zip(places, group, strict=True):
+            part = slice(start, start + len(question.looks))
+            answers[place] = Verdicts(screened[part], before[part], after[part])
+            start = part.stop
+    return [answers[i] for i in range(len(questions))]
 
 
-def filtered_image(
-    look: Look, screened: Screened, table: ModalityTable | None, labels: LabelTexts, max_features: int
-) -> pb.FilteredImage:
-    """Return what was found of one image.
+def filtered_images(
+    verdicts: Verdicts, table: FeatureLabels | None, max_features: int
+) -> list[pb.FilteredImage]:
+    """Return what was found of one request's images.
 
     Parameters
     ----------
-    look
-        As encoded.
-    screened
+    verdicts
         What was found.
     table
-        Labels and names of the features; None without one.
-    labels
-        For the zero-shot label.
+        Labels and names of the features; None without any.
     max_features
-        Features to list.
+        Features of an image to list.
     """
-    suspicious = screened.found.any
-    before = labels.nearest(look.unit)
+    return [
+        _filtered_image(screened, before, after, table, max_features)
+        for screened, before, after in zip(verdicts.screened, verdicts.before, verdicts.after, strict=True)
+    ]
+
+
+def _filtered_image(
+    screened: Screened,
+    before: pb.ZeroShotLabel,
+    after: pb.ZeroShotLabel,
+    table: FeatureLabels | None,
+    max_features: int,
+) -> pb.FilteredImage:
+    (suspicious,) = np.nonzero(screened.found.any)
     return pb.FilteredImage(
         verdict=pb.VERDICT_ADVERSARIAL if screened.adversarial else pb.VERDICT_CLEAN,
         score=screened.score,
@@ -91,34 +183,56 @@ def filtered_image(
         p_value=screened.p_value,
         scores=pb.DetectionScores(**screened.scores),
         features=_features(screened, suspicious, table, max_features),
-        suspicious_features=int(suspicious.sum()),
+        suspicious_features=len(suspicious),
         filtered=screened.was_filtered,
         label_before=before,
-        label_after=labels.nearest(screened.unit) if screened.was_filtered else before,
+        label_after=after,
     )
 
 
+class FeatureLabels:
+    """Labels and names of a dictionary's features as messages want them: of a list, not of an array.
+
+    Parameters
+    ----------
+    table
+        Of the dictionary.
+    """
+
+    def __init__(self, table: ModalityTable) -> None:
+        self.labels = [label_value(str(label)) for label in table.label]
+        self.names = [str(name) for name in table.name]
+
+
 def _features(
-    screened: Screened, suspicious: NDArray[np.bool_], table: ModalityTable | None, limit: int
+    screened: Screened, suspicious: NDArray[np.intp], table: FeatureLabels | None, limit: int
 ) -> list[pb.SuspiciousFeature]:
     found = screened.found
-    chosen = np.flatnonzero(suspicious)
+    values, filtered = found.values[suspicious], screened.filtered[suspicious]
     # The last key is the first to sort by.
-    order = np.lexsort((-found.values[chosen], -np.abs(screened.filtered - found.values)[chosen]))
-    messages = []
-    for i in chosen[order][:limit]:
-        feature = int(found.indices[i])
-        messages.append(
-            pb.SuspiciousFeature(
-                feature=feature,
-                activation=float(found.values[i]),
-                filtered=float(screened.filtered[i]),
-                reasons=[_REASONS[reason] for reason, holds in found.reasons.items() if holds[i]],
-                label=label_value("" if table is None else str(table.label[feature])),
-                name="" if table is None else str(table.name[feature]),
-            )
+    order = suspicious[np.lexsort((-values, -np.abs(filtered - values)))[:limit]]
+    reasons: list[list[pb.SuspicionReason.ValueType]] = [[] for _ in order]
+    for reason, holds in found.reasons.items():
+        for i in np.flatnonzero(holds[order]).tolist():
+            reasons[i].append(_REASONS[reason])
+    rows = zip(
+        found.indices[order].tolist(),
+        found.values[order].tolist(),
+        screened.filtered[order].tolist(),
+        reasons,
+        strict=True,
+    )
+    return [
+        pb.SuspiciousFeature(
+            feature=feature,
+            activation=activation,
+            filtered=kept,
+            reasons=why,
+            label=common_pb2.MODALITY_LABEL_UNSPECIFIED if table is None else table.labels[feature],
+            name="" if table is None else table.names[feature],
         )
-    return messages
+        for feature, activation, kept, why in rows
+    ]
 
 
 _REASONS = {reason: pb.SuspicionReason.Value(f"SUSPICION_REASON_{reason.value}") for reason in Reason}

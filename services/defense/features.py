@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -26,27 +27,38 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class Look:
-    """One look at a picture.
+    """One look at a picture, or at several of a batch.
 
     Attributes
     ----------
-    unit : float32 array, shape (d,)
+    unit : float32 array, shape (*batch, d)
         e, of unit length.
     indices : int array, shape (nnz,)
-        Active features, in any order.
-    values : float32 array, shape (nnz,)
+        Active features, in any order; of a batch, those that are active in any of it.
+    values : float32 array, shape (*batch, nnz)
         Their activations z.
     """
 
-    unit: Float[np.ndarray, " d"]
+    unit: Float[np.ndarray, "*batch d"]
     indices: Int[np.ndarray, " nnz"]
-    values: Float[np.ndarray, " nnz"]
+    values: Float[np.ndarray, "*batch nnz"]
 
-    def energy(self) -> Float[np.ndarray, " nnz"]:
-        """Return z_j^2 / sum z^2, the share of the energy on each active feature; empty where nothing is active."""
+    @classmethod
+    def stack(cls, looks: Sequence[Look]) -> Look:
+        """Return the looks at several pictures as one."""
+        indices = np.concatenate([look.indices for look in looks])
+        indices, columns = np.unique(indices, return_inverse=True)
+        values = np.zeros((len(looks), len(indices)), np.float32)
+        rows = np.repeat(np.arange(len(looks)), [len(look.indices) for look in looks])
+        values[rows, columns.reshape(-1)] = np.concatenate([look.values for look in looks])
+        return cls(np.stack([look.unit for look in looks]), indices, values)
+
+    def energy(self) -> Float[np.ndarray, "*batch nnz"]:
+        """Return z_j^2 / sum z^2, the share of the energy on each active feature; 0 where nothing is active."""
         squares = self.values.astype(np.float64) ** 2
-        total = squares.sum()
-        return squares / total if total > 0 else squares
+        total = squares.sum(-1, keepdims=True)
+        shares: np.ndarray = squares / np.where(total > 0, total, 1.0)
+        return shares
 
 
 @dataclass(frozen=True)
@@ -123,32 +135,41 @@ def change_tolerance(
 
 @dataclass(frozen=True)
 class Suspects:
-    """The features of one image, those of its smoothed twin included, and what speaks against each.
+    """The features of images, those of their smoothed twins included, and what speaks against each.
 
     Attributes
     ----------
     indices : int array, shape (m,)
-        Features active in either look, ascending.
-    values, twin : float32 arrays, shape (m,)
+        Features active in any look, ascending.
+    values, twin : float32 arrays, shape (*batch, m)
         Activations z, and z~ of the smoothed picture (a copy of z without one).
-    reasons : mapping of Reason to bool array, shape (m,)
+    reasons : mapping of Reason to bool array, shape (*batch, m)
         Which features each reason holds for.
     """
 
     indices: Int[np.ndarray, " m"]
-    values: Float[np.ndarray, " m"]
-    twin: Float[np.ndarray, " m"]
-    reasons: dict[Reason, Bool[np.ndarray, " m"]]
+    values: Float[np.ndarray, "*batch m"]
+    twin: Float[np.ndarray, "*batch m"]
+    reasons: dict[Reason, Bool[np.ndarray, "*batch m"]]
 
     @property
-    def any(self) -> Bool[np.ndarray, " m"]:
+    def any(self) -> Bool[np.ndarray, "*batch m"]:
         """Which features have at least one reason."""
         result: np.ndarray = np.logical_or.reduce(list(self.reasons.values()))
         return result
 
+    def of(self, image: int | Int[np.ndarray, " b"], columns: Int[np.ndarray, " k"] | slice) -> Suspects:
+        """Return some columns of one image of a batch, or of some images with all columns."""
+        return Suspects(
+            self.indices[columns],
+            self.values[image, columns],
+            self.twin[image, columns],
+            {reason: holds[image, columns] for reason, holds in self.reasons.items()},
+        )
+
 
 def suspects(look: Look, twin: Look | None, statistics: FeatureStatistics) -> Suspects:
-    """Return what speaks against each feature of an image; `twin` is the look at the smoothed picture."""
+    """Return what speaks against each feature of images; `twin` is the look at the smoothed pictures."""
     other = look if twin is None else twin
     indices = np.union1d(look.indices, other.indices).astype(np.int64)
     values, smoothed = _spread(look, indices), _spread(other, indices)
@@ -167,7 +188,7 @@ def suspects(look: Look, twin: Look | None, statistics: FeatureStatistics) -> Su
     )
 
 
-def _spread(look: Look, indices: Int[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-    values = np.zeros(len(indices), np.float32)
-    values[np.searchsorted(indices, look.indices)] = look.values
+def _spread(look: Look, indices: Int[np.ndarray, " m"]) -> Float[np.ndarray, "*batch m"]:
+    values = np.zeros((*look.values.shape[:-1], len(indices)), np.float32)
+    values[..., np.searchsorted(indices, look.indices)] = look.values
     return values

@@ -32,19 +32,19 @@ _DROPPED = (Reason.MOVED, Reason.TEXT, Reason.UNSTABLE)
 _ABNORMAL = (Reason.UNSEEN, Reason.EXCESS)
 
 
-def drop(found: Suspects) -> Float[np.ndarray, " m"]:
+def drop(found: Suspects) -> Float[np.ndarray, "*batch m"]:
     """Return z' = 0 where an attack is known to move a feature, where it is TEXT and where it is unstable, else z."""
     suspicious = np.logical_or.reduce([found.reasons[reason] for reason in _DROPPED])
     return np.where(suspicious, np.float32(0), found.values)
 
 
-def keep_normal(found: Suspects) -> Float[np.ndarray, " m"]:
+def keep_normal(found: Suspects) -> Float[np.ndarray, "*batch m"]:
     """Return z' = z where a feature is normal under clean statistics, else 0."""
     abnormal = np.logical_or.reduce([found.reasons[reason] for reason in _ABNORMAL])
     return np.where(abnormal, np.float32(0), found.values)
 
 
-def restore(found: Suspects) -> Float[np.ndarray, " m"]:
+def restore(found: Suspects) -> Float[np.ndarray, "*batch m"]:
     """Return z' = z~, the smoothed picture's activation, where a feature is unstable, else z."""
     return np.where(found.reasons[Reason.UNSTABLE], found.twin, found.values)
 
@@ -56,12 +56,12 @@ def rebuild(
     look: Look,
     twin: Look | None,
     found: Suspects,
-    filtered: Float[np.ndarray, " m"],
+    filtered: Float[np.ndarray, "*batch m"],
     rows: Float[np.ndarray, "n d"],
     origin: Float[np.ndarray, " d"],
     choice: FilterChoice,
-) -> Float[np.ndarray, " d"]:
-    """Return the embedding of activations z', of unit length.
+) -> Float[np.ndarray, "*batch d"]:
+    """Return the embeddings of activations z', of unit length.
 
     e' = norm(z' D + b), and with the residual e' = norm(e + (z' - z) D): what no feature explains is then kept. Where
     activations are restored it is the smoothed picture's residual, e' = norm(e~ + (z' - z~) D), because the attack is
@@ -74,5 +74,6 @@ def rebuild(
         raw = look.unit + (filtered - found.values) @ rows[found.indices]
     else:
         raw = decode(found.indices, filtered, rows, origin)
-    length = float(np.linalg.norm(raw))
-    return (raw / length).astype(np.float32) if length > 1e-6 else look.unit
+    length = np.linalg.norm(raw, axis=-1, keepdims=True)
+    result: np.ndarray = np.where(length > 1e-6, raw / np.maximum(length, 1e-6), look.unit)
+    return result.astype(np.float32)

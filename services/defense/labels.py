@@ -5,31 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """The nearest of several texts.
+    """The nearest of several texts, of one embedding or of a batch.
 
     Attributes
     ----------
-    index : int
+    index : int array, shape (*batch,)
         Which one.
-    probability : float
+    probability : float64 array, shape (*batch,)
         Its softmax over all of them, in [0, 1].
-    similarity : float
+    similarity : float64 array, shape (*batch,)
         Cosine, in [-1, 1].
     """
 
-    index: int
-    probability: float
-    similarity: float
+    index: Int[np.ndarray, "*batch"]
+    probability: Float[np.ndarray, "*batch"]
+    similarity: Float[np.ndarray, "*batch"]
 
 
-def zero_shot(unit: Float[np.ndarray, " d"], texts: Float[np.ndarray, "L d"], logit_scale: float) -> ZeroShot:
+def zero_shot(
+    unit: Float[np.ndarray, "*batch d"], texts: Float[np.ndarray, "L d"], logit_scale: float
+) -> ZeroShot:
     """Return argmax and softmax of logit_scale <e, t_l> over unit text embeddings t_l."""
-    cosines = (texts @ unit).astype(np.float64)
-    best = int(np.argmax(cosines))
-    weights = np.exp(logit_scale * (cosines - cosines[best]))
-    return ZeroShot(best, float(1.0 / weights.sum()), float(cosines[best]))
+    cosines = (unit @ texts.T).astype(np.float64)
+    best = cosines.max(-1)
+    # 1 / sum exp is the softmax of the largest, whose own exponent is 0.
+    cosines -= best[..., None]
+    index = np.asarray(cosines.argmax(-1))
+    cosines *= logit_scale
+    np.exp(cosines, out=cosines)
+    return ZeroShot(index, 1.0 / cosines.sum(-1), best)

@@ -1,4 +1,4 @@
-"""The detection scores, one formula a function. Larger is more suspicious for each.
+"""The detection scores, one formula a function, of one image or of a batch. Larger is more suspicious for each.
 
 r4, the noise, is `services.defense.smoothing.noise`: it is of the pixels.
 """
@@ -6,7 +6,7 @@ r4, the noise, is `services.defense.smoothing.noise`: it is of the pixels.
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from services.defense.features import FeatureStatistics, Look
 
@@ -21,10 +21,10 @@ SIGMA = 20 / 255
 
 def decode(
     indices: Int[np.ndarray, " m"],
-    values: Float[np.ndarray, " m"],
+    values: Float[np.ndarray, "*batch m"],
     rows: Float[np.ndarray, "n d"],
     origin: Float[np.ndarray, " d"],
-) -> Float[np.ndarray, " d"]:
+) -> Float[np.ndarray, "*batch d"]:
     """Return e_hat = z D + b of sparse activations z."""
     result: np.ndarray = values @ rows[indices] + origin
     return result
@@ -32,41 +32,48 @@ def decode(
 
 def reconstruction_error(
     look: Look, rows: Float[np.ndarray, "n d"], origin: Float[np.ndarray, " d"]
-) -> float:
+) -> Float[np.ndarray, "*batch"]:
     """Return r1 = |e - (z D + b)|."""
-    return float(np.linalg.norm(look.unit - decode(look.indices, look.values, rows, origin)))
+    result: np.ndarray = np.linalg.norm(look.unit - decode(look.indices, look.values, rows, origin), axis=-1)
+    return result
 
 
-def text_share(look: Look, statistics: FeatureStatistics) -> float:
+def text_share(look: Look, statistics: FeatureStatistics) -> Float[np.ndarray, "*batch"]:
     """Return r2 = sum over TEXT features of z_j^2 / sum z^2; 0 where nothing is active."""
-    return float(look.energy()[statistics.text[look.indices]].sum())
+    return _share(look, statistics.text)
 
 
-def moved_share(look: Look, statistics: FeatureStatistics) -> float:
+def moved_share(look: Look, statistics: FeatureStatistics) -> Float[np.ndarray, "*batch"]:
     """Return r3 = sum over the features that attacks move of z_j^2 / sum z^2; 0 where nothing is active."""
-    return float(look.energy()[statistics.moved[look.indices]].sum())
+    return _share(look, statistics.moved)
 
 
-def instability(look: Look, twin: Look) -> float:
+def _share(look: Look, features: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "*batch"]:
+    result: np.ndarray = look.energy() @ features[look.indices].astype(np.float64)
+    return result
+
+
+def instability(look: Look, twin: Look) -> Float[np.ndarray, "*batch"]:
     """Return r5 = 1 - <e, e~>, e~ the embedding of the smoothed picture."""
-    return float(1.0 - look.unit.astype(np.float64) @ twin.unit.astype(np.float64))
+    result: np.ndarray = 1.0 - (look.unit.astype(np.float64) * twin.unit.astype(np.float64)).sum(-1)
+    return result
 
 
 def detection_scores(
     look: Look,
-    noise: float,
+    noise: float | Float[np.ndarray, "*batch"],
     twin: Look | None,
     statistics: FeatureStatistics,
     rows: Float[np.ndarray, "n d"],
     origin: Float[np.ndarray, " d"],
-) -> Float[np.ndarray, " k"]:
-    """Return the scores of one image, float64, in the order of `ONE_LOOK`, or of `TWO_LOOKS` with a twin."""
+) -> Float[np.ndarray, "*batch k"]:
+    """Return the scores, float64, in the order of `ONE_LOOK`, or of `TWO_LOOKS` with a twin."""
     scores = [
         reconstruction_error(look, rows, origin),
         text_share(look, statistics),
         moved_share(look, statistics),
-        noise,
+        np.asarray(noise),
     ]
     if twin is not None:
         scores.append(instability(look, twin))
-    return np.array(scores)
+    return np.stack(scores, axis=-1).astype(np.float64)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from services.defense.calibration import DefenseCalibration
 from services.defense.detector import Detector, probability
@@ -14,6 +14,9 @@ from services.defense.features import Look, Suspects, suspects
 from services.defense.filtering import MODES, FilterChoice, FilterMode, rebuild
 from services.defense.scores import detection_scores
 from services.errors import InvalidInput
+
+# Images that are screened at once: their features together are columns of every array.
+_TOGETHER = 32
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def choose(
 
 def screen(
     looks: Sequence[Look],
-    noise: Sequence[float],
+    noise: Sequence[float] | Float[np.ndarray, " B"],
     twins: Sequence[Look] | None,
     calibration: DefenseCalibration,
     rows: Float[np.ndarray, "n d"],
@@ -89,7 +92,7 @@ def screen(
     ----------
     looks : sequence of Look
         One an image.
-    noise : sequence of float
+    noise : float array, or sequence, of length B
         r4 of each.
     twins : sequence of Look or None
         Looks at the smoothed pictures, for the second look.
@@ -106,39 +109,81 @@ def screen(
     """
     detector = calibration.detectors[twins is not None]
     threshold = detector.threshold(false_positive_rate)
-    pairs = [(look, None) for look in looks] if twins is None else list(zip(looks, twins, strict=True))
-    return [
-        _screen(look, float(level), twin, calibration, detector, rows, origin, choice, threshold, filter_all)
-        for (look, twin), level in zip(pairs, noise, strict=True)
-    ]
+    found: list[Screened] = []
+    for start in range(0, len(looks), _TOGETHER):
+        part = slice(start, start + _TOGETHER)
+        others = None if twins is None else twins[part]
+        judged = _judge(looks[part], np.asarray(noise[part]), others, calibration, detector, rows, origin)
+        changed = np.full(len(looks[part]), True) if filter_all else judged.logits >= threshold
+        found += _screened(looks[part], judged, detector, threshold, changed, rows, origin, choice)
+    return found
 
 
-def _screen(
-    look: Look,
-    noise: float,
-    twin: Look | None,
+@dataclass(frozen=True)
+class _Judged:
+    """A batch with its scores, before anything is filtered."""
+
+    look: Look
+    twin: Look | None
+    scores: Float[np.ndarray, "B k"]
+    logits: Float[np.ndarray, " B"]
+    found: Suspects
+
+
+def _judge(
+    looks: Sequence[Look],
+    noise: Float[np.ndarray, " B"],
+    twins: Sequence[Look] | None,
     calibration: DefenseCalibration,
     detector: Detector,
     rows: Float[np.ndarray, "n d"],
     origin: Float[np.ndarray, " d"],
-    choice: FilterChoice,
-    threshold: float,
-    filter_all: bool,
-) -> Screened:
+) -> _Judged:
+    look, twin = Look.stack(looks), None if twins is None else Look.stack(twins)
     scores = detection_scores(look, noise, twin, calibration.statistics, rows, origin)
-    logit = float(detector.logit(scores))
-    adversarial = logit >= threshold
-    found = suspects(look, twin, calibration.statistics)
-    was_filtered = adversarial or filter_all
-    filtered = MODES[choice.mode](found) if was_filtered else found.values
-    return Screened(
-        adversarial=adversarial,
-        score=probability(logit),
-        threshold=probability(threshold),
-        p_value=detector.p_value(logit),
-        scores=dict(zip(detector.names, scores.tolist(), strict=True)),
-        found=found,
-        filtered=filtered,
-        unit=rebuild(look, twin, found, filtered, rows, origin, choice) if was_filtered else look.unit,
-        was_filtered=was_filtered,
-    )
+    return _Judged(look, twin, scores, detector.logit(scores), suspects(look, twin, calibration.statistics))
+
+
+def _screened(
+    looks: Sequence[Look],
+    judged: _Judged,
+    detector: Detector,
+    threshold: float,
+    changed: Bool[np.ndarray, " B"],
+    rows: Float[np.ndarray, "n d"],
+    origin: Float[np.ndarray, " d"],
+    choice: FilterChoice,
+) -> list[Screened]:
+    """Filter the images that are to be changed, and part the batch."""
+    found = judged.found
+    filtered, units = found.values, [look.unit for look in looks]
+    (places,) = np.nonzero(changed)
+    if len(places):
+        some = found.of(places, slice(None))
+        activations = MODES[choice.mode](some)
+        filtered = found.values.copy()
+        filtered[places] = activations
+        look = Look(judged.look.unit[places], judged.look.indices, judged.look.values[places])
+        twin = judged.twin
+        other = None if twin is None else Look(twin.unit[places], twin.indices, twin.values[places])
+        rebuilt = rebuild(look, other, some, activations, rows, origin, choice)
+        for place, unit in zip(places, rebuilt, strict=True):
+            units[place] = unit
+    active = (found.values != 0) | (found.twin != 0)
+    screened = []
+    for i, logit in enumerate(judged.logits.tolist()):
+        columns = np.flatnonzero(active[i])
+        screened.append(
+            Screened(
+                adversarial=logit >= threshold,
+                score=probability(logit),
+                threshold=probability(threshold),
+                p_value=detector.p_value(logit),
+                scores=dict(zip(detector.names, judged.scores[i].tolist(), strict=True)),
+                found=found.of(i, columns),
+                filtered=filtered[i, columns],
+                unit=units[i],
+                was_filtered=bool(changed[i]),
+            )
+        )
+    return screened

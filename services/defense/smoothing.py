@@ -9,6 +9,7 @@ Source: Tomasi and Manduchi, "Bilateral filtering for gray and color images" (19
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -49,9 +50,10 @@ def checkerboard(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
     |u_11 - u_12 - u_21 + u_22|. Flat ground and straight edges have none; nor has the noise of a JPEG, which stores
     colour at half the resolution; independent noise in every channel has it everywhere.
     """
-    u = images - images.mean(1, keepdim=True)
-    corners = u[..., 1:, 1:] - u[..., 1:, :-1] - u[..., :-1, 1:] + u[..., :-1, :-1]
-    return 255 * corners.abs().mean(1)
+    down = images[..., 1:, :] - images[..., :-1, :]
+    corners = down[..., 1:] - down[..., :-1]
+    # The mean of the channels' differences is the difference of their means, so u itself is never made.
+    return 255 * (corners - corners.mean(1, keepdim=True)).abs().mean(1)
 
 
 def noise(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
@@ -60,4 +62,8 @@ def noise(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:
     0 where a quarter of the picture is flat, as in most drawings, and of the size of the noise where there is colour
     noise everywhere. A constant that is added to a channel changes nothing.
     """
-    return checkerboard(images).flatten(1).quantile(0.25, dim=1)
+    levels = checkerboard(images).flatten(1)
+    if levels.requires_grad or levels.is_cuda:
+        return levels.quantile(0.25, dim=1)
+    # Torch sorts for a quantile; numpy selects, in a tenth of the time.
+    return torch.from_numpy(np.quantile(levels.numpy(), 0.25, axis=1)).to(levels.dtype)

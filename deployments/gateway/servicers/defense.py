@@ -9,16 +9,28 @@ import numpy as np
 from monofacet.v1 import defense_service_pb2 as pb
 from monofacet.v1 import defense_service_pb2_grpc
 
+from deployments.batching import GreedyBatcher
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.decoders import Decoder, Decoders
+from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.messages import check_texts, relocated, tensor, timings
-from deployments.gateway.screening import MODES, LabelTexts, filtered_image, looks, mode_value, verdict_name
+from deployments.gateway.screening import (
+    MODES,
+    FeatureLabels,
+    LabelTexts,
+    Question,
+    Verdicts,
+    filtered_images,
+    judge,
+    looks,
+    mode_value,
+    verdict_name,
+)
 from deployments.metrics import Metrics
 from deployments.settings import Settings
 from deployments.work import Encoded, Work
 from services.bundle import Bundle
-from services.defense import DefenseCalibration, FilterChoice, Screened, screen
+from services.defense import DefenseCalibration, FilterChoice
 from services.defense.screen import choose
 from services.errors import InvalidInput, NotCalibrated
 from services.modalities import Modality
@@ -26,7 +38,9 @@ from services.modalities import Modality
 _FILTER = "monofacet.v1.DefenseService/FilterAdversarial"
 _DEFAULT_FEATURES = 20
 # Images that are worth a thread; fewer are done before a thread would have started.
-_THREAD_ITEMS = 32
+_THREAD_ITEMS = 64
+# Images that are judged in one go: as many as travel in one message.
+_JUDGED_TOGETHER = 64
 
 
 def read_calibration(bundle: Bundle) -> DefenseCalibration | None:
@@ -70,7 +84,21 @@ class DefenseServicer(defense_service_pb2_grpc.DefenseServiceServicer):
         self._settings = settings
         self._metrics = metrics
         self._bundle = catalogue.bundle.id
-        self._calibration = read_calibration(catalogue.bundle)
+        self._calibration = calibration = read_calibration(catalogue.bundle)
+        self._labels = LabelTexts((), np.zeros((0, 0), np.float32), logit_scale)
+        self._labels_of_features: FeatureLabels | None = None
+        if calibration is not None:
+            self._labels = LabelTexts(calibration.labels, calibration.label_units, logit_scale)
+            table = catalogue.tables.get(calibration.dictionary)
+            self._labels_of_features = None if table is None else FeatureLabels(table)
+        # Requests that the encoder answered together are judged together.
+        self._judging: GreedyBatcher[Question, Verdicts] = GreedyBatcher(
+            self._judge,
+            max_batch=_JUDGED_TOGETHER,
+            # What waits here was admitted by the encoder's backlog.
+            max_queued=2 * settings.max_queued_items,
+            weigh=lambda question: len(question.looks),
+        )
 
     async def FilterAdversarial(  # noqa: N802
         self, request: pb.FilterAdversarialRequest, context: Any
@@ -98,63 +126,52 @@ class DefenseServicer(defense_service_pb2_grpc.DefenseServiceServicer):
             encoded = await self._encoder.encode(work, context.time_remaining())
         except InvalidInput as error:
             raise _blamed(error, count) from error
-        decoder = (await self._decoders.get(calibration.dictionary))[Modality.IMAGE]
-        arguments = (request, encoded, calibration, decoder, choice)
-        response, found = (
-            self._answer(*arguments)
-            if count < _THREAD_ITEMS
-            else await asyncio.to_thread(self._answer, *arguments)
-        )
+        judged = await self._judging.submit([self._question(request, encoded, calibration, choice)])
+        (verdicts,) = judged.results
         self._metrics.items.labels(_FILTER).inc(len(work.items))
-        for screened in found:
+        for screened in verdicts.screened:
             self._metrics.adversarial.labels(verdict_name(screened)).inc()
-        return response
-
-    def _answer(
-        self,
-        request: pb.FilterAdversarialRequest,
-        encoded: Encoded,
-        calibration: DefenseCalibration,
-        decoder: Decoder,
-        choice: FilterChoice,
-    ) -> tuple[pb.FilterAdversarialResponse, list[Screened]]:
-        count, asked = len(request.images), request.options
-        first = looks(encoded.unit[:count], encoded.features[:count])
-        twin = encoded.twin
-        rate = self._settings.defense_false_positive_rate
-        found = screen(
-            first,
-            encoded.noise[:count].tolist(),
-            None if twin is None else looks(twin.unit[:count], twin.features[:count]),
-            calibration,
-            decoder.rows,
-            decoder.origin,
-            choice=choice,
-            false_positive_rate=rate,
-            filter_all=asked.filter_all,
-        )
-        labels = (
-            LabelTexts(request.labels, encoded.unit[count:], self._logit_scale)
-            if request.labels
-            else LabelTexts(calibration.labels, calibration.label_units, self._logit_scale)
-        )
         limit = asked.max_features if asked.HasField("max_features") else _DEFAULT_FEATURES
-        table = self._catalogue.tables.get(calibration.dictionary)
-        response = pb.FilterAdversarialResponse(
-            images=[
-                filtered_image(look, screened, table, labels, limit)
-                for look, screened in zip(first, found, strict=True)
-            ],
+        return pb.FilterAdversarialResponse(
+            images=filtered_images(verdicts, self._labels_of_features, limit),
             embeddings_before=tensor(encoded.unit[:count]),
-            embeddings_after=tensor(np.stack([screened.unit for screened in found])),
-            false_positive_rate=rate,
+            embeddings_after=tensor(np.stack([screened.unit for screened in verdicts.screened])),
+            false_positive_rate=self._settings.defense_false_positive_rate,
             mode=mode_value(choice.mode),
             keep_residual=choice.keep_residual,
             dictionary=calibration.dictionary,
             timings=timings(encoded.queue_s, encoded.inference_s),
             bundle=self._bundle,
         )
-        return response, found
+
+    def _question(
+        self,
+        request: pb.FilterAdversarialRequest,
+        encoded: Encoded,
+        calibration: DefenseCalibration,
+        choice: FilterChoice,
+    ) -> Question:
+        count, twin = len(request.images), encoded.twin
+        return Question(
+            looks(encoded.unit[:count], encoded.features[:count]),
+            None if twin is None else looks(twin.unit[:count], twin.features[:count]),
+            encoded.noise[:count],
+            choice,
+            request.options.filter_all,
+            LabelTexts(request.labels, encoded.unit[count:], self._logit_scale)
+            if request.labels
+            else self._labels,
+        )
+
+    async def _judge(self, questions: list[Question]) -> list[Verdicts]:
+        calibration = self._calibration
+        if calibration is None:
+            raise NotCalibrated("this bundle has no defence calibration")
+        decoder = (await self._decoders.get(calibration.dictionary))[Modality.IMAGE]
+        arguments = (questions, calibration, decoder, self._settings.defense_false_positive_rate)
+        if sum(len(question.looks) for question in questions) < _THREAD_ITEMS:
+            return judge(*arguments)
+        return await asyncio.to_thread(judge, *arguments)
 
 
 def _blamed(error: InvalidInput, images: int) -> InvalidInput:

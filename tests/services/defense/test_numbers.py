@@ -25,7 +25,7 @@ from services.defense.scores import (
     reconstruction_error,
     text_share,
 )
-from services.defense.screen import choose, screen
+from services.defense.screen import Screened, choose, screen
 from services.defense.smoothing import noise, smooth
 from services.errors import InvalidInput, ManifestError
 from tests.services.defense.cases import TEXT, D, N, calibration, make_world, statistics
@@ -70,6 +70,46 @@ def test_scores_do_not_depend_on_the_order_of_the_features() -> None:
     a, b = (detection_scores(x, 0.3, None, KNOWN, WORLD.rows, WORLD.origin) for x in (look, turned))
     np.testing.assert_allclose(a, b, atol=1e-6)
     assert suspects(turned, None, KNOWN).values.tolist() == suspects(look, None, KNOWN).values.tolist()
+
+
+def test_scores_of_a_batch_are_those_of_its_images() -> None:
+    looks = [WORLD.look(z, off) for z, off in zip(WORLD.attacked[:5], (0.0, 0.1, 0.2, 0.3, 0.4), strict=True)]
+    twins = [WORLD.look(z) for z in WORLD.clean[:5]]
+    noises = np.linspace(0, 4, 5)
+    together = detection_scores(Look.stack(looks), noises, Look.stack(twins), KNOWN, WORLD.rows, WORLD.origin)
+    alone = [
+        detection_scores(look, level, twin, KNOWN, WORLD.rows, WORLD.origin)
+        for look, level, twin in zip(looks, noises, twins, strict=True)
+    ]
+    # float32 sums in another order.
+    np.testing.assert_allclose(together, np.stack(alone), atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", list(FilterMode))
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_is_found_of_an_image_does_not_depend_on_its_batch(mode: FilterMode, keep: bool) -> None:
+    z = np.concatenate([WORLD.clean[-20:], WORLD.attacked[-20:]])
+    looks = [WORLD.look(row, 0.1) for row in z]
+    twins = [WORLD.look(row) for row in np.concatenate([WORLD.clean[-20:], WORLD.clean[-20:]])]
+    noises = np.zeros(len(looks))
+    known = calibration(WORLD, KNOWN)
+
+    def screened(chosen: slice) -> list[Screened]:
+        return screen(
+            looks[chosen], noises[chosen], twins[chosen], known, WORLD.rows, WORLD.origin,
+            choice=FilterChoice(mode, keep), false_positive_rate=0.05,
+        )  # fmt: skip
+
+    together = screened(slice(None))
+    assert {found.was_filtered for found in together} == {True, False}
+    for i, found in enumerate(together):
+        (alone,) = screened(slice(i, i + 1))
+        assert (found.adversarial, found.p_value) == (alone.adversarial, alone.p_value)
+        assert found.score == pytest.approx(alone.score, rel=1e-4)
+        np.testing.assert_array_equal(found.found.indices, alone.found.indices)
+        np.testing.assert_array_equal(found.found.any, alone.found.any)
+        np.testing.assert_allclose(found.filtered, alone.filtered, atol=1e-6)
+        np.testing.assert_allclose(found.unit, alone.unit, atol=1e-5)
 
 
 def detector(clean: list[float]) -> Detector:
@@ -160,6 +200,10 @@ def test_zero_shot_is_argmax_and_softmax() -> None:
     found = zero_shot(e, texts, 14.0)
     assert found.index == expected.argmax()
     assert found.probability == pytest.approx(expected.max(), rel=1e-6)
+    batch = zero_shot(np.stack([-e, e]), texts, 14.0)
+    assert batch.index[1] == found.index
+    # float32 sums in another order.
+    assert batch.probability[1] == pytest.approx(float(found.probability), rel=1e-4)
 
 
 def naive_bilateral(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -203,6 +247,15 @@ def test_noise_is_its_formula_and_ignores_brightness_and_shifts() -> None:
     assert noise(grey).item() == pytest.approx(0, abs=1e-3)
     shifted = torch.from_numpy(image)[None] + torch.tensor([0.1, -0.2, 0.3]).view(1, 3, 1, 1)
     assert noise(shifted).item() == pytest.approx(ours, rel=1e-4)
+
+
+def test_noise_is_the_same_where_its_gradient_is_wanted() -> None:
+    image = torch.rand(3, 3, 9, 8, generator=torch.Generator().manual_seed(0))
+    wanted = image.clone().requires_grad_()
+    level = noise(wanted)
+    torch.testing.assert_close(level.detach(), noise(image))
+    level.sum().backward()
+    assert wanted.grad is not None and wanted.grad.abs().sum() > 0
 
 
 def test_smoothing_of_an_image_does_not_depend_on_its_batch() -> None:
