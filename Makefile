@@ -27,7 +27,7 @@ demo: $(STAMP)  ## Start the service on the embedded bundle, call every method, 
 	$(BIN)/python clients/demo
 
 test: $(STAMP) tests/foreign/node_modules/.package-lock.json  ## Run the whole suite
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --no-loadscope-reorder --durations 15
 
 lint: $(STAMP)  ## Check style, types, the contract and the arrows between packages
 	$(BIN)/ruff check .

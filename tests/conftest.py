@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 # Threads that spin while they wait slow a busy machine a hundredfold; read when torch starts.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -18,26 +20,29 @@ from tests.support.processes import nothing_left  # noqa: E402
 from tests.support.service import Service, start_service  # noqa: E402
 from tests.support.tiny_bundle import make_tiny_bundle  # noqa: E402
 
-ROOT = Path(__file__).parent
-# Ray on several workers would be several clusters on the same cores, and no fixture could be shared.
-WITH_RAY = "ray"
+# Where tests start Ray. On several workers it would be several clusters on the same cores, without shared fixtures.
+WITH_RAY = ("tests/e2e/", "tests/foreign/", "tests/observability/")
 
 
-def starts_ray(item: pytest.Item) -> bool:
-    """Tell whether a test needs `monofacet serve`: it asks for the shared one or lies in `tests/e2e`."""
-    return "running_service" in getattr(item, "fixturenames", ()) or ROOT / "e2e" in item.path.parents
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """With `-n`: all tests that start Ray go to one worker, others there file by file."""
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(WITH_RAY) else super()._split_scope(nodeid)
+
+    return Files(config, log)
 
 
-# Before pytest-xdist's own hook, which reads the marks.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `-n` and `--dist loadgroup`: all tests that start Ray go to one worker, others there file by file."""
+    """Put the longest group first, so that no worker waits for it at the end."""
     for item in items:
-        group = WITH_RAY if starts_ray(item) else str(item.path.relative_to(ROOT))
-        item.add_marker(pytest.mark.xdist_group(group))
+        if "running_service" in getattr(item, "fixturenames", ()) and not item.nodeid.startswith(WITH_RAY):
+            raise pytest.UsageError(
+                f"{item.nodeid}: tests with a running service lie in {', '.join(WITH_RAY)}"
+            )
     if hasattr(config, "workerinput"):
-        # The longest group, so that no worker waits for it at the end.
-        items.sort(key=lambda item: not starts_ray(item))
+        items.sort(key=lambda item: not item.nodeid.startswith(WITH_RAY))
 
 
 @pytest.fixture(scope="session", autouse=True)
