@@ -31,11 +31,9 @@ def zero_shot(
     unit: Float[np.ndarray, "*batch d"], texts: Float[np.ndarray, "L d"], logit_scale: float
 ) -> ZeroShot:
     """Return argmax and softmax of logit_scale <e, t_l> over unit text embeddings t_l."""
-    cosines = (unit @ texts.T).astype(np.float64)
+    cosines = unit @ texts.T
     best = cosines.max(-1)
-    # 1 / sum exp is the softmax of the largest, whose own exponent is 0.
-    cosines -= best[..., None]
     index = np.asarray(cosines.argmax(-1))
-    cosines *= logit_scale
-    np.exp(cosines, out=cosines)
-    return ZeroShot(index, 1.0 / cosines.sum(-1), best)
+    # 1 / sum exp is the softmax of the largest, whose own exponent is 0.
+    weights = np.exp(np.float32(logit_scale) * (cosines - best[..., None]))
+    return ZeroShot(index, 1.0 / weights.sum(-1, dtype=np.float64), best.astype(np.float64))
