@@ -55,7 +55,12 @@ def jpegs(count: int, side: int = 224) -> list[bytes]:
 
 
 def vit_b_32(path: Path) -> Bundle:
-    """Return a bundle of ViT-B-32 with random weights, made on the first call.
+    """Return a bundle of ViT-B-32 with random weights, made on the first call."""
+    return random_clip(path, "ViT-B-32")
+
+
+def random_clip(path: Path, name: str) -> Bundle:
+    """Return a bundle of one of open_clip's models with random weights, made on the first call.
 
     It is saved in open_clip's format and loaded like any real one; speed does not depend on the weights.
     """
@@ -64,21 +69,22 @@ def vit_b_32(path: Path) -> Bundle:
     except BundleError:
         pass
     (path / "clip").mkdir(parents=True, exist_ok=True)
-    config = {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": {}}
+    config = {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": {}}
     (path / CLIP_CONFIG).write_bytes(canonical_json(config))
+    read = read_clip_config(path / CLIP_CONFIG)
     torch.manual_seed(0)
-    model = build_clip(read_clip_config(path / CLIP_CONFIG), None)
+    model = build_clip(read, None)
     half = {
-        name: (value.half() if value.is_floating_point() else value).contiguous()
-        for name, value in model.state_dict().items()
+        key: (value.half() if value.is_floating_point() else value).contiguous()
+        for key, value in model.state_dict().items()
     }
     safetensors.torch.save_file(half, str(path / CLIP_WEIGHTS))
     fingerprint = tower_fingerprint(path / CLIP_CONFIG, path / CLIP_WEIGHTS)
-    Neurons(512).save(path / "dictionaries", "neurons", tower_fingerprint=fingerprint)
+    Neurons(read.embed_dim).save(path / "dictionaries", "neurons", tower_fingerprint=fingerprint)
     write_manifest(
         path,
-        name="vit-b-32-random",
-        description="ViT-B-32 with random weights, for measuring.",
+        name=f"{name.lower()}-random",
+        description=f"{name} with random weights, for measuring.",
         licences=[Licence("Apache-2.0", "everything")],
         default_dictionary="neurons",
     )

@@ -28,8 +28,9 @@ class Embedder(litserve.LitAPI):
         """Load the tower, once a worker."""
         self._tower = ImageTower(self._folder, self._threads)
 
-    def decode_request(self, request: dict[str, Any]) -> torch.Tensor:
-        """Decode the images of one request."""
+    # Without a type: LitServe would take one written as text for that of a query.
+    def decode_request(self, request):
+        """Decode the images of one request, a tensor of all."""
         return self._tower.decode(request["images"])
 
     def batch(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:

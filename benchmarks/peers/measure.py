@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.ceilings import image_flops, matmul_flops
 from benchmarks.peers.environments import ROOT
 from benchmarks.peers.servers import Contender, Running, started
 from services.bundle import Bundle
-from services.encoding.clip import build_clip
+from services.encoding.clip import ClipConfig, build_clip
 from services.encoding.images import ImagePreprocess, load_pixels
 
 # Two decoders of JPEG and two orders of adding up differ by less; bf16 by 6e-5 at most.
@@ -117,30 +118,13 @@ def visit(
     return result
 
 
-def ceiling(config: Any, seconds: float = 2.0, side: int = 1024) -> dict[str, float]:
+def ceiling(config: ClipConfig) -> dict[str, float]:
     """Return the machine's speed at float32 matrix products, and the images per second that it would allow.
 
     No float32 server of this tower can be faster, whatever its code.
     """
-    a, b = torch.randn(side, side), torch.randn(side, side)
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        torch.mm(a, b)
-        count += 1
-    flops = 2.0 * side**3 * count / (time.perf_counter() - began)
-    per_image = image_flops(config)
+    flops, per_image = matmul_flops(), image_flops(config)
     return {"gflops": flops / 1e9, "gflop_per_image": per_image / 1e9, "images_per_s": flops / per_image}
-
-
-def image_flops(config: Any) -> float:
-    """Return the floating point operations of one forward of a ViT image tower."""
-    vision = config.model_cfg["vision_cfg"]
-    width, layers, patch = vision["width"], vision["layers"], vision["patch_size"]
-    patches = (config.image_size[0] // patch) * (config.image_size[1] // patch)
-    tokens = patches + 1
-    # Query, key, value and output; the MLP's two; scores and their sum over values.
-    block = tokens * (4 * width**2 + 8 * width**2) + 2 * tokens**2 * width
-    return 2.0 * (layers * block + patches * 3 * patch**2 * width + width * config.embed_dim)
 
 
 def describe(contender: Contender, port: int = 0) -> dict[str, Any]:

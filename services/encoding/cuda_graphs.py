@@ -21,13 +21,14 @@ _WARM_UP = 3
 
 @dataclass(frozen=True)
 class _Recording:
-    graph: torch.cuda.CUDAGraph
+    host: Tensor
     source: Tensor
     result: Tensor
+    graph: torch.cuda.CUDAGraph
 
 
 class GraphedModule:
-    """Runs a module on a GPU by one graph a shape of its input.
+    """Runs a module on a GPU by one graph a shape of its input; from and to the CPU.
 
     Parameters
     ----------
@@ -35,11 +36,14 @@ class GraphedModule:
         On `device`, in eval mode; one tensor in, one out, without control flow that depends on values.
     device : torch.device
         A GPU.
+    dtype : torch.dtype
+        Of the module's floats.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self._module = module
         self._device = device
+        self._dtype = dtype
         self._recordings: dict[tuple[int, ...], _Recording] = {}
         # One pool for all shapes: only one graph runs at a time, so that they may use the same memory.
         self._pool = torch.cuda.graph_pool_handle()
@@ -47,18 +51,24 @@ class GraphedModule:
 
     @torch.inference_mode()
     def __call__(self, batch: Tensor) -> Tensor:
-        """Return the module's output for `batch`, which is on the device; the caller owns it."""
-        with self._lock:
+        """Return the module's output for `batch`, float32; both are on the CPU."""
+        with self._lock, torch.cuda.device(self._device):
             recording = self._recordings.get(tuple(batch.shape))
             if recording is None:
                 recording = self._recordings[tuple(batch.shape)] = self._record(batch)
-            recording.source.copy_(batch)
+            # Rounded on the way into page-locked memory, from where the GPU fetches half the bytes by itself.
+            recording.host.copy_(batch)
+            recording.source.copy_(recording.host, non_blocking=True)
             recording.graph.replay()
-            # Before another graph writes over it.
-            return recording.result.clone()
+            # This waits for the graph, so that neither buffer is written while it is read.
+            return recording.result.float().cpu()
 
     def _record(self, batch: Tensor) -> _Recording:
-        source = batch.clone()
+        dtype = self._dtype if batch.is_floating_point() else batch.dtype
+        host = torch.empty(batch.shape, dtype=dtype, pin_memory=True)
+        # Real values: token numbers out of nowhere would be read beyond the vocabulary.
+        host.copy_(batch)
+        source = host.to(self._device)
         side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -66,6 +76,6 @@ class GraphedModule:
                 self._module(source)
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool):
             result = self._module(source)
-        return _Recording(graph, source, result)
+        return _Recording(host, source, result, graph)

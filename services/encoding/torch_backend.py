@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from services.encoding.clip import ClipConfig
 from services.encoding.cuda_graphs import GraphedModule
@@ -70,15 +70,10 @@ class TorchTowers:
         self.context_length = config.context_length
         self.logit_scale = float(model.logit_scale.exp())
         self._dtype = DTYPES[precision]
-        self._image: Callable[[Tensor], Tensor] = model.visual.to(device, self._dtype)
-        text = TextTower(model).to(device, self._dtype)
+        text = TextTower(model)
         self._trim = text.causal
-        self._text: Callable[[Tensor], Tensor] = text
-        if device.startswith("cuda"):
-            # Pieces have few sizes and texts few lengths, so each shape can have a graph of its own.
-            self._image, self._text = (
-                GraphedModule(module, torch.device(device)) for module in (self._image, self._text)
-            )
+        self._image = runner(model.visual, torch.device(device), self._dtype)
+        self._text = runner(text, torch.device(device), self._dtype)
 
     def encode_images(self, pixels: NDArray[np.float32]) -> Embeddings:
         """Embed preprocessed images, shape (B, 3, H, W)."""
@@ -98,12 +93,25 @@ class TorchTowers:
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    @torch.inference_mode()
     def _embed_images(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        raw: Tensor = self._image(torch.from_numpy(pixels).to(self.device, self._dtype))
-        return raw.float().cpu().numpy()
+        return self._image(torch.from_numpy(pixels)).numpy()
+
+    def _embed_texts(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._text(torch.from_numpy(tokens)).numpy()
+
+
+def runner(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Move a module to a device; return its forward, from a tensor on the CPU to float32 on the CPU."""
+    module = module.to(device, dtype)
+    if device.type == "cuda":
+        # Pieces have few sizes and texts few lengths, so each shape can have a graph of its own.
+        return GraphedModule(module, device, dtype)
 
     @torch.inference_mode()
-    def _embed_texts(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        raw: Tensor = self._text(torch.from_numpy(tokens).to(self.device))
-        return raw.float().cpu().numpy()
+    def run(batch: Tensor) -> Tensor:
+        if batch.is_floating_point():
+            batch = batch.to(device, dtype)
+        result: Tensor = module(batch.to(device))
+        return result.float().cpu()
+
+    return run

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.ceilings import image_flops
 from benchmarks.peers.__main__ import choose
-from benchmarks.peers.measure import SCENARIOS, image_flops
+from benchmarks.peers.measure import SCENARIOS
 from benchmarks.peers.report import summary
 from benchmarks.peers.servers import Contender
 from benchmarks.peers.weights import TOLERANCE, difference, transformers_state, write_transformers
