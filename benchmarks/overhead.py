@@ -36,12 +36,12 @@ from benchmarks.samples import jpegs, vit_b_32_with_features
 from deployments.encoder import strongest
 from deployments.gateway.classify import classify
 from deployments.gateway.decoders import read_decoders
-from deployments.gateway.screening import LabelTexts, filtered_image, looks
+from deployments.gateway.screening import FeatureLabels, LabelTexts, Question, filtered_images, judge, looks
 from deployments.model import TowerModel, load_dictionaries
 from deployments.settings import Settings
 from deployments.work import Features
 from services.bundle import Bundle
-from services.defense import DefenseCalibration, screen
+from services.defense import DefenseCalibration
 from services.defense.screen import choose
 from services.encoding.images import ImagePreprocess, load_pixels
 from services.modalities import Modality
@@ -72,6 +72,8 @@ class Work:
         entry = bundle.manifest.defense
         assert entry is not None
         self._calibration = DefenseCalibration.read(bundle.path / entry.config, bundle.path / entry.weights)
+        self._names = FeatureLabels(self._table)
+        self._choice = choose(self._calibration, None, None, False)
         self._decoder = read_decoders(bundle, name)[Modality.IMAGE]
         self._labels = LabelTexts(
             self._calibration.labels, self._calibration.label_units, self.model.info().logit_scale
@@ -93,21 +95,11 @@ class Work:
         self, pixels: np.ndarray[Any, Any], unit: np.ndarray[Any, Any], features: list[Features]
     ) -> list[Any]:
         """Return the verdict on each image, one look, as the contract's messages."""
-        looked = looks(unit, features)
-        screened = screen(
-            looked,
-            self.model.noise(pixels).tolist(),
-            None,
-            self._calibration,
-            self._decoder.rows,
-            self._decoder.origin,
-            choice=choose(self._calibration, False, None, None),
-            false_positive_rate=FALSE_POSITIVES,
+        question = Question(
+            looks(unit, features), None, self.model.noise(pixels), self._choice, False, self._labels
         )
-        return [
-            filtered_image(look, one, self._table, self._labels, TOP)
-            for look, one in zip(looked, screened, strict=True)
-        ]
+        (found,) = judge([question], self._calibration, self._decoder, FALSE_POSITIVES)
+        return filtered_images(found, self._names, TOP)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float]:
@@ -117,10 +109,8 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def in_process(bundle: Bundle, files: list[bytes], batch: int, rounds: int) -> dict[str, Any]:
-    """Return the cost of each kind of work, and of all together, as a share of the encode."""
-    work = Work(bundle)
-    pixels = load_pixels(files[:batch], ImagePreprocess(bundle.clip_config))
+def in_process(work: Work, pixels: np.ndarray[Any, Any], rounds: int) -> dict[str, Any]:
+    """Return the cost of each kind of work on a batch of pictures, and of all together, as a share of the encode."""
     unit, _ = work.model.encode_images(pixels)
     features = work.features(unit)
     kinds: dict[str, Callable[[], Any]] = {
@@ -135,11 +125,10 @@ def in_process(bundle: Bundle, files: list[bytes], batch: int, rounds: int) -> d
     for _ in range(rounds):
         for name, run in kinds.items():
             seconds[name].append(timed(run))
-    work.model.close()
     spent = {name: np.array(values) for name, values in seconds.items()}
     shares = {name: np.median(spent[name] / spent["encode"], axis=0) for name in kinds if name != "encode"}
     return {
-        "encode_ms_per_image": float(np.median(spent["encode"][:, 0])) * 1e3 / batch,
+        "encode_ms_per_image": float(np.median(spent["encode"][:, 0])) * 1e3 / len(pixels),
         "wall": {name: float(share[0]) for name, share in shares.items()},
         "cpu": {name: float(share[1]) for name, share in shares.items()},
         "all_wall": float(sum(share[0] for share in shares.values())),
@@ -195,12 +184,15 @@ def main(
                 f"{n:,}", where, kind, f"{wall:.2%}", "" if cpu is None else f"{cpu:.2%}", told, met
             )
 
+        work = Work(bundle)
         for batch in map(int, batches.split(",")):
-            one = entry["in_process"][str(batch)] = in_process(bundle, files, batch, rounds)
+            pixels = load_pixels(files[:batch], ImagePreprocess(bundle.clip_config))
+            one = entry["in_process"][str(batch)] = in_process(work, pixels, rounds)
             where = f"in-process, batch of {batch}"
             for kind in one["wall"]:
                 row(where, kind, one["wall"][kind], one["cpu"][kind], None)
             row(where, "all", one["all_wall"], one["all_cpu"], goal)
+        work.model.close()
         if serve:
             entry["served"] = served(bundle, callers, seconds, rounds)
             for name, cost in entry["served"].items():
