@@ -94,10 +94,10 @@ def add_tiny_pipeline(bundle: Bundle, kind: Kind = "unclip", *, seed: int = 0, *
     return Bundle.load(bundle.path)
 
 
-def make_unet(unclip: bool) -> Any:
+def make_unet(unclip: bool, width: int = WIDTH, embed_dim: int = EMBED_DIM) -> Any:
     from diffusers import UNet2DConditionModel
 
-    extra = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * EMBED_DIM}
+    extra = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * embed_dim}
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -106,7 +106,7 @@ def make_unet(unclip: bool) -> Any:
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH,
+        cross_attention_dim=width,
         attention_head_dim=4,
         norm_num_groups=8,
         **(extra if unclip else {}),
@@ -134,13 +134,13 @@ def make_scheduler() -> Any:
     )
 
 
-def unclip_parts() -> dict[str, Any]:
+def unclip_parts(embed_dim: int = EMBED_DIM) -> dict[str, Any]:
     from diffusers import DDPMScheduler
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
         StableUnCLIPImageNormalizer,
     )
 
-    normalizer = StableUnCLIPImageNormalizer(embedding_dim=EMBED_DIM)
+    normalizer = StableUnCLIPImageNormalizer(embedding_dim=embed_dim)
     with torch.no_grad():
         normalizer.mean.normal_(0, 0.1)
         normalizer.std.uniform_(0.5, 1.5)
