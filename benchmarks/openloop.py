@@ -34,6 +34,8 @@ class Outcome:
         How many refusals carried RetryInfo.
     refused
         Seconds that each refusal took.
+    late
+        Seconds that each call began after its moment: how far the load generator is behind, and so sees answers late.
     """
 
     seconds: float = 0.0
@@ -41,18 +43,21 @@ class Outcome:
     codes: Counter[str] = field(default_factory=Counter)
     hints: int = 0
     refused: list[float] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
         """Return counts, the rate of answers (1/s) and percentiles (ms)."""
         values = np.array(self.latencies or [float("nan")]) * 1e3
         shed = np.array(self.refused or [float("nan")]) * 1e3
+        late = np.array(self.late or [0.0]) * 1e3
         return {
             "calls": self.codes.total(),
             "codes": dict(self.codes),
-            "answered_per_s": round(len(self.latencies) / self.seconds, 1) if self.seconds else 0.0,
+            "answered_per_s": round(len(self.latencies) / self.seconds, 2) if self.seconds else 0.0,
             **{f"p{q}_ms": round(float(np.percentile(values, q)), 1) for q in (50, 95, 99)},
             "refused_with_retry_info": self.hints,
             "refusal_p99_ms": round(float(np.percentile(shed, 99)), 1),
+            "begun_late_p99_ms": round(float(np.percentile(late, 99)), 1),
         }
 
 
@@ -89,6 +94,7 @@ async def open_loop(
         if due > started + seconds:
             break
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        outcome.late.append(max(0.0, time.perf_counter() - due))
         task = asyncio.create_task(timed(call, outcome))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
