@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -240,9 +240,28 @@ def label_shares(labels: np.ndarray, known: DictionaryCalibration) -> dict[str, 
 
 
 def run(
-    study: Study, test: bool, tell: Callable[[str], None] = print
+    study: Study,
+    test: bool,
+    tell: Callable[[str], None] = print,
+    *,
+    always: Sequence[str] = ALWAYS,
+    compare_on_test: bool = True,
 ) -> tuple[BiasCalibration, dict[str, Any]]:
-    """Run everything, telling how far it is; returns the bundle's section and the figures."""
+    """Run everything; returns the bundle's section and the figures.
+
+    Parameters
+    ----------
+    study : Study
+        What to run.
+    test : bool
+        Report on the test part too.
+    tell : callable
+        Told how far it is.
+    always : sequence of str
+        Methods that are audited in full beside the chosen one.
+    compare_on_test : bool
+        Whether every method gets its quick figures on the test part, or only those that are audited.
+    """
     data, bundle = study.data, study.bundle
     known = {name: study.calibrate(bundle.dictionary(name)) for name in bundle.dictionary_names}
     labels = bundle.modality(study.name).label
@@ -269,11 +288,12 @@ def run(
         "validation": {"methods": rows},
         "texts": {},
     }
-    full = [by_name[name] for name in dict.fromkeys((chosen, *ALWAYS)) if name in by_name]
+    full = [by_name[name] for name in dict.fromkeys((chosen, *always)) if name in by_name]
     parts = {"validation": validation} | ({"test": study.cases("test")} if test else {})
     if test:
         utility = Utility.of(data, study.dictionary, "test")
-        figures["test"] = {"methods": study.compare(methods, parts["test"], utility)}
+        reported = methods if compare_on_test else full
+        figures["test"] = {"methods": study.compare(reported, parts["test"], utility)}
     for part, cases in {**parts, "texts": study.text_cases}.items():
         started = time.monotonic()
         figures[part]["counts"] = counts(cases)

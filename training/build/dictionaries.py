@@ -18,7 +18,7 @@ from training.ncl import NCLSettings
 from training.sae import Pairs, SAESettings
 
 Recipe = SAESettings | NCLSettings | None
-MIN_STEPS, MIN_FEATURES = 300, 1024
+MIN_FEATURES = 1024
 # Matching two autoencoders compares each feature of one with each of the other, and takes n^3 steps at worst.
 MAX_PAIR_FEATURES = 16_384
 
@@ -45,7 +45,7 @@ def recipe(name: str, settings: BuildSettings, embed_dim: int, fit: int, seed: i
     base = RECIPES[name]
     if base is None:
         return None
-    steps = settings.steps or max(MIN_STEPS, round(settings.epochs * fit / base.batch))
+    steps = settings.steps or max(base.steps, round(settings.epochs * fit / base.batch))
     if isinstance(base, NCLSettings):
         return replace(base, steps=steps, seed=seed)
     n = features(settings, embed_dim)

@@ -45,7 +45,7 @@ class BuildSettings:
     k : int
         Features that describe one embedding.
     steps : int
-        Optimiser steps of each dictionary; 0 is `epochs` passes over the pairs, at least 300.
+        Optimiser steps of each dictionary; 0 is `epochs` passes over the pairs, at least the recipe's own.
     epochs : float
         See `steps`.
     kinds : tuple of str
