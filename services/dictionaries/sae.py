@@ -47,9 +47,11 @@ class SAE(Dictionary):
         n, usually 8d to 32d.
     k : int
         Features kept for one embedding.
-    activation : {"topk", "batch-topk"}
+    activation : {"topk", "batch-topk", "jump-relu"}
         With ``batch-topk`` the k largest are shared over a training batch, and a fixed `threshold` takes
-        their place in eval mode, so that a served result does not depend on its batch.
+        their place in eval mode, so that a served result does not depend on its batch. With ``jump-relu``
+        every feature has a threshold of its own, and k counts for nothing: for dictionaries made elsewhere
+        (Rajamanoharan et al., arXiv 2407.14435).
 
     Attributes
     ----------
@@ -61,16 +63,16 @@ class SAE(Dictionary):
         D, unit rows.
     pre_bias_image, pre_bias_text : Parameter, shape (d,)
         b_m.
-    threshold : buffer, scalar
-        Used by ``batch-topk`` in eval mode: activations at or under it are zero.
+    threshold : buffer, scalar, or shape (n,) for ``jump-relu``
+        Used by ``batch-topk`` in eval mode and by ``jump-relu``: activations at or under it are zero.
     """
 
     threshold: Tensor
 
     def __init__(self, embed_dim: int, n_features: int, k: int, activation: str = "topk") -> None:
         super().__init__(embed_dim, n_features)
-        if activation not in ("topk", "batch-topk"):
-            raise ManifestError(f"activation must be topk or batch-topk, not {activation!r}")
+        if activation not in ("topk", "batch-topk", "jump-relu"):
+            raise ManifestError(f"activation must be topk, batch-topk or jump-relu, not {activation!r}")
         if not 1 <= k <= n_features:
             raise ManifestError(f"k must be between 1 and n_features = {n_features}, not {k}")
         self.k = k
@@ -82,7 +84,7 @@ class SAE(Dictionary):
         self.encoder_bias = nn.Parameter(torch.zeros(n_features))
         self.pre_bias_image = nn.Parameter(torch.zeros(embed_dim))
         self.pre_bias_text = nn.Parameter(torch.zeros(embed_dim))
-        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold", torch.zeros((n_features,) if activation == "jump-relu" else ()))
 
     def pre_bias(self, modality: Modality) -> Float[Tensor, " d"]:
         """Return b_m."""
@@ -96,7 +98,7 @@ class SAE(Dictionary):
         """Return the sparse, non-negative activations of pre-activations `pre`."""
         if self.activation == "topk":
             return topk_relu(pre, self.k)
-        if self.training:
+        if self.training and self.activation == "batch-topk":
             return batch_topk_relu(pre, self.k)
         return torch.where(pre > self.threshold, pre, 0.0).relu()
 

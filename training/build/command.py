@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from training.build.look import add_commands
 from training.build.settings import KINDS, BuildSettings
 
 bundle = typer.Typer(
@@ -68,7 +69,7 @@ def build(
     ] = DEFAULTS.features,
     k: Annotated[int, typer.Option(min=1, help="Features that describe one embedding.")] = DEFAULTS.k,
     steps: Annotated[
-        int, typer.Option(min=0, help="Of each dictionary; 0 is --epochs passes, at least 300.")
+        int, typer.Option(min=0, help="Of each dictionary; 0 is --epochs passes, at least the recipe's own.")
     ] = DEFAULTS.steps,
     epochs: Annotated[float, typer.Option(min=0.01, help="Passes over the pairs.")] = DEFAULTS.epochs,
     kind: Annotated[
@@ -181,3 +182,6 @@ def build(
     except KeyboardInterrupt as stopped:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from stopped
+
+
+add_commands(bundle)

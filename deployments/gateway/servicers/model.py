@@ -62,10 +62,9 @@ def limits(settings: Settings) -> pb.Limits:
 
 def _dictionaries(catalogue: Catalogue) -> list[pb.DictionaryInfo]:
     manifest = catalogue.bundle.manifest
-    measured = manifest.metrics.get("dictionaries", {})
     infos = []
     for name, entry in sorted(manifest.dictionaries.items()):
-        metrics = flat_metrics(measured.get(name, {}))
+        metrics = flat_metrics(catalogue.bundle.figures(name))
         infos.append(
             pb.DictionaryInfo(
                 name=name,
@@ -73,7 +72,7 @@ def _dictionaries(catalogue: Catalogue) -> list[pb.DictionaryInfo]:
                 kind=str(entry.training.get("recipe") or entry.kind),
                 n_features=entry.n_features,
                 embed_dim=entry.embed_dim,
-                l0=metrics.get("l0"),
+                l0=metrics.get("l0", metrics.get("l0_image")),
                 is_default=name == manifest.default_dictionary,
                 has_modality=name in manifest.modality,
                 has_cards=name in manifest.cards.tables,
