@@ -110,8 +110,7 @@ def visit(
                 result[scenario.name] = {
                     "images_per_s": one["rate"],
                     "latencies": one["latencies"],
-                    # The uncounted round is in the CPU seconds and not in the images: the same for all.
-                    "cpu_ms_per_image": 1e3 * one["server_cpu_s"] / max(1, one["images"]),
+                    "cpu_ms_per_image": 1e3 * one["server_cpu_s"] / one["images"],
                 }
         except subprocess.CalledProcessError as error:
             raise RuntimeError(f"{contender.name}: {error.stderr[-1500:]}") from error

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks.ceilings import image_flops
 from benchmarks.peers.__main__ import choose
 from benchmarks.peers.measure import SCENARIOS
-from benchmarks.peers.report import summary
+from benchmarks.peers.report import plot, summary, table
 from benchmarks.peers.servers import Contender
 from benchmarks.peers.weights import TOLERANCE, difference, transformers_state, write_transformers
 from services.bundle import Bundle
@@ -55,3 +57,21 @@ def test_a_peer_runs_with_the_settings_that_were_faster() -> None:
     ours = Contender("monofacet", "defaults", "monofacet")
     tried = {slow.name: [run(1, 1)], fast.name: [run(2, 1)]}
     assert choose([ours, slow, fast], tried) == [ours, fast]
+
+
+def test_the_report_shows_every_server_and_which_goals_are_missed(tmp_path: Path) -> None:
+    visits = {"monofacet (defaults)": [run(10, 0.1)], "litserve (a)": [run(8, 0.2)]}
+    report = {
+        "machine": {"processor": "a processor", "cores": 2, "load": 0.0},
+        "ceiling": {"images_per_s": 12.0},
+        "results": summary(visits, SCENARIOS),
+    }
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(report))
+    lines = console.export_text().splitlines()
+    assert sum("litserve (a)" in line for line in lines) == len(SCENARIOS)
+    assert any("1x1" in line and "p50 <= 1: yes" in line for line in lines)
+    # 10 images/s are 1.25 times 8, and 1.8 times is the goal.
+    assert sum("x 1.25" in line and "throughput >= 1.8: NO" in line for line in lines) == 2
+    plot(report, tmp_path / "peers.png")
+    assert (tmp_path / "peers.png").read_bytes()[:4] == b"\x89PNG"
