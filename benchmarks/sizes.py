@@ -3,9 +3,10 @@
 `python -m benchmarks.sizes [--models ViT-B-32,ViT-L-14] [--features 0,65536] [--batch 32] [--rounds 5]`
 
 Each pair of a model and a number of features (0 stands for 16 times the embedding) is a bundle of random weights in the
-real formats, verified and loaded by the encoder's own path in a process of its own, so that its memory is its own. Loading
-is from the files to the first answer. Rounds of an encode and of an encode with the active features of each image are
-interleaved; the medians are reported, and the ratio within a round. Speed and memory do not depend on the weights.
+real formats, verified and loaded by the encoder's own path in a process of its own, so that its memory is its own.
+Loading is from the files to the first answer. Rounds of an encode and of an encode with the active features of each
+image are interleaved; medians are reported, and the ratio within a round. Neither speed nor memory depends on the
+weights.
 """
 
 from __future__ import annotations
