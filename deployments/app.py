@@ -91,8 +91,11 @@ def _warm_encoder(settings: Settings) -> Any:
 
     # Whoever started the application has verified the hashes.
     bundle = Bundle.load(settings.bundle, verify=False)
+    log.info("loading")
     model = TowerModel(bundle, settings)
+    log.info("loaded")
     model.warm_up(settings.max_batch_items)
+    log.info("warm")
     return Encoder(settings, model, load_dictionaries(bundle))
 
 
@@ -116,9 +119,14 @@ class GeneratorReplica:
             # Imported here: nobody but this replica pays for diffusers.
             from deployments.generator import Generator, PipelineModel
             from services.bundle import Bundle
+            from services.lean import import_pipelines, no_compiler
 
-            model = PipelineModel(Bundle.load(self._settings.bundle, verify=False), self._settings)
+            with no_compiler():
+                import_pipelines()
+                log.info("loading")
+                model = PipelineModel(Bundle.load(self._settings.bundle, verify=False), self._settings)
             give_back_memory()
+            log.info("warm")
             return Generator(self._settings, model), model.info()
         except Exception as error:
             log.exception("the generator cannot be started")
@@ -190,6 +198,7 @@ class GatewayReplica:
             settings.drain_file.unlink(missing_ok=True)
             self._watching = asyncio.create_task(self._drain_once_there(settings.drain_file))
         self._ports = await self._server.open()
+        log.info("listening")
         self._warming = asyncio.create_task(self._serve_when_warm())
 
     async def _serve_when_warm(self) -> str:

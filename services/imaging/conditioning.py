@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from services.dictionaries.base import Dictionary
-from services.errors import InvalidInput, SteeringUnsupported, TextTooLong, UnknownDictionary
+from services.errors import InvalidInput, SteeringUnsupported, TextTooLong
 from services.imaging.edits import FromReference, ImageRequest, Path
 from services.imaging.embedder import Embedder
+from services.imaging.features import Features
 from services.imaging.pipeline import STABLE_UNCLIP, Parts
 from services.imaging.prompt_path import hidden_change, steered_hidden_states
-from services.imaging.steering import Embedding, FeatureSpace, Steered, steer
+from services.imaging.steering import Embedding, Steered, steer
 
 # Prompts are few and come again (the empty one with every request).
 REMEMBERED_PROMPTS = 64
@@ -66,29 +66,22 @@ class Conditioner:
         The pipeline.
     embedder : Embedder
         The bundle's towers.
-    dictionaries : mapping of str to Dictionary
-        By name; "" is the default one.
-    spaces : mapping of str to FeatureSpace
-        Likewise.
-    tower_fingerprint : str
-        Of the bundle's towers.
+    features : Features
+        What the embedder's embeddings are edited by.
     """
 
     def __init__(
         self,
         parts: Parts,
         embedder: Embedder,
-        dictionaries: Mapping[str, Dictionary],
-        spaces: Mapping[str, FeatureSpace],
-        tower_fingerprint: str,
+        features: Features,
     ) -> None:
         self._parts = parts
         self._embedder = embedder
-        self._dictionaries = dictionaries
-        self._spaces = spaces
+        self._features = features
         self._prompts: OrderedDict[str, tuple[Tensor, int]] = OrderedDict()
         self.takes_embedding = parts.entry.pipeline == STABLE_UNCLIP or parts.entry.ip_adapter is not None
-        self.refusals = self._refusals(tower_fingerprint)
+        self.refusals = self._refusals(features.tower_fingerprint)
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -148,16 +141,13 @@ class Conditioner:
         elif base is None:
             message = "this pipeline is steered from a reference picture; give one"
             raise InvalidInput(message, [("image", message)], reason="REFERENCE_REQUIRED")
-        name = request.steering.dictionary
-        if name not in self._spaces:
-            raise UnknownDictionary.named(name, filter(None, self._spaces), "steering.dictionary")
-        dictionary = self._dictionaries[name]
+        dictionary, space = self._features.of(request.steering.dictionary)
 
         def refer(reference: FromReference) -> NDArray[np.float32]:
             return activations(dictionary, self._embedder.reference(reference, request.truncate))
 
         try:
-            steered = steer(base, activations(dictionary, base), request.steering, self._spaces[name], refer)
+            steered = steer(base, activations(dictionary, base), request.steering, space, refer)
         except InvalidInput as error:
             violations = [(f"steering.{place}", what) for place, what in error.violations]
             raise type(error)(error.message, violations, reason=error.reason) from error
@@ -187,7 +177,7 @@ class Conditioner:
         return torch.stack([zeros if row is None else row.float() for row in rows])
 
     def _embedding_dim(self) -> int:
-        return int(next(iter(self._dictionaries.values())).embed_dim)
+        return self._features.embed_dim
 
     def _projection(self) -> Tensor:
         if self._embedder.projection is None:

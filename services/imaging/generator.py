@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from services.bundle import Bundle
-from services.dictionaries.base import Dictionary
 from services.encoding.images import DEFAULT_LIMITS, ImageLimits
 from services.encoding.texts import DEFAULT_TEXT_LIMITS, TextLimits
 from services.errors import InvalidInput, NoPipeline, Violation
@@ -20,13 +19,12 @@ from services.imaging.conditioning import Conditioner, Conditioning
 from services.imaging.denoiser import Batching, Denoiser, Sample
 from services.imaging.edits import FromReference, ImageRequest, Path
 from services.imaging.embedder import Embedder
+from services.imaging.features import Features
 from services.imaging.pictures import Decoder
 from services.imaging.pipeline import Parts, load_parts
 from services.imaging.reference import pipeline_folder
-from services.imaging.spaces import feature_space
 from services.imaging.steering import Embedding, Steered
 from services.manifest import DiffusionEntry
-from services.modalities import Modality
 
 __all__ = ["GeneratedImage", "ImageRequest", "Imaging"]
 
@@ -72,11 +70,10 @@ class Imaging:
         self.parts = parts
         self.entry: DiffusionEntry = parts.entry
         self._embedder = embedder
-        dictionaries = {name: bundle.dictionary(name) for name in bundle.dictionary_names}
-        spaces = {name: feature_space(bundle, name, _rows(made)) for name, made in dictionaries.items()}
-        default = bundle.manifest.default_dictionary
-        dictionaries[""], spaces[""] = dictionaries[default], spaces[default]
-        self._condition = Conditioner(parts, embedder, dictionaries, spaces, bundle.manifest.clip.fingerprint)
+        features = Features(bundle)
+        # The default one at once: most edits go by it, and none should wait for it.
+        features.of("")
+        self._condition = Conditioner(parts, embedder, features)
         self.denoiser = Denoiser(parts)
         self._decoder = Decoder(parts)
 
@@ -268,11 +265,3 @@ class Imaging:
             for hook in hooks:
                 hook.remove()
         return int(kept + 6 * largest)
-
-
-def _rows(dictionary: Dictionary) -> Callable[[Modality], NDArray[np.float32]]:
-    def rows(modality: Modality) -> NDArray[np.float32]:
-        decoder: NDArray[np.float32] = dictionary.decoder_rows(modality).detach().float().numpy()
-        return decoder
-
-    return rows

@@ -69,3 +69,32 @@ def test_an_encoder_imports_no_compiler_and_leaves_the_libraries_whole(tmp_path:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[] 16", "FrozenBatchNorm2d create_model"]
+
+
+PIPELINES = """
+import sys, torch
+from services.lean import import_pipelines, no_compiler
+with no_compiler():
+    import_pipelines()
+    from transformers import CLIPTextConfig, CLIPTextModel
+    sizes = dict(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    config = CLIPTextConfig(**sizes)
+    with torch.device("meta"):
+        CLIPTextModel(config)
+    model = CLIPTextModel(config).eval()
+    inside = model(torch.tensor([[1, 2, 3]]))[0]
+unused = ("torchvision", "scipy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor")
+print([m for m in unused if m in sys.modules])
+print(torch.distributed.is_available(), torch.equal(inside, model(torch.tensor([[1, 2, 3]]))[0]))
+import scipy.stats, torch._dynamo, torchvision
+print(torch._dynamo.allow_in_graph.__module__, torch.compiler.disable.__module__)
+"""
+
+
+def test_a_generator_imports_no_compiler_and_leaves_torch_whole() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PIPELINES],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "True True", "torch._dynamo.decorators torch.compiler"]

@@ -1,0 +1,66 @@
+"""The dictionaries that edits of images go by, each read when it is first asked for: few of a bundle's are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from services.bundle import Bundle
+from services.dictionaries.base import Dictionary
+from services.errors import UnknownDictionary
+from services.imaging.spaces import feature_space
+from services.imaging.steering import FeatureSpace
+from services.modalities import Modality
+
+
+class Features:
+    """A bundle's dictionaries, and what edits need of them besides.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        Already verified.
+
+    Attributes
+    ----------
+    tower_fingerprint : str
+        Of the towers on whose embeddings they were trained.
+    embed_dim : int
+        d of those embeddings.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self.tower_fingerprint: str = bundle.manifest.clip.fingerprint
+        self.embed_dim: int = bundle.clip_config.embed_dim
+        self._read: dict[str, tuple[Dictionary, FeatureSpace]] = {}
+        self._reading = threading.Lock()
+
+    def of(self, name: str) -> tuple[Dictionary, FeatureSpace]:
+        """Return a dictionary and its space; the default one where `name` is empty.
+
+        Raises
+        ------
+        UnknownDictionary
+            Blaming ``steering.dictionary``.
+        """
+        manifest = self._bundle.manifest
+        name = name or manifest.default_dictionary
+        if name not in manifest.dictionaries:
+            raise UnknownDictionary.named(name, manifest.dictionaries, "steering.dictionary")
+        with self._reading:
+            if name not in self._read:
+                dictionary = self._bundle.dictionary(name)
+                self._read[name] = dictionary, feature_space(self._bundle, name, _rows(dictionary))
+            return self._read[name]
+
+
+def _rows(dictionary: Dictionary) -> Callable[[Modality], NDArray[np.float32]]:
+    def rows(modality: Modality) -> NDArray[np.float32]:
+        decoder: NDArray[np.float32] = dictionary.decoder_rows(modality).detach().float().numpy()
+        return decoder
+
+    return rows
