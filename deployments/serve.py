@@ -23,6 +23,8 @@ from deployments.environment import ENVIRONMENT, ONE_MACHINE, REPLICA_ENVIRONMEN
 if TYPE_CHECKING:
     from deployments.settings import Settings
 
+log = logging.getLogger("monofacet.command")
+
 
 class Stopped(BaseException):
     """A signal asked to stop while the server was starting."""
@@ -128,14 +130,17 @@ def serve(
     # Unix sockets lie below it and their paths may have 107 characters, so it must be short.
     directory = Path(tempfile.mkdtemp(prefix="mf-", dir="/tmp"))
     try:
-        from deployments.logs import Collector
+        from deployments.logs import Collector, configure
 
         with Collector(directory), ThreadPoolExecutor(1) as beside:
+            configure(settings.log_format, settings.log_level, "command")
             # Beside the start of Ray, which mostly waits for other processes.
             verifying = beside.submit(_verified, settings)
             with _LocalRay(settings, directory):
                 signals.install()
+                log.info("Ray runs")
                 ids = verifying.result()
+                log.info("the bundles are verified")
                 gateway, ports, why = _run(settings)
                 if why:
                     _say(f"not serving: {why}", err=True)
@@ -260,15 +265,18 @@ class _LocalRay:
     def _start(self, attempts: int) -> None:
         import ray
 
+        from deployments.local_ray import fewer_processes
+
         try:
-            ray.init(
-                address="local",
-                num_cpus=1,
-                include_dashboard=False,
-                object_store_memory=self._settings.object_store_bytes,
-                logging_level=logging.ERROR,
-                _temp_dir=str(self._directory),
-            )
+            with fewer_processes():
+                ray.init(
+                    address="local",
+                    num_cpus=1,
+                    include_dashboard=False,
+                    object_store_memory=self._settings.object_store_bytes,
+                    logging_level=logging.ERROR,
+                    _temp_dir=str(self._directory),
+                )
         except Exception as error:
             # Ray gives its own processes 30 s, which a busy machine may not keep, and cannot be told otherwise.
             ray.shutdown()
@@ -308,6 +316,7 @@ def _run(settings: Settings) -> tuple[Any, tuple[int, int], str]:
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     # No proxy: the gateway is the only way in.
     ray_serve.start(proxy_location="Disabled", logging_config=quiet)
+    log.info("Serve runs")
     try:
         gateway = ray_serve.run(build(settings), name=APP_NAME, route_prefix=None, logging_config=quiet)
         return gateway, gateway.ports.remote().result(), gateway.warmed.remote().result()
