@@ -95,8 +95,10 @@ def _warm_encoder(settings: Settings) -> Any:
     model = TowerModel(bundle, settings)
     log.info("loaded")
     model.warm_up(settings.max_batch_items)
+    dictionaries = load_dictionaries(bundle)
+    give_back_memory()
     log.info("warm")
-    return Encoder(settings, model, load_dictionaries(bundle))
+    return Encoder(settings, model, dictionaries)
 
 
 class GeneratorReplica:
