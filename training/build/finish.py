@@ -8,13 +8,15 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from services.bundle import BIAS, DEFENSE, SAMPLES, Bundle, write_manifest
+from services.bundle import BIAS, DEFENSE, DICTIONARIES, SAMPLES, Bundle, write_manifest
+from services.dictionaries import Neurons
+from services.encoding.clip import read_clip_config
 from services.encoding.images import decode_image
 from services.errors import ImageError
 from services.manifest import Licence
@@ -24,6 +26,7 @@ from training.build.pipeline import add_pipeline, check_steerable
 from training.build.selection import Selection
 from training.build.settings import BuildSettings
 from training.build.store import StoreKey
+from training.embeddings import CONFIG_FILE
 
 SAMPLE_SIDE = 256
 # What may change the numbers of a build, if it changes.
@@ -126,6 +129,20 @@ def _manifest(bundle: Path, settings: BuildSettings, parts: ManifestParts, work:
     )
 
 
+def check_pipeline(work: Path, settings: BuildSettings, fingerprint: str) -> None:
+    """Refuse a pipeline that these towers' features cannot steer, before anything is trained for it."""
+    folder = work / "pipeline"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    copy_towers(work / "clip", folder, link=True)
+    embed_dim = read_clip_config(work / "clip" / CONFIG_FILE).embed_dim
+    Neurons(embed_dim).save(folder / DICTIONARIES, "neurons", tower_fingerprint=fingerprint)
+    # Where it lies: it is copied into the bundle at the end.
+    add_pipeline(folder, replace(settings, reference=True), fingerprint)
+    write_manifest(folder, name="pipeline", description="", licences=(), default_dictionary="neurons")
+    check_steerable(Bundle.load(folder, verify=False))
+
+
 def study_bundle(work: Path, settings: BuildSettings, parts: ManifestParts) -> Bundle:
     """Write the bundle that the studies look at: towers, dictionaries and tables."""
     folder = work / "study"
@@ -176,6 +193,4 @@ def write_bundle(work: Path, settings: BuildSettings, parts: ManifestParts, fing
         if settings.pipeline:
             add_pipeline(bundle, settings, fingerprint)
         _manifest(bundle, settings, parts, work)
-        if settings.pipeline:
-            check_steerable(Bundle.load(bundle, verify=False))
     return Bundle.load(settings.out, verify=False)

@@ -12,6 +12,7 @@ from services.bundle import DIFFUSION, Bundle
 from services.errors import MonofacetError
 from services.imaging.conditioning import Conditioner
 from services.imaging.embedder import Embedder
+from services.imaging.features import Features
 from services.imaging.pipeline import STABLE_DIFFUSION, STABLE_UNCLIP, load_parts
 from services.imaging.reference import HUB, READABLE, folder_sha256, pipeline_folder
 from services.manifest import DiffusionEntry
@@ -120,7 +121,7 @@ def check_steerable(bundle: Bundle) -> None:
         raise BuildError("the bundle has no pipeline")
     try:
         parts = load_parts(pipeline_folder(bundle.path, entry), entry)
-        conditioner = Conditioner(parts, Embedder(bundle, "cpu"), {}, {}, bundle.manifest.clip.fingerprint)
+        conditioner = Conditioner(parts, Embedder(bundle, "cpu"), Features(bundle))
     except MonofacetError as error:
         raise BuildError(f"the pipeline cannot be served: {error}") from error
     size, normaliser = bundle.clip_config.embed_dim, parts.image_normalizer

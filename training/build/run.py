@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from services.bundle import Bundle
+from services.imaging.reference import folder_sha256
 from training.build import finish
 from training.build.assemble import check_replaceable
 from training.build.describe import (
@@ -85,8 +86,7 @@ class Build:
         settings = self.settings
         fingerprint = fetch_towers(settings.model, settings.pretrained, settings.revision, self.work / "clip")
         if settings.pipeline:
-            # Before hours are spent on it.
-            pipeline_entry(locate(settings), fingerprint)
+            self._pipeline(fingerprint)
         store = embed(settings, self.reporter)
         with_people(store, self.work / "clip", settings.device)
         self.store = store.folder
@@ -101,6 +101,18 @@ class Build:
         self._defense(study)
         self._report()
         return finish.write_bundle(self.work, settings, self._manifest_parts(), fingerprint)
+
+    def _pipeline(self, fingerprint: str) -> None:
+        folder = locate(self.settings)
+        pipeline_entry(folder, fingerprint)
+        checked = self.work / "pipeline.checked"
+
+        def make() -> list[Path]:
+            finish.check_pipeline(self.work, self.settings, fingerprint)
+            checked.write_text(fingerprint, encoding="utf-8")
+            return [checked]
+
+        self.stages.run("pipeline", {"towers": fingerprint, "pipeline": folder_sha256(folder)}, make)
 
     def _limits(self) -> list[int]:
         s = self.settings
