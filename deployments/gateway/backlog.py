@@ -9,15 +9,17 @@ from contextlib import contextmanager
 
 from deployments.batching import QueueFull
 
-# A request may wait for as much work of others as so many times its own: four equal bulk callers share a server.
+# A request may wait for as much work of others as so many times its own: four equal bulk callers share a server, and
+# while it is overloaded three, so that an answer takes three times as long as on an idle server and no longer.
 _PATIENCE = 3
+_OVERLOADED_PATIENCE = 2
 # Busy seconds that the measured speed remembers, and seconds that the count of refusals does.
-_SPEED_S = 2.0
+_SPEED_S = 1.0
 _REFUSALS_S = 1.0
 # From this share of requests refused on, the server is overloaded: more callers than now and then one too many.
 _OVERLOADED = 0.2
-# Items before a request that an overloaded replica still takes: one batch runs, one is decoded, one is on its way.
-_LEAST = 6
+# Items that an overloaded replica still takes, however slow it is: one is computed, one is decoded, one is on its way.
+_LEAST = 3
 
 
 class _Fading:
@@ -170,7 +172,8 @@ class Backlog:
             return self.items + items <= max(1, self._max_items // 2)
         if self.items + items > self._max_items:
             return False
-        return self.before(items) < max(self._length(), _PATIENCE * items + 1)
+        patience = _OVERLOADED_PATIENCE if self.overloaded else _PATIENCE
+        return self.before(items) < max(self._length(), patience * items + 1)
 
     def _length(self) -> float:
         """Return how many items may be before a request."""
