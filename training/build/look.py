@@ -87,6 +87,7 @@ def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
     console = Console()
     console.print(_facts(found))
     console.print(_dictionaries(found))
+    console.print(_labels(found))
     sizes = Table("folder", "MB", title="sizes")
     for folder, size in found["bytes_by_folder"].items():
         sizes.add_row(escape(folder), f"{size / 1e6:,.2f}")
@@ -131,23 +132,23 @@ _FIGURES = {
 
 def _dictionaries(found: dict[str, Any]) -> Table:
     shown = [key for key in _FIGURES if any(key in d["figures"] for d in found["dictionaries"])]
-    table = Table(
-        "dictionary",
-        "recipe",
-        "features",
-        "MB",
-        "labels",
-        *(_FIGURES[key] for key in shown),
-        title="dictionaries",
-    )
+    table = Table(title="dictionaries", caption="* the default")
+    table.add_column("dictionary", no_wrap=True)
+    for heading in ("features", "MB", *(_FIGURES[key] for key in shown)):
+        table.add_column(heading, justify="right")
     for d in found["dictionaries"]:
-        default = " (default)" if d["name"] == found["default_dictionary"] else ""
-        labels = ", ".join(f"{count} {label.lower()}" for label, count in d["labels"].items() if count)
-        figures = [f"{d['figures'][key]:.3f}" if key in d["figures"] else "" for key in shown]
-        table.add_row(
-            escape(d["name"]) + default, escape(d["recipe"]), f"{d['n_features']:,}", f"{d['bytes'] / 1e6:,.1f}",
-            labels, *figures,
-        )  # fmt: skip
+        mark = " *" if d["name"] == found["default_dictionary"] else ""
+        figures = [f"{d['figures'][key]:.3g}" if key in d["figures"] else "" for key in shown]
+        table.add_row(escape(d["name"]) + mark, f"{d['n_features']:,}", f"{d['bytes'] / 1e6:,.1f}", *figures)
+    return table
+
+
+def _labels(found: dict[str, Any]) -> Table:
+    labelled = [d for d in found["dictionaries"] if d["labels"]]
+    names = list(labelled[0]["labels"]) if labelled else []
+    table = Table("dictionary", *(name.lower() for name in names), title="features by label")
+    for d in labelled:
+        table.add_row(escape(d["name"]), *(f"{d['labels'][name]:,}" for name in names))
     return table
 
 
