@@ -18,7 +18,7 @@ from tests.deployments.conftest import status_details
 from tests.e2e import bad_images
 from tests.support.service import Service
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 CODE = grpc.StatusCode
 MIB = 2**20
 

@@ -27,7 +27,7 @@ from services.bundle import Bundle
 from tests.observability.server import JOB, Prometheus, eventually, running_prometheus
 from tests.support.service import Service
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).parents[2]
 CALLERS = 4

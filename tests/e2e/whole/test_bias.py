@@ -11,7 +11,7 @@ from monofacet import Ablation, AuditSettings, LabelledItem
 
 from tests.support.service import Service
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 GENDERS = ("woman", "man", None)
 
