@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,14 +25,18 @@ from deployments.encoder import Encoder
 from deployments.gateway.bundles import Backend
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.server import DESCRIPTORS, GatewayServer
+from deployments.model import TowerModel
 from deployments.served import NamesClash, read_served
 from deployments.settings import Settings
 from deployments.work import ScoreRequest
-from services.bundle import Bundle
+from services.bundle import CLIP_CONFIG, PROBE, Bundle, refresh_manifest
+from services.errors import ProbeMismatch
+from services.probe import write_probe
 from services.tables import ModalityTable
 from tests.deployments.conftest import array, error_details
 from tests.deployments.debug import DebugDictionary, DebugModel
 from tests.support.tiny_bundle import make_tiny_bundle
+from training.probe import probe_of_folder
 
 
 class Backwards(DebugModel):
@@ -270,3 +275,17 @@ def test_two_bundles_of_one_name_are_refused_in_one_line(tiny: Bundle, tmp_path:
     assert done.exit_code == 2
     (line,) = done.output.splitlines()
     assert str(tiny.path) in line and str(twin.path) in line and "both named 'tiny'" in line
+
+
+def test_an_encoder_does_not_start_on_towers_that_answer_otherwise(tiny: Bundle, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny.path, tmp_path / "probed"))
+    probe = probe_of_folder((path / CLIP_CONFIG).parent)
+    settings = Settings(backend="torch", threads=1)
+    for changed in (probe, dataclasses.replace(probe, captions=probe.captions[::-1])):
+        write_probe(path / PROBE, changed)
+        refresh_manifest(path)
+        if changed is probe:
+            TowerModel(Bundle.load(path), settings).close()
+        else:
+            with pytest.raises(ProbeMismatch, match="text tower"):
+                TowerModel(Bundle.load(path), settings)
