@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ BENCH, WORK = ROOT / "out" / "bench", ROOT / "work"
 BEGIN, END = "<!-- figures: written by `make figures` -->", "<!-- end of figures -->"
 
 Values = dict[str, Any]
+# A feature is shown with at least so many.
+MIN_EXAMPLES = 4
 # Where each figure is: a file, and the way to it; see `look_up`.
 FROM_BUNDLE = {
     "default": "manifest.json:default_dictionary",
@@ -257,27 +260,33 @@ def put_into(page: str, values: Values) -> str:
     return before + block(values) + after
 
 
-def features_picture(bundle: Bundle, rows_a_label: int = 2, examples: int = 5, side: int = 48) -> Image.Image:
-    """Draw features of each label with the drawings that activate them most; those whose names hold best."""
+def features_picture(bundle: Bundle, rows_a_label: int = 2, examples: int = 6, side: int = 48) -> Image.Image:
+    """Draw features with what activates them most: drawings, or texts for TEXT; those whose examples are most alike."""
     table, cards = bundle.modality(), bundle.cards()
-    score = np.nan_to_num(table.name_npmi, nan=-1.0) * np.nan_to_num(table.name_auc)
     gap, words = 6, 190
     chosen: list[tuple[int, list[CardSample]]] = []
     for label in ("IMAGE", "CROSS", "TEXT"):
+        modality = Modality.TEXT if label == "TEXT" else Modality.IMAGE
+        alike = table.emb_sim_text if modality is Modality.TEXT else table.emb_sim_image
+        score = np.nan_to_num(alike, nan=-1.0) * np.nan_to_num(table.name_auc)
         best = [int(j) for j in np.argsort(-score) if table.label[j] == label]
-        top = ((j, cards.top(j, Modality.IMAGE.value, examples)) for j in best)
-        full = ((j, shown) for j, shown in top if len(shown) == examples and all(s.thumbnail for s in shown))
-        chosen += itertools.islice(full, rows_a_label)
-    sheet = Image.new("RGB", (words + examples * (side + gap), len(chosen) * (side + gap) + gap), "white")
+        top = ((j, cards.top(j, modality.value, examples)) for j in best)
+        chosen += itertools.islice((one for one in top if len(one[1]) >= MIN_EXAMPLES), rows_a_label)
+    width = words + examples * (side + gap)
+    sheet = Image.new("RGB", (width, len(chosen) * (side + gap) + gap), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
     for row, (feature, shown) in enumerate(chosen):
-        top_edge = gap + row * (side + gap)
-        pen.text((gap, top_edge + 6), str(table.name[feature]), fill="black", font=font)
+        edge = gap + row * (side + gap)
+        pen.text((gap, edge + 6), str(table.name[feature]), fill="black", font=font)
         label = f"{table.label[feature]}, MDS {table.mds_energy[feature]:.2f}"
-        pen.text((gap, top_edge + 26), label, fill="dimgray", font=font)
+        pen.text((gap, edge + 26), label, fill="dimgray", font=font)
+        if table.label[feature] == "TEXT":
+            texts = textwrap.wrap("; ".join(sample.text for sample in shown), width=(width - words) // 7)
+            pen.text((words, edge + 6), "\n".join(texts[:2]), fill="black", font=font)
+            continue
         for column, sample in enumerate(shown):
             picture = Image.open(io.BytesIO(sample.thumbnail)).convert("RGB").resize((side, side))
-            sheet.paste(picture, (words + column * (side + gap), top_edge))
+            sheet.paste(picture, (words + column * (side + gap), edge))
     return sheet
 
 
