@@ -25,7 +25,9 @@ from deployments.gateway.server import DESCRIPTORS
 from services.bundle import Bundle
 from tests.fuzz.gateway import Findings, fuzz, fuzzed_gateway
 from tests.fuzz.messages import Maker
+from tests.support.tiny_bias import with_bias
 from tests.support.tiny_bundle import make_tiny_bundle
+from tests.support.tiny_defense import with_defense
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "bench"
@@ -41,11 +43,17 @@ def keep(findings: Findings) -> None:
         (CORPUS / name).write_bytes(data)
 
 
+def calibrated(folder: Path) -> Bundle:
+    """Return a tiny bundle that every call but Generate can be answered with; otherwise they would only be refused."""
+    biased = with_bias(make_tiny_bundle(folder / "tiny"), folder / "biased")
+    return with_defense(biased, folder / "calibrated")
+
+
 async def run(cases: int, seed: int, only: str, path: Path | None) -> dict[str, Any]:
     """Fuzz every service in turn; return what each answered."""
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
-        bundle = Bundle.load(path) if path else make_tiny_bundle(Path(directory) / "tiny")
+        bundle = Bundle.load(path) if path else calibrated(Path(directory))
         for service in DESCRIPTORS:
             if only and service.name != only:
                 continue
