@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +13,15 @@ from xdist.scheduler import LoadFileScheduling
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
+from monofacet import Client  # noqa: E402
 
 from services.bundle import Bundle  # noqa: E402
 from tests.support.processes import nothing_left  # noqa: E402
-from tests.support.service import Service, start_service  # noqa: E402
+from tests.support.service import START_TIMEOUT_S, Service, start_service  # noqa: E402
+from tests.support.tiny_bias import with_bias  # noqa: E402
 from tests.support.tiny_bundle import make_tiny_bundle  # noqa: E402
+from tests.support.tiny_defense import with_defense  # noqa: E402
+from tests.support.tiny_pipeline import add_tiny_pipeline  # noqa: E402
 
 # Where tests start Ray. On several workers it would be several clusters on the same cores, without shared fixtures.
 WITH_RAY = ("tests/e2e/", "tests/foreign/", "tests/observability/")
@@ -65,11 +68,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def running_service(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """`monofacet serve` on the tiny bundle, on free loopback ports, for the whole session."""
-    log: Path = tmp_path_factory.mktemp("service") / "service.log"
-    service = start_service(tiny.path, log)
+def served(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny bundle with all that a bundle can have: both calibrations and a pipeline."""
+    folder = tmp_path_factory.mktemp("served")
+    calibrated = with_defense(with_bias(tiny, folder / "biased"), folder / "tiny")
+    return add_tiny_pipeline(calibrated, "unclip")
+
+
+@pytest.fixture(scope="session")
+def running_service(served: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """`monofacet serve` on that bundle, on free loopback ports, with every model warm, for the whole session."""
+    service = start_service(served.path, tmp_path_factory.mktemp("service") / "service.log")
     try:
+        with Client(service.target) as client:
+            # The generator is warmed after the rest is ready; what a test measures must not contain that.
+            client.generate("red circle", seeds=1, timeout=START_TIMEOUT_S)
         yield service
     finally:
         service.stop()

@@ -1,4 +1,4 @@
-"""Images from a running service: the bytes of this process, again after a restart, and stopped when nobody waits."""
+"""Images from a running service: the bytes of this process, and stopped when nobody waits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from monofacet import Client, GeneratedImage, SteeringEdit
@@ -15,7 +14,7 @@ from services.bundle import Bundle
 from services.imaging.edits import Edit, ImageRequest, SetQuantile, Steering
 from services.imaging.generator import Imaging
 from services.tables import Label
-from tests.support.service import Service, start_service
+from tests.support.service import Service
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -41,17 +40,6 @@ def test_a_served_image_has_the_bytes_of_this_process_alone_and_among_strangers(
         mixed = callers.submit(client.generate, "red circle", seeds=5, edits=[EDIT])
         assert all(stranger.result().images[0].ok for stranger in strangers)
         assert mixed.result().images[0].data == alone.data
-
-
-def test_an_image_is_the_same_after_a_restart(client: Client, bundle: Bundle, tmp_path: Path) -> None:
-    (before,) = client.generate("red circle", seeds=5, edits=[EDIT]).images
-    again = start_service(bundle.path, tmp_path / "service.log")
-    try:
-        with Client(again.target) as other:
-            (after,) = other.generate("red circle", seeds=5, edits=[EDIT]).images
-    finally:
-        again.stop()
-    assert after.data == before.data
 
 
 def test_leaving_stops_the_work(client: Client, service: Service) -> None:
