@@ -137,6 +137,8 @@ def convert(module: nn.Module, example: torch.Tensor, shape: list[int]) -> ov.Mo
         warnings.simplefilter("ignore")
         # A function is traced in a tenth of the time of a module, each of whose parts would be described first. The
         # check is left to the tests: it runs all again, and imports torch's compiler to compare.
-        traced = torch.jit.trace(lambda batch: module(batch), example, check_trace=False)
+        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+            lambda batch: module(batch), example, check_trace=False
+        )
         model: ov.Model = ov.convert_model(traced, example_input=example, input=[ov.PartialShape(shape)])
     return model
