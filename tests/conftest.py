@@ -27,6 +27,8 @@ from tests.support.tiny_pipeline import add_tiny_pipeline  # noqa: E402
 WITH_RAY = ("tests/e2e/", "tests/foreign/", "tests/observability/")
 
 
+# Optional: with `-p no:xdist` nobody knows it.
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
     """With `-n`: all tests that start Ray go to one worker, others there file by file."""
 
