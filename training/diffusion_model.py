@@ -47,8 +47,8 @@ class DiffusionSettings:
         Decay of the weights' moving average, a step.
     """
 
-    steps: int = 750
-    batch: int = 64
+    steps: int = 2250
+    batch: int = 96
     lr: float = 2e-3
     weight_decay: float = 0.01
     warm_up: int = 50
@@ -60,7 +60,7 @@ class DiffusionSettings:
     no_prompt: float = 0.15
     noisy_share: float = 0.15
     noisy_level: int = 400
-    average: float = 0.99
+    average: float = 0.998
     seed: int = 0
 
 
