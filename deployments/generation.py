@@ -210,7 +210,7 @@ class Engine:
                     images.append(_Image(job, number, sample, delta, self._model.bytes_of(sample)))
         except MonofacetError as error:
             self._fail(job, error)
-        except Exception:
+        except Exception:  # whatever it is, it is this request's alone; the thread serves the others
             log.exception("a request cannot be prepared")
             self._fail(job, GenerationFailed("the generator failed"))
         with self._lock:
@@ -275,7 +275,7 @@ class Engine:
         started = time.perf_counter()
         try:
             self._model.step([image.sample for image in batch])
-        except Exception:
+        except Exception:  # the thread must outlive the batch, or all later requests hang
             log.exception("a step failed")
             for image in batch:
                 image.sample.error = GenerationFailed("the generator failed")
@@ -308,7 +308,7 @@ class Engine:
                 pixels = self._model.decode(image.sample)
             except MonofacetError as caught:
                 error = caught
-            except Exception:
+            except Exception:  # one image's failure is not its neighbours'
                 log.exception("an image cannot be decoded")
                 error = GenerationFailed("the image cannot be decoded")
             now = time.monotonic()

@@ -326,7 +326,7 @@ def _run(settings: Settings) -> tuple[Any, tuple[int, int], str]:
         try:
             gateway = ray_serve.get_deployment_handle("gateway", APP_NAME)
             return gateway, gateway.ports.remote().result(timeout_s=10), why
-        except Exception:
+        except Exception:  # no gateway to ask, for whatever reason: why the start failed is what counts
             _say(f"cannot start: {why}", err=True)
             raise typer.Exit(1) from error
 

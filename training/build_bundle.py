@@ -21,6 +21,7 @@ from PIL import Image
 from services.bundle import SAMPLES, Bundle, write_manifest
 from services.manifest import Licence
 from training.build.assemble import TABLES, copy_folders, copy_towers, in_place_of, without_nan
+from training.build.finish import PACKAGES as BUILD_PACKAGES
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.corpus.sets import ALL_SETS, Role, licences
 from training.corpus.svg import document, rasterise
@@ -46,17 +47,7 @@ COMMANDS = (
     "python -m training.diffusion",
     "python -m training.bundle_all --test",
 )
-PACKAGES = (
-    "torch",
-    "open_clip_torch",
-    "timm",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "resvg-py",
-    "safetensors",
-    "pillow",
-)
+PACKAGES = (*BUILD_PACKAGES, "resvg-py")
 
 
 def has_ink(pixels: np.ndarray) -> np.ndarray:
