@@ -17,7 +17,13 @@ from deployments import logs
 from deployments.batching import BatcherClosed, QueueFull
 from deployments.gateway.errors import EncoderUnavailable
 from deployments.generation_work import Events, Failed, GenerateWork, GeneratorInfo
-from deployments.process import confine_to_loopback, give_back_memory, keep_libraries_quiet
+from deployments.process import (
+    LEAST,
+    computing_thread,
+    confine_to_loopback,
+    give_back_memory,
+    keep_libraries_quiet,
+)
 from deployments.served import Served, read_served
 from deployments.settings import Settings
 from deployments.work import EncoderFault, EncoderInfo, Reply, ScoreRequest, Work
@@ -89,16 +95,20 @@ def _warm_encoder(settings: Settings) -> Any:
     from deployments.model import TowerModel, load_dictionaries
     from services.bundle import Bundle
 
-    # Whoever started the application has verified the hashes.
-    bundle = Bundle.load(settings.bundle, verify=False)
-    log.info("loading")
-    model = TowerModel(bundle, settings)
-    log.info("loaded")
-    model.warm_up(settings.max_batch_items)
-    dictionaries = load_dictionaries(bundle)
-    give_back_memory()
-    log.info("warm")
-    return Encoder(settings, model, dictionaries)
+    def warm() -> Encoder:
+        # Whoever started the application has verified the hashes.
+        bundle = Bundle.load(settings.bundle, verify=False)
+        log.info("loading")
+        model = TowerModel(bundle, settings)
+        log.info("loaded")
+        model.warm_up(settings.max_batch_items)
+        dictionaries = load_dictionaries(bundle)
+        give_back_memory()
+        log.info("warm")
+        return Encoder(settings, model, dictionaries)
+
+    with computing_thread(settings.compute_niceness) as thread:
+        return thread.submit(warm).result()
 
 
 class GeneratorReplica:
@@ -114,21 +124,15 @@ class GeneratorReplica:
         confine_to_loopback(settings)
         logs.configure(settings.log_format, settings.log_level, "generator")
         self._settings = settings
-        self._loading = ThreadPoolExecutor(1, thread_name_prefix="load").submit(self._load)
+        self._loading = computing_thread(settings.compute_niceness).submit(self._load)
 
     def _load(self) -> tuple[Any, GeneratorInfo] | EncoderFault:
         try:
-            # Imported here: nobody but this replica pays for diffusers.
-            from deployments.generator import Generator, PipelineModel
-            from services.bundle import Bundle
-            from services.lean import import_pipelines, no_compiler
+            # In a thread that gives way to the encoder's, without which nothing is served.
+            with computing_thread(LEAST) as thread:
+                model = thread.submit(_warm_pipeline, self._settings).result()
+            from deployments.generator import Generator
 
-            with no_compiler():
-                import_pipelines()
-                log.info("loading")
-                model = PipelineModel(Bundle.load(self._settings.bundle, verify=False), self._settings)
-            give_back_memory()
-            log.info("warm")
             return Generator(self._settings, model), model.info()
         except Exception as error:
             log.exception("the generator cannot be started")
@@ -160,6 +164,21 @@ class GeneratorReplica:
             loaded = self._loading.result()
             if not isinstance(loaded, EncoderFault):
                 await loaded[0].close()
+
+
+def _warm_pipeline(settings: Settings) -> Any:
+    # Imported here: nobody but this replica pays for diffusers.
+    from deployments.generator import PipelineModel
+    from services.bundle import Bundle
+    from services.lean import import_pipelines, no_compiler
+
+    with no_compiler():
+        import_pipelines()
+        log.info("loading")
+        model = PipelineModel(Bundle.load(settings.bundle, verify=False), settings)
+    give_back_memory()
+    log.info("warm")
+    return model
 
 
 class GatewayReplica:

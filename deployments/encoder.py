@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from deployments.audit import run_audit
 from deployments.audit_request import AuditRequest
 from deployments.batching import DeadlineExpired, GreedyBatcher, QueueFull
+from deployments.process import give_way
 from deployments.settings import Settings
 from deployments.work import BatchRecord, Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work
 from services.bias.audit import Audit
@@ -160,12 +161,13 @@ class Encoder:
         self._dictionaries = dictionaries
         self._records: list[BatchRecord] = []
         self._name = secrets.token_hex(8)
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        pool = partial(ThreadPoolExecutor, initializer=give_way, initargs=(settings.compute_niceness,))
+        self._decoders = pool(settings.decode_threads, thread_name_prefix="decode")
         self._item_s = 0.0
         # One thread: two forwards at once would only share the same cores.
-        self._forward_thread = ThreadPoolExecutor(1, thread_name_prefix="forward")
+        self._forward_thread = pool(1, thread_name_prefix="forward")
         # One thread here too: it bounds the dense activations in memory to those of one call.
-        self._score_thread = ThreadPoolExecutor(1, thread_name_prefix="score")
+        self._score_thread = pool(1, thread_name_prefix="score")
         self._decoding: GreedyBatcher[_Undecoded, _Decoded] = GreedyBatcher(
             self._decode_some,
             max_batch=_DECODED_TOGETHER,

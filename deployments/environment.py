@@ -10,6 +10,10 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Replicas share the cores; threads that spin while they wait would take them from each other.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # numpy multiplies small matrices only, and its threads spin for 30 ms after each of them.
+    "OPENBLAS_NUM_THREADS": "1",
+    # Each thread that allocates would get an arena of its own, which gives little back.
+    "MALLOC_ARENA_MAX": "2",
     # Ray's workers are nice (15) by default, for batch jobs beside a user. Whatever else ran would starve a server.
     "RAY_worker_niceness": "0",
     # Two idle workers would be started and never used.

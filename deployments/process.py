@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, cast
 
 from deployments.settings import Settings
+
+# The niceness of what runs when nothing else wants to.
+LEAST = 19
 
 
 def confine_to_loopback(settings: Settings) -> None:
@@ -38,6 +44,27 @@ def keep_libraries_quiet() -> None:
     """
     sys.modules.setdefault("openvino_telemetry", cast(Any, None))
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.jit")
+
+
+def give_way(niceness: int) -> None:
+    """Let threads that accept, refuse and answer calls run before this one and those that it starts, which compute.
+
+    A forward on all cores would otherwise hold back the gateway, and calls would wait at the door, neither let in nor
+    refused, while the encoder is full.
+
+    Parameters
+    ----------
+    niceness
+        0 to 19, as of Unix. Linux has one for each thread; elsewhere nothing is done.
+    """
+    if niceness and sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+
+
+def computing_thread(niceness: int) -> ThreadPoolExecutor:
+    """Return one thread that gives way, as do those that libraries start in it."""
+    return ThreadPoolExecutor(1, "compute", give_way, (niceness,))
 
 
 def give_back_memory() -> None:

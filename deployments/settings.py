@@ -305,6 +305,13 @@ class Settings(BaseSettings):
         description="Gathered messages on their way to one replica of the encoder at once: one is computed "
         "while the next is decoded. More would only make them smaller.",
     )
+    compute_niceness: int = Field(
+        10,
+        ge=0,
+        le=19,
+        description="Niceness of the threads that decode and compute, so that on busy cores calls are accepted, refused "
+        "and answered first; 0 for none.",
+    )
 
     # Scale. One machine needs none of it; on a cluster the chart sets it.
     gateway_replicas: int = Field(

@@ -97,6 +97,8 @@ ENCODING = frozenset(
 )
 # A message a little over the limit is answered by us, with a reason; only a far larger one by gRPC itself.
 _SLACK_BYTES = 4 * MIB
+# Calls that have arrived and that nobody has looked at yet: seconds of them at the rate at which they are refused.
+_PENDING = 10_000
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -140,6 +142,9 @@ class GatewayServer:
                 ("grpc.max_send_message_length", settings.max_response_bytes),
                 # Two servers on one port would share its callers between them without a word.
                 ("grpc.so_reuseport", 0),
+                # Beyond, gRPC itself drops calls with a bare CANCELLED; we refuse them with a reason.
+                ("grpc.server.max_pending_requests", _PENDING),
+                ("grpc.server.max_pending_requests_hard_limit", 2 * _PENDING),
             ],
         )
         self._alive = dict.fromkeys(self._bundles, True)
