@@ -309,8 +309,8 @@ class Settings(BaseSettings):
         10,
         ge=0,
         le=19,
-        description="Niceness of the threads that decode and compute, so that on busy cores calls are accepted, refused "
-        "and answered first; 0 for none.",
+        description="Niceness of the threads that decode and compute, so that on busy cores calls are accepted, "
+        "refused and answered first; 0 for none.",
     )
 
     # Scale. One machine needs none of it; on a cluster the chart sets it.
