@@ -15,8 +15,9 @@ from monofacet.v1 import common_pb2
 
 from deployments.gateway.audits import AuditItems
 from deployments.work import Encoded, Features
-from tests.deployments.bias.conftest import CODE, Open, words
+from tests.deployments.bias.conftest import CODE, words
 from tests.deployments.conftest import error_details
+from tests.support.gateway import Open
 
 
 def settings_message(**changes: Any) -> pb.AuditGenderRequest:

@@ -28,7 +28,7 @@ from monofacet._types import (
     GenderScore,
 )
 from monofacet.cli._gender_page import VERDICTS, page
-from monofacet.cli._inputs import read_inputs, shorten
+from monofacet.cli._inputs import Inputs, Texts, Truncate, read_inputs, shorten
 from monofacet.cli._session import Session, connected, print_json
 
 app = typer.Typer(
@@ -66,7 +66,6 @@ Top = Annotated[
 ]
 Mode = Annotated[str, typer.Option("--mode", help="zero, mean, project; or leace, which takes no features.")]
 Dictionary = Annotated[str, typer.Option(help="Dictionary; '' is the default one.")]
-Truncate = Annotated[bool, typer.Option(help="Cut long texts instead of refusing them.")]
 
 
 def chosen(
@@ -104,11 +103,8 @@ def chosen(
 @connected
 def classify(
     session: Session,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(help="Image files, folders of images, texts; - reads texts from standard input."),
-    ] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text, whatever it looks like.")] = None,
+    inputs: Inputs = None,
+    text: Texts = None,
     features: Features = None,
     label: Label = None,
     top: Top = None,

@@ -16,18 +16,15 @@ from monofacet import _exceptions as exceptions
 from monofacet._inputs import Pair
 from monofacet._types import ClassificationResult, FeatureCard, ModalityLabel, ModalityTable, ScoreSettings
 from monofacet.cli._features import COLOURS, card_table
-from monofacet.cli._inputs import read_inputs, shorten
+from monofacet.cli._inputs import Inputs, Texts, Truncate, read_inputs, shorten
 from monofacet.cli._session import Session, connected, print_json
 
 
 @connected
 def modality(
     session: Session,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(help="Image files, folders of images, texts; - reads texts from standard input."),
-    ] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text, whatever it looks like.")] = None,
+    inputs: Inputs = None,
+    text: Texts = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
@@ -36,7 +33,7 @@ def modality(
     ] = None,
     dictionary: Annotated[str, typer.Option(help="Dictionary; '' is the default one.")] = "",
     top: Annotated[int, typer.Option(min=0, max=100, help="Features listed an input.")] = 5,
-    truncate: Annotated[bool, typer.Option(help="Cut long texts instead of refusing them.")] = False,
+    truncate: Truncate = False,
     delta: Annotated[float | None, typer.Option(help="Half the band around 0.5 that counts as both.")] = None,
     bootstrap: Annotated[int | None, typer.Option(help="Bootstrap samples over pairs.")] = None,
     shuffles: Annotated[int | None, typer.Option(help="Shuffles for the p-value of co-activation.")] = None,
