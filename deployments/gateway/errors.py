@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import sys
 from dataclasses import dataclass
 
 import grpc
@@ -160,6 +161,15 @@ def answer_for(error: BaseException) -> Answer:
     return next((answer for kind, answer in TABLE if isinstance(error, kind)), _INTERNAL)
 
 
+def unwrapped(error: BaseException) -> BaseException:
+    """Return what a replica raised where `error` is Ray's copy of it: that one's text is a stack trace with paths."""
+    # Such an error exists only where Ray is imported, and what runs without Ray need not import it.
+    ray_errors = sys.modules.get("ray.exceptions")
+    while ray_errors is not None and isinstance(error, ray_errors.RayTaskError):
+        error = error.cause
+    return error
+
+
 def _pack(status: status_pb2.Status, detail: object) -> None:
     packed = any_pb2.Any()
     packed.Pack(detail)  # type: ignore[arg-type]
@@ -186,10 +196,12 @@ def describe(
     The status code, and the rich status: ErrorInfo always, BadRequest for fields at fault, RetryInfo when
     the call may be repeated.
     """
+    told, error = error, unwrapped(error)
     answer = answer_for(error)
     if answer is _INTERNAL:
         reference = request_id or secrets.token_hex(4)
-        log.error("internal error %s", reference, exc_info=error)
+        # As Ray told it: with the replica's own stack trace.
+        log.error("internal error %s", reference, exc_info=told)
         message = f"internal error; the server's log knows it as {reference}"
     else:
         message = answer.message or str(error)
