@@ -195,6 +195,7 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
             items_of(item.input for item in chosen),
             items.dictionary,
             truncate_text=items.settings.truncate_text,
+            stream=items.stream,
         )
         check_texts(work.items, self._settings.max_text_bytes)
         # As in StreamEncode: a stream waits where a unary call would be refused.

@@ -172,7 +172,12 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
             validate(message)
             items = tuple(p.image.data for p in message.batch.pairs)
             texts = tuple(p.text for p in message.batch.pairs)
-            work = Work((*items, *texts), scores.dictionary, truncate_text=asked.truncate_text)
+            work = Work(
+                (*items, *texts),
+                scores.dictionary,
+                truncate_text=asked.truncate_text,
+                stream=scores.stream,
+            )
             check_texts(work.items, self._settings.max_text_bytes)
             encoded = await self._patiently(work, context)
         except InvalidInput as error:

@@ -159,6 +159,19 @@ async def test_an_audit_ends_at_its_deadline_and_frees_its_place(opened: Open) -
     assert answer.women == 4
 
 
+async def test_an_audit_that_waits_for_the_encoder_is_no_refused_call(opened: Open) -> None:
+    async with opened(max_queued_items=16) as service:
+        backlog = service.server._encoders[0]._backlog
+        with backlog.admitted(12):
+            audit = asyncio.ensure_future(
+                service.bias.AuditGender(iter([settings_message(), batch(people(12))]))
+            )
+            # As long as ten of its questions whether there is room.
+            await asyncio.sleep(0.2)
+            assert not service.model.items and not backlog.overloaded
+        assert (await audit).women == 4
+
+
 def test_ten_thousand_items_take_the_memory_that_the_settings_say() -> None:
     count, dim, active = 10_000, 256, 32
     rng = np.random.default_rng(0)
