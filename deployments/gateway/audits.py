@@ -173,7 +173,7 @@ def audit_message(resolved: Resolved, audit: Audit) -> pb.AblationAudit:
         recalibrated=pb.GenderMeasures(**{name: change(value) for name, value in audit.recalibrated.items()}),
         threshold_before=audit.threshold_before,
         threshold_after=audit.threshold_after,
-        professions=[profession(found) for found in audit.professions[:MAX_NAMED]],
+        professions=[profession(found) for found in audit.professions],
         curve=[
             pb.ThresholdPoint(
                 threshold=t,

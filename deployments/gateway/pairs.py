@@ -115,8 +115,8 @@ class PairScores:
         self.queue_s = max(self.queue_s, encoded.queue_s)
         self.inference_s += encoded.inference_s
 
-    def request(self) -> ScoreRequest:
-        """Return what is to be scored."""
+    def request(self, remaining_s: float | None) -> ScoreRequest:
+        """Return what is to be scored within `remaining_s` seconds."""
         s = self.settings
         return ScoreRequest(
             self.dictionary,
@@ -128,4 +128,5 @@ class PairScores:
             s.shuffles,
             s.false_discovery_rate,
             s.seed,
+            remaining_s,
         )

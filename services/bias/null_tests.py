@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from services.bias.gender import gender_scores
 from services.bias.measures import Floats, Labels, best_threshold, threshold_figures, weighted_auc
 from services.bias.null import feature_strata, matched_sets, p_value, scorer
 from services.bias.plan import Plan
+from services.check import Check
 from services.modalities import Modality
 from services.modality.scores import firing_rates
 
@@ -44,10 +45,6 @@ class NullSettings(Protocol):
         """Of the random sets."""
 
 
-def nothing() -> None:
-    """Go on."""
-
-
 @dataclass(frozen=True)
 class NullTest:
     """The change of a figure by the ablation and by random sets, on the items that the null is taken on."""
@@ -64,7 +61,7 @@ def null_tests(
     sides: Mapping[Modality, Side],
     plan: Plan,
     settings: NullSettings,
-    check: Callable[[], None],
+    check: Check,
 ) -> tuple[tuple[NullTest, ...], float | None]:
     """Compare an ablation with random sets; the parameters are those of `services.bias.audit.audit`.
 

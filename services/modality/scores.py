@@ -15,6 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from services.check import Check, nothing
 from services.dictionaries.base import SparseRow
 
 # A float32 array or a scipy.sparse.csr_array, shape (samples, n): they share the operators used here, but no
@@ -130,6 +131,7 @@ def bootstrap_mds(
     level: float = 0.95,
     seed: int = 0,
     groups: NDArray[np.int64] | None = None,
+    check: Check = nothing,
 ) -> tuple[Floats, Floats]:
     """Return the bootstrap interval of the energy MDS over pairs.
 
@@ -153,6 +155,8 @@ def bootstrap_mds(
     groups : int array, shape (N,), or None
         Pairs that are not independent (several drawings of one concept) share a number, and are resampled
         together.
+    check : callable
+        Called between steps.
 
     Returns
     -------
@@ -165,6 +169,7 @@ def bootstrap_mds(
     n_units, n_features = squares[0].shape
     replicates = np.empty((resamples, n_features), np.float32)
     for start in range(0, resamples, RESAMPLE_BLOCK):
+        check()
         stop = min(start + RESAMPLE_BLOCK, resamples)
         weights = resampling_weights(n_units, stop - start, rng)
         image, text = (normalised((x @ weights.T).T.astype(np.float64)) for x in transposed)

@@ -155,7 +155,7 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
                 await self._add(message, asked, scores, context)
             first = False
         scores = scores or self._pair_scores(asked)
-        table = await self._score(scores.request())
+        table = await self._score(scores.request(context.time_remaining()))
         known = self._catalogue.tables.get(scores.dictionary)
         return await asyncio.to_thread(self._answer, table, known, scores)
 
