@@ -82,7 +82,6 @@ def null_tests(
         cases = subset if gendered.min() >= MIN_ITEMS else cases
     energy = np.asarray((cases.z * cases.z).sum(axis=0)).ravel()
     strata = feature_strata(firing_rates(cases.z), energy)
-    sets = matched_sets(plan.features, strata, settings.null_sets, settings.seed)
     of_text = {modality: np.flatnonzero(cases.is_text == (modality is Modality.TEXT)) for modality in sides}
     scorers = [
         (rows, scorer(sides[modality], cases.e[rows], cases.z[rows], direction, plan.mode))
@@ -100,7 +99,10 @@ def null_tests(
         return threshold_free_figures(scores, labels, settings.logit_scale)
 
     start = threshold_free_figures(gender_scores(cases.e, direction), labels, settings.logit_scale)
-    found, drawn = figures(plan.features), [figures(features) for features in sets]
+    found, drawn, energies = figures(plan.features), [], []
+    for features in matched_sets(plan.features, strata, settings.null_sets, settings.seed):
+        drawn.append(figures(features))
+        energies.append(energy[features].sum())
     tests = []
     for measure in THRESHOLD_FREE:
         observed = found[measure] - start[measure]
@@ -108,7 +110,7 @@ def null_tests(
         if not np.isnan(observed):
             tests.append(NullTest(measure, observed, null, p_value(observed, null)))
     own = float(energy[plan.features].sum())
-    return tuple(tests), float(energy[sets].sum(1).mean()) / own if own else None
+    return tuple(tests), float(np.mean(energies)) / own if own else None
 
 
 def threshold_free_figures(scores: Floats, labels: Labels, logit_scale: float) -> dict[str, float]:
