@@ -356,6 +356,12 @@ class Settings(BaseSettings):
     generator_cpus: float = Field(
         0.0, ge=0, description="Cores that Ray reserves for one replica; 0 reserves none, for one machine."
     )
+    generator_threads: int = Field(
+        0,
+        ge=0,
+        description="Threads of one denoising step; 0: as many as `threads`. The chart sets the cores of a generator's "
+        "pod, which need not be those of an encoder's.",
+    )
     generator_gpus: float = Field(0.0, ge=0, description="GPUs of one replica; below 1 replicas share one.")
     generator_resource: str = Field(
         "", description="Custom Ray resource of which a generator takes one; empty for any node."
