@@ -24,7 +24,7 @@ from deployments.gateway.messages import check_texts, items_of, relocated, timin
 from deployments.metrics import Metrics
 from deployments.settings import Settings
 from deployments.work import Encoded, Work
-from services.errors import InvalidInput
+from services.errors import InvalidInput, Violation
 
 if TYPE_CHECKING:
     from services.bias.audit import Audit
@@ -38,6 +38,7 @@ _THREAD_ITEMS = 64
 # Seconds before a stream's batch asks a full queue again.
 _STREAM_RETRY_S = 0.02
 _BAD_ITEM = re.compile(r"\[(\d+)\]")
+_MESSAGE_ITEM = re.compile(r"batch\.items\[(\d+)\](.*)")
 
 
 class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
@@ -166,14 +167,16 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         start = items.seen
         items.seen += len(batch)
         skip = items.settings.on_bad_item == pb.BAD_ITEM_POLICY_SKIP
-        if not skip:
-            try:
-                validate(message)
-            except InvalidInput as error:
+        broken: dict[int, InvalidInput] = {}
+        try:
+            validate(message)
+        except InvalidInput as error:
+            broken = broken_items(error)
+            if not skip or not broken:
                 raise _in_stream(error, start) from error
-        places = list(range(len(batch)))
-        if skip:
-            places = [i for i in places if self._is_valid(batch[i], start + i, items)]
+        for i, why in broken.items():
+            items.skip(start + i, batch[i], why)
+        places = [i for i in range(len(batch)) if i not in broken]
         while places:
             chosen = [batch[i] for i in places]
             try:
@@ -205,14 +208,6 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
             except QueueFull:
                 await asyncio.sleep(_STREAM_RETRY_S)
 
-    def _is_valid(self, item: pb.LabelledItem, index: int, items: AuditItems) -> bool:
-        try:
-            validate(item)
-        except InvalidInput as error:
-            items.skip(index, item, error)
-            return False
-        return True
-
 
 def bad_items(error: InvalidInput) -> dict[int, InvalidInput]:
     """Return what is wrong with each item that `error` blames, by its number in the work."""
@@ -224,6 +219,20 @@ def bad_items(error: InvalidInput) -> dict[int, InvalidInput]:
     return found
 
 
+def broken_items(error: InvalidInput) -> dict[int, InvalidInput]:
+    """Return what is wrong with each item of a message, by its place in it; nothing where more than items is."""
+    found: dict[int, list[Violation]] = {}
+    for path, description in error.violations:
+        match = _MESSAGE_ITEM.fullmatch(path)
+        if match is None:
+            return {}
+        found.setdefault(int(match.group(1)), []).append((match.group(2).removeprefix("."), description))
+    return {
+        i: InvalidInput(": ".join(part for part in violations[0] if part), violations)
+        for i, violations in sorted(found.items())
+    }
+
+
 def _of_stream(error: InvalidInput, places: Sequence[int]) -> InvalidInput:
     """Return `error` of a work with paths that count the items over the stream; `places` are theirs in it."""
     return relocated(error, lambda i: f"items[{places[i]}].input")
@@ -233,7 +242,7 @@ def _in_stream(error: InvalidInput, start: int) -> InvalidInput:
     """Return `error` with paths that count the items over the stream: `items[41].input.image.data`."""
 
     def move(path: str) -> str:
-        match = re.fullmatch(r"batch\.items\[(\d+)\](.*)", path)
+        match = _MESSAGE_ITEM.fullmatch(path)
         return path if match is None else f"items[{start + int(match.group(1))}]{match.group(2)}"
 
     violations = [(move(path), description) for path, description in error.violations]

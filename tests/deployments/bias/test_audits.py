@@ -101,7 +101,28 @@ async def test_bad_items_are_skipped_and_named_when_the_caller_says_so(opened: O
     assert answer.skipped == 2
     skipped = {item.index: (item.id, item.reason) for item in answer.skipped_items}
     assert skipped == {3: ("broken", "IMAGE_FORMAT_UNSUPPORTED"), 5: ("empty", "INVALID_INPUT")}
+    assert answer.skipped_items[0].message == "input: value is required"
     assert answer.women + answer.men + answer.ungendered == 10
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (batch(people(257)), "batch.items"),
+        (batch([]), "batch.items"),
+        (pb.AuditGenderRequest(), "payload"),
+    ],
+    ids=["too many", "none", "neither"],
+)
+async def test_skipping_bad_items_lets_no_bad_message_through(
+    opened: Open, message: pb.AuditGenderRequest, field: str
+) -> None:
+    skip = settings_message(on_bad_item=pb.BAD_ITEM_POLICY_SKIP)
+    async with opened() as service:
+        with pytest.raises(aio.AioRpcError) as caught:
+            await service.bias.AuditGender(iter([skip, batch(people(12)), message]))
+    assert caught.value.code() is CODE.INVALID_ARGUMENT
+    assert error_details(caught.value)[:2] == ("INVALID_INPUT", [field])
 
 
 NEURONS = pb.Ablation(top_gender_features=1, dictionary="neurons")
