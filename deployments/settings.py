@@ -205,6 +205,12 @@ class Settings(BaseSettings):
     max_concurrent_audits: int = Field(
         2, ge=1, description="AuditGender streams at once on one gateway; bounds the memory of all of them."
     )
+    audit_idle_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds that an AuditGender stream may send nothing before it is ended: what it keeps takes one of "
+        "`max_concurrent_audits` places, which others wait for.",
+    )
     max_queued_items: int = Field(
         1_024,
         ge=1,

@@ -53,6 +53,10 @@ class TooManyCalls(GatewayError):
     """As many calls as allowed are in progress."""
 
 
+class StreamIdle(GatewayError):
+    """The stream sent nothing for so long that its place was given to others."""
+
+
 class EncoderUnavailable(GatewayError):
     """No encoder answered: its replica died or is starting."""
 
@@ -137,6 +141,7 @@ TABLE: tuple[tuple[type[BaseException], Answer], ...] = (
     (MalformedRequest, Answer(_Code.INVALID_ARGUMENT, "REQUEST_MALFORMED")),
     (RequestTooLarge, Answer(_Code.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE")),
     (TooManyCalls, Answer(_Code.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS", retry=True)),
+    (StreamIdle, Answer(_Code.ABORTED, "STREAM_IDLE")),
     (QueueFull, Answer(_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full; try later", retry=True)),
     (DeadlineExpired, Answer(_Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed")),
     (TimeoutError, Answer(_Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import bias_service_pb2_grpc
@@ -17,7 +17,7 @@ from deployments.gateway.audits import AuditItems, audit_settings
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient
-from deployments.gateway.errors import TooManyCalls
+from deployments.gateway.errors import StreamIdle, TooManyCalls
 from deployments.gateway.gender import classify_gender
 from deployments.gateway.interceptors.validation import validate
 from deployments.gateway.messages import check_texts, items_of, relocated, timings
@@ -29,6 +29,7 @@ from services.errors import InvalidInput, Violation
 if TYPE_CHECKING:
     from services.bias.audit import Audit
 
+Message = TypeVar("Message")
 RunAudit = Callable[[AuditRequest], Awaitable["tuple[Audit, ...]"]]
 
 _CLASSIFY = "monofacet.v1.BiasService/ClassifyGender"
@@ -132,7 +133,7 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         self, requests: AsyncIterator[pb.AuditGenderRequest], context: Any
     ) -> pb.AuditGenderResponse:
         items: AuditItems | None = None
-        async for message in requests:
+        async for message in lively(requests, self._settings.audit_idle_s):
             is_settings = message.WhichOneof("payload") == "settings"
             if is_settings != (items is None):
                 what = "must be the first message, exactly once"
@@ -207,6 +208,19 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
                 return await self._encoder.encode(work, context.time_remaining())
             except QueueFull:
                 await asyncio.sleep(_STREAM_RETRY_S)
+
+
+async def lively(messages: AsyncIterator[Message], idle_s: float) -> AsyncIterator[Message]:
+    """Yield the messages of a stream; raise StreamIdle when the next one does not come within `idle_s` seconds."""
+    while True:
+        try:
+            async with asyncio.timeout(idle_s):
+                message = await anext(messages)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise StreamIdle(f"the stream sent nothing for {idle_s:g} s; begin again") from None
+        yield message
 
 
 def bad_items(error: InvalidInput) -> dict[int, InvalidInput]:

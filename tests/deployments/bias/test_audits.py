@@ -169,6 +169,18 @@ async def test_only_so_many_audits_run_at_once(opened: Open) -> None:
     assert error_details(caught.value)[2] is not None
 
 
+async def test_an_idle_audit_gives_up_its_place(opened: Open) -> None:
+    async with opened(max_concurrent_audits=1, audit_idle_s=0.2) as service:
+        idle = service.bias.AuditGender()
+        await idle.write(settings_message())
+        with pytest.raises(aio.AioRpcError) as caught:
+            await idle
+        answer = await service.bias.AuditGender(iter([settings_message(), batch(people(12))]))
+    assert caught.value.code() is CODE.ABORTED
+    assert error_details(caught.value)[0] == "STREAM_IDLE"
+    assert answer.women == 4
+
+
 async def test_an_audit_ends_at_its_deadline_and_frees_its_place(opened: Open) -> None:
     async with opened(max_concurrent_audits=1) as service:
         long = settings_message(bootstrap_samples=10_000, null_sets=10_000)
