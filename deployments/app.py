@@ -70,10 +70,10 @@ class EncoderReplica:
         reply: Reply = await self._encoder.encode(works, remaining_s)
         return reply
 
-    async def score(self, request: ScoreRequest) -> ModalityTable | InvalidInput:
+    async def score(self, request: ScoreRequest) -> ModalityTable | InvalidInput | EncoderUnavailable:
         """See `deployments.encoder.Encoder.score`."""
         if self._encoder is None:
-            raise EncoderUnavailable("the model is not available; try later")
+            return EncoderUnavailable("the model is not available; try later")
         answer: ModalityTable | InvalidInput = await self._encoder.score(request)
         return answer
 

@@ -15,13 +15,31 @@ from services.bias.ablation import Mode, Side
 from services.bias.audit import Audit, AuditSettings, audit
 from services.bias.cases import Cases
 from services.bias.plan import Plan
+from services.check import Check
 from services.dictionaries.base import Dictionary, Modality, SparseRow
 from services.modality.scores import stack_rows
 
 
-def run_audit(
-    request: AuditRequest, dictionary: Dictionary, cancelled: Callable[[], bool]
-) -> tuple[Audit, ...]:
+def until(remaining_s: float | None, cancelled: Callable[[], bool]) -> Check:
+    """Return what raises DeadlineExpired once the deadline, counted from now, has passed or the caller has gone.
+
+    Parameters
+    ----------
+    remaining_s
+        Seconds until the caller's deadline; None for none.
+    cancelled
+        Whether the caller has gone.
+    """
+    end = None if remaining_s is None else time.monotonic() + remaining_s
+
+    def check() -> None:
+        if cancelled() or (end is not None and time.monotonic() >= end):
+            raise DeadlineExpired
+
+    return check
+
+
+def run_audit(request: AuditRequest, dictionary: Dictionary, check: Check) -> tuple[Audit, ...]:
     """Audit every ablation of `request`.
 
     Parameters
@@ -30,22 +48,14 @@ def run_audit(
         Items and ablations.
     dictionary
         The one that the request names.
-    cancelled
-        Whether the caller has gone.
+    check
+        Called between steps; what it raises ends the audits.
 
     Raises
     ------
     NotEnoughItems
         With fewer than two items of either gender.
-    DeadlineExpired
-        When the deadline passes, or the caller goes, before it is done.
     """
-    end = None if request.remaining_s is None else time.monotonic() + request.remaining_s
-
-    def check() -> None:
-        if cancelled() or (end is not None and time.monotonic() >= end):
-            raise DeadlineExpired
-
     with torch.inference_mode():
         sides = {
             modality: Side(dictionary.decoder_rows(modality).numpy(), request.means[modality])

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from deployments.gateway.bundles import Backend
+from deployments.gateway.errors import EncoderUnavailable
 from deployments.gateway.server import GatewayServer
 from deployments.generation_work import GeneratorInfo
 from deployments.handles import ModelHandle
@@ -70,7 +71,7 @@ class BundleModels:
         return reply
 
     async def _score(self, request: ScoreRequest) -> ModalityTable:
-        answer: ModalityTable | InvalidInput = await self._encoder.call("score", request)
-        if isinstance(answer, InvalidInput):
+        answer: ModalityTable | InvalidInput | EncoderUnavailable = await self._encoder.call("score", request)
+        if isinstance(answer, InvalidInput | EncoderUnavailable):
             raise answer
         return answer

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deployments.audit import run_audit
+from deployments.audit import run_audit, until
 from deployments.audit_request import AuditRequest
 from deployments.batching import DeadlineExpired, GreedyBatcher, QueueFull
 from deployments.process import give_way
 from deployments.settings import Settings
 from deployments.work import BatchRecord, Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work
 from services.bias.audit import Audit
+from services.check import Check
 from services.dictionaries.base import Dictionary, Modality, SparseRow
 from services.errors import InvalidInput
 from services.modality import ModalitySettings, score_pairs, stack_rows
@@ -217,25 +218,33 @@ class Encoder:
         Returns
         -------
         The table or the audits, or what is wrong with the pairs or items.
+
+        Raises
+        ------
+        DeadlineExpired
+            When the deadline passes before it is done.
         """
         gone = threading.Event()
-        compute = partial(self._compute, request, gone)
+        # From now on, since it may wait for the thread longer than its caller does.
+        check = until(request.remaining_s, gone.is_set)
+        compute = partial(self._compute, request, check)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._score_thread, compute)
         except InvalidInput as error:
             return error
         finally:
-            # Ends an audit whose caller has gone; nothing once it is done.
+            # Ends what is computed for a caller who has gone; nothing once it is done.
             gone.set()
 
     def _compute(
-        self, request: ScoreRequest | AuditRequest, gone: threading.Event
+        self, request: ScoreRequest | AuditRequest, check: Check
     ) -> ModalityTable | tuple[Audit, ...]:
+        check()
         if isinstance(request, AuditRequest):
-            return run_audit(request, self._dictionaries[request.dictionary], gone.is_set)
-        return self._score(request)
+            return run_audit(request, self._dictionaries[request.dictionary], check)
+        return self._score(request, check)
 
-    def _score(self, request: ScoreRequest) -> ModalityTable:
+    def _score(self, request: ScoreRequest, check: Check) -> ModalityTable:
         n_features = self._dictionaries[request.dictionary].n_features
         images, texts = (
             stack_rows([ascending(row) for row in rows], n_features)
@@ -248,7 +257,7 @@ class Encoder:
             fdr=request.false_discovery_rate,
             seed=request.seed,
         )
-        return score_pairs(images, texts, settings, group_numbers(request.groups))
+        return score_pairs(images, texts, settings, group_numbers(request.groups), check)
 
     async def close(self) -> None:
         """Finish what is queued and free the towers."""

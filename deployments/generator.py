@@ -35,10 +35,10 @@ class PipelineModel:
     """
 
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
-        self._threads = settings.threads
+        self._threads = settings.generator_threads or settings.threads
         self.imaging = Imaging.load(
             bundle,
-            threads=settings.threads,
+            threads=self._threads,
             image_limits=ImageLimits(
                 settings.max_image_bytes,
                 settings.max_image_pixels,

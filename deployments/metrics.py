@@ -84,7 +84,12 @@ QUEUE_DURATION = Row(
     ("deployment",),
     SECONDS,
 )
-QUEUE_ITEMS = Row(Gauge, "monofacet_queue_items", "Items that wait at the gateway.", ("deployment",))
+QUEUE_ITEMS = Row(
+    Gauge,
+    "monofacet_queue_items",
+    "Items that the gateway let in and that are not answered yet: they wait for the deployment, or run there.",
+    ("deployment",),
+)
 DECODE_DURATION = Row(
     Histogram,
     "monofacet_decode_duration_seconds",

@@ -16,6 +16,8 @@ import limits
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from services.encoding.images import MAX_PIXELS
+
 MIB = 1024 * 1024
 EMBEDDED_BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "emoji"
 
@@ -152,8 +154,9 @@ class Settings(BaseSettings):
     )
     max_image_bytes: int = Field(16 * MIB, ge=1, le=16 * MIB, description="Encoded bytes of one image.")
     max_image_pixels: int = Field(
-        40_000_000,
+        MAX_PIXELS,
         ge=1,
+        le=MAX_PIXELS,
         description="Pixels of one image, checked in its header before it is decoded: a small file can "
         "unpack to gigabytes.",
     )
@@ -183,9 +186,6 @@ class Settings(BaseSettings):
         description="Items of one AuditGender stream. Of each its embedding, active features and labels are kept, "
         "about 4 x embed_dim + 8 x active features + 600 bytes: 40 MB for 20,000 of the embedded bundle.",
     )
-    max_concurrent_audits: int = Field(
-        2, ge=1, description="AuditGender streams at once on one gateway; bounds the memory of all of them."
-    )
     max_page_size: int = Field(1_000, ge=1, le=1_000, description="Feature cards of one page.")
 
     # Verdicts.
@@ -201,6 +201,15 @@ class Settings(BaseSettings):
     # Overload and time.
     max_concurrent_calls: int = Field(
         512, ge=1, description="RPCs in progress at once; one more is refused, so that memory is bounded."
+    )
+    max_concurrent_audits: int = Field(
+        2, ge=1, description="AuditGender streams at once on one gateway; bounds the memory of all of them."
+    )
+    audit_idle_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds that an AuditGender stream may send nothing before it is ended: what it keeps takes one of "
+        "`max_concurrent_audits` places, which others wait for.",
     )
     max_queued_items: int = Field(
         1_024,
@@ -355,6 +364,12 @@ class Settings(BaseSettings):
     )
     generator_cpus: float = Field(
         0.0, ge=0, description="Cores that Ray reserves for one replica; 0 reserves none, for one machine."
+    )
+    generator_threads: int = Field(
+        0,
+        ge=0,
+        description="Threads of one denoising step; 0: as many as `threads`. The chart sets the cores of a generator's "
+        "pod, which need not be those of an encoder's.",
     )
     generator_gpus: float = Field(0.0, ge=0, description="GPUs of one replica; below 1 replicas share one.")
     generator_resource: str = Field(

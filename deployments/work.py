@@ -173,6 +173,8 @@ class ScoreRequest:
         Name of each pair's group; empty for a pair that is a group of its own.
     delta, bootstrap_samples, shuffles, false_discovery_rate, seed
         As in the contract's `ScoreSettings`, every one set.
+    remaining_s
+        Seconds until the caller's deadline; None for none.
     """
 
     dictionary: str
@@ -184,3 +186,4 @@ class ScoreRequest:
     shuffles: int = 1_000
     false_discovery_rate: float = 0.05
     seed: int = 0
+    remaining_s: float | None = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,6 +64,8 @@ class AuditItems:
         How many were left out, and the first of them.
     queue_s, inference_s
         The longest wait and the sum of inference over the batches, seconds.
+    stream
+        Names it in the work for the encoder: a stream that waits is no call that is refused.
     """
 
     settings: pb.AuditSettings
@@ -72,6 +76,7 @@ class AuditItems:
     skipped_items: list[pb.SkippedItem] = field(default_factory=list)
     queue_s: float = 0.0
     inference_s: float = 0.0
+    stream: str = field(default_factory=partial(secrets.token_hex, 8))
     _units: list[np.ndarray] = field(default_factory=list)
     _features: list[Features] = field(default_factory=list)
     _is_text: list[bool] = field(default_factory=list)
@@ -168,7 +173,7 @@ def audit_message(resolved: Resolved, audit: Audit) -> pb.AblationAudit:
         recalibrated=pb.GenderMeasures(**{name: change(value) for name, value in audit.recalibrated.items()}),
         threshold_before=audit.threshold_before,
         threshold_after=audit.threshold_after,
-        professions=[profession(found) for found in audit.professions[:MAX_NAMED]],
+        professions=[profession(found) for found in audit.professions],
         curve=[
             pb.ThresholdPoint(
                 threshold=t,

@@ -168,10 +168,13 @@ class Backlog:
             self._busy_s.value += passed
 
     def _fits(self, items: int, stream: bool) -> bool:
-        if stream:
-            return self.items + items <= max(1, self._max_items // 2)
         if self.items + items > self._max_items:
             return False
+        if stream:
+            half = max(1, self._max_items // 2)
+            # A batch of pairs may be half by itself. Were it to wait for an empty queue, a steady load of others would
+            # keep it out for ever; it waits until they leave as much as StreamEncode's chunks need.
+            return self.items + min(items, max(1, half // 2)) <= half
         patience = _OVERLOADED_PATIENCE if self.overloaded else _PATIENCE
         return self.before(items) < max(self._length(), patience * items + 1)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import sys
 from dataclasses import dataclass
 
 import grpc
@@ -50,6 +51,10 @@ class MalformedRequest(GatewayError):
 
 class TooManyCalls(GatewayError):
     """As many calls as allowed are in progress."""
+
+
+class StreamIdle(GatewayError):
+    """The stream sent nothing for so long that its place was given to others."""
 
 
 class EncoderUnavailable(GatewayError):
@@ -136,6 +141,7 @@ TABLE: tuple[tuple[type[BaseException], Answer], ...] = (
     (MalformedRequest, Answer(_Code.INVALID_ARGUMENT, "REQUEST_MALFORMED")),
     (RequestTooLarge, Answer(_Code.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE")),
     (TooManyCalls, Answer(_Code.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS", retry=True)),
+    (StreamIdle, Answer(_Code.ABORTED, "STREAM_IDLE")),
     (QueueFull, Answer(_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full; try later", retry=True)),
     (DeadlineExpired, Answer(_Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed")),
     (TimeoutError, Answer(_Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed")),
@@ -158,6 +164,15 @@ _INTERNAL = Answer(_Code.INTERNAL, "INTERNAL")
 def answer_for(error: BaseException) -> Answer:
     """Return the row of the table for `error`, or the row for what nobody foresaw."""
     return next((answer for kind, answer in TABLE if isinstance(error, kind)), _INTERNAL)
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """Return what a replica raised where `error` is Ray's copy of it: that one's text is a stack trace with paths."""
+    # Such an error exists only where Ray is imported, and what runs without Ray need not import it.
+    ray_errors = sys.modules.get("ray.exceptions")
+    while ray_errors is not None and isinstance(error, ray_errors.RayTaskError):
+        error = error.cause
+    return error
 
 
 def _pack(status: status_pb2.Status, detail: object) -> None:
@@ -186,10 +201,12 @@ def describe(
     The status code, and the rich status: ErrorInfo always, BadRequest for fields at fault, RetryInfo when
     the call may be repeated.
     """
+    told, error = error, unwrapped(error)
     answer = answer_for(error)
     if answer is _INTERNAL:
         reference = request_id or secrets.token_hex(4)
-        log.error("internal error %s", reference, exc_info=error)
+        # As Ray told it: with the replica's own stack trace.
+        log.error("internal error %s", reference, exc_info=told)
         message = f"internal error; the server's log knows it as {reference}"
     else:
         message = answer.message or str(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from google.protobuf import duration_pb2
@@ -23,10 +23,17 @@ def items_of(inputs: Iterable[common_pb2.Input]) -> tuple[bytes | str, ...]:
 
 def check_texts(items: Iterable[bytes | str], max_bytes: int) -> None:
     """Raise InvalidInput for every text of more than `max_bytes` of UTF-8; paths start at the item."""
+    check_named_texts(
+        {f"[{i}].text": item for i, item in enumerate(items) if isinstance(item, str)}, max_bytes
+    )
+
+
+def check_named_texts(texts: Mapping[str, str], max_bytes: int) -> None:
+    """Raise InvalidInput for every text of more than `max_bytes` of UTF-8; the texts are by their field paths."""
     long = [
-        (f"[{i}].text", f"the text has more than {max_bytes} bytes")
-        for i, item in enumerate(items)
-        if isinstance(item, str) and len(item) * 4 > max_bytes and len(item.encode()) > max_bytes
+        (path, f"the text has more than {max_bytes} bytes")
+        for path, text in texts.items()
+        if len(text) * 4 > max_bytes and len(text.encode()) > max_bytes
     ]
     if long:
         raise InvalidInput(long[0][1], long, reason="TEXT_TOO_LONG")

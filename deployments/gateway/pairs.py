@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 from monofacet.v1 import modality_service_pb2 as pb
 
@@ -75,6 +77,8 @@ class PairScores:
         Pairs that the stream may hold.
     queue_s, inference_s
         The longest wait and the sum of inference over the batches, seconds.
+    stream
+        Names it in the work for the encoder: a stream that waits is no call that is refused.
     """
 
     dictionary: str
@@ -82,6 +86,7 @@ class PairScores:
     max_pairs: int
     queue_s: float = 0.0
     inference_s: float = 0.0
+    stream: str = field(default_factory=partial(secrets.token_hex, 8))
     _images: list[Features] = field(default_factory=list)
     _texts: list[Features] = field(default_factory=list)
     _groups: list[str] = field(default_factory=list)
@@ -110,8 +115,8 @@ class PairScores:
         self.queue_s = max(self.queue_s, encoded.queue_s)
         self.inference_s += encoded.inference_s
 
-    def request(self) -> ScoreRequest:
-        """Return what is to be scored."""
+    def request(self, remaining_s: float | None) -> ScoreRequest:
+        """Return what is to be scored within `remaining_s` seconds."""
         s = self.settings
         return ScoreRequest(
             self.dictionary,
@@ -123,4 +128,5 @@ class PairScores:
             s.shuffles,
             s.false_discovery_rate,
             s.seed,
+            remaining_s,
         )

@@ -67,6 +67,15 @@ def _reference(message: common_pb2.Input) -> FromReference:
     return FromReference(text=message.text)
 
 
+def texts_of(request: pb.GenerateRequest) -> dict[str, str]:
+    """Return every text of a request by its field path."""
+    references = {
+        f"steering.edits[{i}].reference.text": edit.reference.text
+        for i, edit in enumerate(request.steering.edits)
+    }
+    return {"prompt": request.prompt, "negative_prompt": request.negative_prompt, **references}
+
+
 def work_of(request: pb.GenerateRequest, max_images: int) -> GenerateWork:
     """Return what a validated request asks for, with a seed for each image.
 

@@ -152,8 +152,8 @@ def panels() -> dict[str, list[Panel]]:
                 "s",
             ),
             Panel(
-                "Waiting items",
-                "At the gateways.",
+                "Items at a model",
+                "Waiting or running, as the gateways count them. Up to a few batches keep it busy; more is a queue.",
                 {"{{deployment}}": f"sum by (deployment) ({select(m.QUEUE_ITEMS, job=OURS)})"},
             ),
             Panel(

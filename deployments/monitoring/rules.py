@@ -118,7 +118,8 @@ def alerts() -> list[dict[str, Any]]:
     ours = select(m.MODEL_INFO)
 
     def waiting(operator: str) -> str:
-        deployment = f'{operator}"generator"'
+        # With several bundles each has a generator of its own: `deployments.served.deployment_of`.
+        deployment = f'{operator}"generator(-.*)?"'
         return quantile(0.95, m.QUEUE_DURATION, "10m", ("job", "deployment"), deployment=deployment)
 
     return [
@@ -149,7 +150,7 @@ def alerts() -> list[dict[str, Any]]:
         ),
         _alert(
             "MonofacetQueueLong",
-            f"{waiting('!=')} > {QUEUE_P95_S:g} or {waiting('=')} > {GENERATOR_QUEUE_P95_S:g}",
+            f"{waiting('!~')} > {QUEUE_P95_S:g} or {waiting('=~')} > {GENERATOR_QUEUE_P95_S:g}",
             "10m",
             "warning",
             "Work waits long for a model.",

@@ -57,7 +57,7 @@ BY_CONTENT = {
 BY_METHOD = {
     "ScoreModality": ("NOT_ENOUGH_PAIRS", "TOO_MANY_PAIRS"),
     "ClassifyGender": ("MODEL_NOT_CALIBRATED",),
-    "AuditGender": ("MODEL_NOT_CALIBRATED", "NOT_ENOUGH_ITEMS", "TOO_MANY_ITEMS"),
+    "AuditGender": ("MODEL_NOT_CALIBRATED", "NOT_ENOUGH_ITEMS", "STREAM_IDLE", "TOO_MANY_ITEMS"),
     "FilterAdversarial": ("MODEL_NOT_CALIBRATED",),
     "Generate": (
         "NO_PIPELINE",

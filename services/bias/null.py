@@ -7,7 +7,7 @@ any other of its strata, its p-value would be uniform.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import scipy.sparse as sp
@@ -54,16 +54,13 @@ def feature_strata(rate: Float[np.ndarray, " n"], energy: Float[np.ndarray, " n"
 
 def matched_sets(
     features: Int[np.ndarray, " s"], strata: Int[np.ndarray, " n"], sets: int, seed: int
-) -> Int[np.ndarray, "sets s"]:
-    """Return random sets with as many features of each stratum as `features` has, each in ascending order."""
+) -> Iterator[Int[np.ndarray, " s"]]:
+    """Yield random sets with as many features of each stratum as `features` has, each in ascending order."""
     rng = np.random.default_rng(seed)
     wanted = np.bincount(strata[features], minlength=int(strata.max()) + 1)
     pools = [(np.flatnonzero(strata == stratum), count) for stratum, count in enumerate(wanted) if count]
-    drawn = [
-        np.sort(np.concatenate([rng.choice(pool, count, replace=False) for pool, count in pools]))
-        for _ in range(sets)
-    ]
-    return np.stack(drawn)
+    for _ in range(sets):
+        yield np.sort(np.concatenate([rng.choice(pool, count, replace=False) for pool, count in pools]))
 
 
 def scorer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from services.bias.gender import gender_scores
 from services.bias.measures import Floats, Labels, best_threshold, threshold_figures, weighted_auc
 from services.bias.null import feature_strata, matched_sets, p_value, scorer
 from services.bias.plan import Plan
+from services.check import Check
 from services.modalities import Modality
 from services.modality.scores import firing_rates
 
@@ -44,10 +45,6 @@ class NullSettings(Protocol):
         """Of the random sets."""
 
 
-def nothing() -> None:
-    """Go on."""
-
-
 @dataclass(frozen=True)
 class NullTest:
     """The change of a figure by the ablation and by random sets, on the items that the null is taken on."""
@@ -64,7 +61,7 @@ def null_tests(
     sides: Mapping[Modality, Side],
     plan: Plan,
     settings: NullSettings,
-    check: Callable[[], None],
+    check: Check,
 ) -> tuple[tuple[NullTest, ...], float | None]:
     """Compare an ablation with random sets; the parameters are those of `services.bias.audit.audit`.
 
@@ -85,7 +82,6 @@ def null_tests(
         cases = subset if gendered.min() >= MIN_ITEMS else cases
     energy = np.asarray((cases.z * cases.z).sum(axis=0)).ravel()
     strata = feature_strata(firing_rates(cases.z), energy)
-    sets = matched_sets(plan.features, strata, settings.null_sets, settings.seed)
     of_text = {modality: np.flatnonzero(cases.is_text == (modality is Modality.TEXT)) for modality in sides}
     scorers = [
         (rows, scorer(sides[modality], cases.e[rows], cases.z[rows], direction, plan.mode))
@@ -103,7 +99,10 @@ def null_tests(
         return threshold_free_figures(scores, labels, settings.logit_scale)
 
     start = threshold_free_figures(gender_scores(cases.e, direction), labels, settings.logit_scale)
-    found, drawn = figures(plan.features), [figures(features) for features in sets]
+    found, drawn, energies = figures(plan.features), [], []
+    for features in matched_sets(plan.features, strata, settings.null_sets, settings.seed):
+        drawn.append(figures(features))
+        energies.append(energy[features].sum())
     tests = []
     for measure in THRESHOLD_FREE:
         observed = found[measure] - start[measure]
@@ -111,7 +110,7 @@ def null_tests(
         if not np.isnan(observed):
             tests.append(NullTest(measure, observed, null, p_value(observed, null)))
     own = float(energy[plan.features].sum())
-    return tuple(tests), float(energy[sets].sum(1).mean()) / own if own else None
+    return tuple(tests), float(np.mean(energies)) / own if own else None
 
 
 def threshold_free_figures(scores: Floats, labels: Labels, logit_scale: float) -> dict[str, float]:

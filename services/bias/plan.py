@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from services.bias.ablation import Ablator, FeatureAblation, Mode, Side
 from services.bias.cases import Cases
+from services.check import Check, nothing
 from services.modalities import Modality
 
 # Items that neighbours are looked for among, drawn at random from more: the time grows with their square.
@@ -51,14 +52,20 @@ class Plan:
         return result
 
 
-def neighbours_kept(e: Float[np.ndarray, "n d"], after: Float[np.ndarray, "n d"], seed: int) -> float:
-    """Return the mean share of each item's nearest items that stay nearest; on NEIGHBOUR_ITEMS at most."""
+def neighbours_kept(
+    e: Float[np.ndarray, "n d"], after: Float[np.ndarray, "n d"], seed: int, check: Check = nothing
+) -> float:
+    """Return the mean share of each item's nearest items that stay nearest; on NEIGHBOUR_ITEMS at most.
+
+    `check` is called before each search.
+    """
     if len(e) > NEIGHBOUR_ITEMS:
         chosen = np.random.default_rng(seed).permutation(len(e))[:NEIGHBOUR_ITEMS]
         e, after = e[chosen], after[chosen]
     count = min(NEIGHBOURS, len(e) - 1)
     near = []
     for x in (e, after):
+        check()
         similarity = x @ x.T
         np.fill_diagonal(similarity, -np.inf)
         near.append(np.argpartition(-similarity, count - 1, axis=1)[:, :count])

@@ -5,12 +5,18 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from services.check import Check, nothing
+
 FOLDS = 5
 PENALTIES = tuple(10.0**power for power in range(-4, 3))
 
 
 def probe_scores(
-    e: Float[np.ndarray, "n d"], woman: Bool[np.ndarray, " n"], cluster: Int[np.ndarray, " n"], seed: int = 0
+    e: Float[np.ndarray, "n d"],
+    woman: Bool[np.ndarray, " n"],
+    cluster: Int[np.ndarray, " n"],
+    seed: int = 0,
+    check: Check = nothing,
 ) -> Float[np.ndarray, " n"]:
     """Return the margins of a ridge classifier on items of clusters that it was not fitted on, float64.
 
@@ -27,6 +33,8 @@ def probe_scores(
         Folds are made of whole clusters.
     seed : int
         Of the folds.
+    check : callable
+        Called before each fold.
 
     Returns
     -------
@@ -36,6 +44,7 @@ def probe_scores(
     fold = cluster_folds(cluster, seed)
     margins = np.full((len(PENALTIES), len(e)), np.nan)
     for k in range(FOLDS):
+        check()
         held, fitted = fold == k, fold != k
         if held.any() and 0 < woman[fitted].sum() < fitted.sum():
             margins[:, held] = _ridge_path(e[fitted], woman[fitted], e[held])

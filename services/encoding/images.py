@@ -36,6 +36,8 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 WHITE = (255, 255, 255, 255)
 ORIENTATION_TAG = 0x0112
+# Of one image, as the contract says; a server may be set lower.
+MAX_PIXELS = 40_000_000
 
 # What Pillow's decoders raise on damaged data.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, TypeError)
@@ -59,7 +61,7 @@ class ImageLimits:
     """
 
     max_bytes: int = 16 * 2**20
-    max_pixels: int = 40_000_000
+    max_pixels: int = MAX_PIXELS
     min_side: int = 4
     max_aspect_ratio: float = 32.0
 

@@ -137,7 +137,7 @@ class Conditioner:
         if refusal is not None:
             raise refusal
         if path == "prompt":
-            base = self._embedder.text(request.prompt, request.truncate)
+            base = self._prompt_embedding(request)
         elif base is None:
             message = "this pipeline is steered from a reference picture; give one"
             raise InvalidInput(message, [("image", message)], reason="REFERENCE_REQUIRED")
@@ -164,11 +164,14 @@ class Conditioner:
             except InvalidInput as error:
                 raise error.at("image.data") from error
         if self.takes_embedding and self._parts.entry.embedding_from_prompt:
-            try:
-                return self._embedder.text(request.prompt, request.truncate)
-            except TextTooLong as error:
-                raise error.at("prompt") from error
+            return self._prompt_embedding(request)
         return None
+
+    def _prompt_embedding(self, request: ImageRequest) -> Embedding:
+        try:
+            return self._embedder.text(request.prompt, request.truncate)
+        except TextTooLong as error:
+            raise error.at("prompt") from error
 
     def _embeddings(self, rows: list[Tensor | None]) -> Tensor | None:
         if not self.takes_embedding:

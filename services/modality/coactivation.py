@@ -12,6 +12,7 @@ import scipy.fft
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from services.check import Check, nothing
 from services.modality.scores import Activations, Floats, group_sums
 
 # Features worked on at once: bounds memory to a few times block x pairs doubles.
@@ -38,7 +39,7 @@ def shifted_correlations(image: Floats, text: Floats) -> Floats:
 
 
 def permutation_p_values(
-    image: Floats, text: Floats, shuffles: int, rng: np.random.Generator
+    image: Floats, text: Floats, shuffles: int, rng: np.random.Generator, check: Check = nothing
 ) -> tuple[Floats, Floats]:
     """Return correlations and their one-sided permutation p-values, p_j = (1 + #{C* >= C}) / (1 + #shuffles).
 
@@ -55,6 +56,8 @@ def permutation_p_values(
         Number of shuffles, at least.
     rng : Generator
         Of the shuffles.
+    check : callable
+        Called between steps.
 
     Returns
     -------
@@ -69,6 +72,7 @@ def permutation_p_values(
     observed = np.einsum("ij,ij->j", image, text)
     at_least = np.ones_like(observed)
     for _ in range(shuffles):
+        check()
         at_least += np.einsum("ij,ij->j", image, text[rng.permutation(n_pairs)]) >= observed - TIE
     return observed, at_least / (shuffles + 1)
 
@@ -80,6 +84,7 @@ def coactivation(
     shuffles: int = 1000,
     seed: int = 0,
     groups: NDArray[np.int64] | None = None,
+    check: Check = nothing,
 ) -> tuple[Floats, Floats]:
     """Return C_j = corr(zI_j, zT_j) on true pairs and its p-value against shuffles.
 
@@ -94,6 +99,8 @@ def coactivation(
     groups : int array, shape (N,), or None
         Pairs that are not independent share a number; the correlation is then over the groups' mean
         activations, because shuffling dependent pairs one by one would make chance look too rare.
+    check : callable
+        Called between steps.
 
     Returns
     -------
@@ -109,9 +116,10 @@ def coactivation(
     live = np.flatnonzero(np.logical_and(*(_fires(z) for z in sides)))
     rng = np.random.default_rng(seed)
     for start in range(0, len(live), FEATURE_BLOCK):
+        check()
         block = live[start : start + FEATURE_BLOCK]
         image, text = (standardise(_dense(z[:, block])) for z in sides)
-        observed, p_block = permutation_p_values(image, text, shuffles, rng)
+        observed, p_block = permutation_p_values(image, text, shuffles, rng, check)
         varies = image.any(axis=0) & text.any(axis=0)
         correlation[block] = np.where(varies, observed, np.nan)
         p[block] = np.where(varies, p_block, np.nan)

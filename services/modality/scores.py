@@ -8,13 +8,14 @@ Source: "Multi-Faceted Multimodal Monosemanticity" (arXiv 2502.14888), section 3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from services.check import Check, nothing
 from services.dictionaries.base import SparseRow
 
 # A float32 array or a scipy.sparse.csr_array, shape (samples, n): they share the operators used here, but no
@@ -27,6 +28,9 @@ SPARSE_BELOW = 0.1
 
 # Resamples drawn at once: bounds the memory of their weights (block x pairs).
 RESAMPLE_BLOCK = 50
+
+# Replicates held at once (resamples x features): 128 MB, and as much again while their quantiles are taken.
+REPLICATES = 32_000_000
 
 
 def stack_rows(rows: Sequence[SparseRow], n_features: int) -> sp.csr_array:
@@ -112,6 +116,13 @@ def resampling_weights(n: int, resamples: int, rng: np.random.Generator) -> NDAr
     return np.stack(list(draws)).astype(np.float32)
 
 
+def resampling_blocks(n: int, resamples: int, seed: int) -> Iterator[NDArray[np.float32]]:
+    """Yield the weights of all resamples, at most RESAMPLE_BLOCK rows at a time; the same for one seed."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples, RESAMPLE_BLOCK):
+        yield resampling_weights(n, min(RESAMPLE_BLOCK, resamples - start), rng)
+
+
 def group_sums(x: Activations, groups: NDArray[np.int64] | None) -> Activations:
     """Return the sum of the rows of each group, or `x` itself without groups."""
     if groups is None:
@@ -130,11 +141,13 @@ def bootstrap_mds(
     level: float = 0.95,
     seed: int = 0,
     groups: NDArray[np.int64] | None = None,
+    check: Check = nothing,
 ) -> tuple[Floats, Floats]:
     """Return the bootstrap interval of the energy MDS over pairs.
 
     A resample gives pair i the weight w_i, and energies are linear in weights: E_j = sum_i w_i z_ij^2 /
-    mean_j(same). So all resamples are one matrix product.
+    mean_j(same). So all resamples are one matrix product. Features are taken in blocks, each on the same resamples,
+    where all replicates at once would be more than REPLICATES; the means over features are then taken beforehand.
 
     A resample in which a feature does not fire says nothing of it and counts as 0.5. A feature that fires in
     three pairs or fewer is missed by more than 2.5% of resamples, so its interval reaches 0.5 and it gets no
@@ -153,31 +166,52 @@ def bootstrap_mds(
     groups : int array, shape (N,), or None
         Pairs that are not independent (several drawings of one concept) share a number, and are resampled
         together.
+    check : callable
+        Called between steps.
 
     Returns
     -------
     low, high : float64 arrays, shape (n,)
         NaN where a feature never fires.
     """
-    rng = np.random.default_rng(seed)
     squares = [group_sums(z * z, groups) for z in (z_image, z_text)]
     transposed = [x.T.tocsr() if sp.issparse(x) else np.ascontiguousarray(x.T) for x in squares]
     n_units, n_features = squares[0].shape
-    replicates = np.empty((resamples, n_features), np.float32)
-    for start in range(0, resamples, RESAMPLE_BLOCK):
-        stop = min(start + RESAMPLE_BLOCK, resamples)
-        weights = resampling_weights(n_units, stop - start, rng)
-        image, text = (normalised((x @ weights.T).T.astype(np.float64)) for x in transposed)
-        mds = energy_mds(image, text)
-        replicates[start:stop] = np.where(np.isnan(mds), 0.5, mds)
+    width = max(1, REPLICATES // resamples)
+    means = None
+    if width < n_features:
+        means = [
+            _means(transposed, weights, check) for weights in resampling_blocks(n_units, resamples, seed)
+        ]
     tail = (1 - level) / 2
-    low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
+    bounds = []
+    for first in range(0, n_features, width):
+        block = [x[first : first + width] for x in transposed]
+        replicates = np.empty((resamples, block[0].shape[0]), np.float32)
+        for i, weights in enumerate(resampling_blocks(n_units, resamples, seed)):
+            check()
+            energy = [(x @ weights.T).T.astype(np.float64) for x in block]
+            mean = [None, None] if means is None else means[i]
+            mds = energy_mds(*map(normalised, energy, mean))
+            start = i * RESAMPLE_BLOCK
+            replicates[start : start + len(weights)] = np.where(np.isnan(mds), 0.5, mds)
+        bounds.append(np.quantile(replicates, [tail, 1 - tail], axis=0))
+    low, high = np.concatenate(bounds, axis=1)
     alive = (column_sums(squares[0]) + column_sums(squares[1])) > 0
     return np.where(alive, low, np.nan), np.where(alive, high, np.nan)
 
 
-def normalised(energy: Floats) -> Floats:
-    """Divide each row of energies, shape (resamples, n), by its mean over features (zero rows stay zero)."""
-    mean = energy.mean(axis=1, keepdims=True)
+def _means(squares: Sequence[Activations], weights: NDArray[np.float32], check: Check) -> list[Floats]:
+    """Return the mean over all features, shape (resamples, 1), of each side's energies."""
+    check()
+    return [(x @ weights.T).T.astype(np.float64).mean(axis=1, keepdims=True) for x in squares]
+
+
+def normalised(energy: Floats, mean: Floats | None = None) -> Floats:
+    """Divide each row of energies, shape (resamples, n), by its mean over features (zero rows stay zero).
+
+    `mean`, shape (resamples, 1), is for a block of features; by default it is taken of `energy`.
+    """
+    mean = energy.mean(axis=1, keepdims=True) if mean is None else mean
     relative: Floats = np.divide(energy, mean, out=np.zeros_like(energy), where=mean > 0)
     return relative

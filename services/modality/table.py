@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from services.check import Check, nothing
 from services.errors import NotEnoughPairs
 from services.modality.coactivation import benjamini_hochberg, coactivation
 from services.modality.labels import Agreement, label_agreement, label_features, paper_labels
@@ -61,6 +62,7 @@ def score_pairs(
     z_text: Activations,
     settings: ModalitySettings = DEFAULT_SETTINGS,
     groups: NDArray[np.int64] | None = None,
+    check: Check = nothing,
 ) -> ModalityTable:
     """Score and label every feature of a dictionary on image-text pairs.
 
@@ -73,6 +75,8 @@ def score_pairs(
     groups : int array, shape (N,), or None
         Pairs that are not independent (several drawings of one concept) share a number: intervals and the
         test of co-activation then count groups, not pairs.
+    check : callable
+        Called between steps; what it raises ends the scoring.
 
     Returns
     -------
@@ -98,8 +102,11 @@ def score_pairs(
         level=settings.level,
         seed=settings.seed,
         groups=groups,
+        check=check,
     )
-    correlation, p = coactivation(image, text, shuffles=settings.shuffles, seed=settings.seed, groups=groups)
+    correlation, p = coactivation(
+        image, text, shuffles=settings.shuffles, seed=settings.seed, groups=groups, check=check
+    )
     q = benjamini_hochberg(p)
     significant = (np.nan_to_num(q, nan=1.0) <= settings.fdr) & (np.nan_to_num(correlation) > 0)
     paper, pairs = paper_mds(image, text)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
 
 from deployments import handles
+from deployments.app import EncoderReplica
+from deployments.bundle_models import BundleModels
 from deployments.gateway.errors import EncoderUnavailable
 from deployments.handles import ModelHandle
+from deployments.metrics import Metrics
 from deployments.work import EncoderFault, Reply
 
 
@@ -127,3 +131,19 @@ async def test_it_is_told_when_no_replica_is_left_and_when_one_is_back(
             await asyncio.sleep(0.01)
     assert model.alive
     assert not handle.infos
+
+
+async def test_a_score_that_no_encoder_can_make_is_a_value_between_processes_and_an_error_at_the_gateway() -> (
+    None
+):
+    cold: Any = SimpleNamespace(_encoder=None)
+    request: Any = None
+    answer = await EncoderReplica.score(cold, request)
+    assert isinstance(answer, EncoderUnavailable)
+    server: Any = SimpleNamespace(metrics=Metrics(), set_serving=None, set_generating=None)
+    bundle: Any = SimpleNamespace(encoder="encoder", generator="generator", name="tiny")
+    encoder = Handle(answer)
+    models = BundleModels(server, bundle, SimpleNamespace(score=encoder), None)
+    info: Any = None
+    with pytest.raises(EncoderUnavailable):
+        await models.backend(info).score(request)

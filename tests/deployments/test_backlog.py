@@ -166,6 +166,15 @@ def test_a_stream_weighs_as_one_caller_and_waits_within_half_of_the_room() -> No
         assert admit(known, stack, 1, "other", times=1) == 0
 
 
+def test_a_streams_batch_of_half_the_room_enters_beside_a_few_others_and_not_beside_another() -> None:
+    known = backlog(max_items=1_000)
+    with ExitStack() as stack:
+        assert admit(known, stack, 1, times=30) == 30
+        assert admit(known, stack, 500, "pairs") == 1
+        assert admit(known, stack, 500, "other") == 0
+        assert admit(known, stack, 1) == 1
+
+
 def test_the_room_is_bounded_but_an_oversized_request_runs_alone() -> None:
     known = backlog(max_items=100)
     with ExitStack() as stack:

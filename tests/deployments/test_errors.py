@@ -8,6 +8,7 @@ import inspect
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from ray.exceptions import RayTaskError
 
 import services.errors
 from deployments.access import tokens
@@ -52,6 +53,7 @@ EXPECTED = {
     QueueFull: (CODE.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     DeadlineExpired: (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     TimeoutError: (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+    errors.StreamIdle: (CODE.ABORTED, "STREAM_IDLE"),
     errors.EncoderUnavailable: (CODE.UNAVAILABLE, "MODEL_UNAVAILABLE"),
     errors.Starting: (CODE.UNAVAILABLE, "MODEL_STARTING"),
     errors.TokenMissing: (CODE.UNAUTHENTICATED, "TOKEN_MISSING"),
@@ -120,6 +122,19 @@ def test_what_nobody_foresaw_leaves_no_trace_and_no_path(caplog: pytest.LogCaptu
     assert "OSError" not in status.message
     reference = status.message.rsplit(" ", 1)[1]
     assert reference in caplog.text
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [errors.EncoderUnavailable("no model"), InvalidInput("bad", [("inputs[2]", "bad")]), OSError("disk")],
+)
+def test_what_a_replica_raised_is_told_without_rays_stack_trace(cause: Exception) -> None:
+    wrapped = RayTaskError("score", 'File "/srv/secret.py", line 1', cause, "replica", 7, "10.9.8.7")
+    code, status = describe(wrapped.as_instanceof_cause(), 0.5, "abc")
+    expected_code, expected = describe(cause, 0.5, "abc")
+    assert code is expected_code
+    assert status == expected
+    assert b"secret" not in status.SerializeToString() and b"10.9.8.7" not in status.SerializeToString()
 
 
 def test_an_unservable_bundle_keeps_its_path_to_itself() -> None:

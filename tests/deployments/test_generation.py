@@ -14,10 +14,11 @@ import pytest
 
 from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
 from deployments.generation_work import Event, Failed, Finished, GenerateWork, Preview, Progress
-from deployments.generator import Generator
+from deployments.generator import Generator, PipelineModel
 from deployments.settings import Settings
 from services.errors import GenerationFailed, InvalidInput
 from services.imaging.edits import ImageRequest
+from services.imaging.generator import Imaging
 from tests.deployments.debug_generation import DebugPipeline, DebugSample
 
 
@@ -259,3 +260,19 @@ async def test_closing_finishes_what_is_there_and_takes_no_more(model: DebugPipe
     started = time.monotonic()
     await closing
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(("own", "threads"), [(0, 3), (2, 2)], ids=["as the towers", "its own"])
+def test_a_pipeline_runs_on_the_threads_of_the_settings(
+    monkeypatch: pytest.MonkeyPatch, own: int, threads: int
+) -> None:
+    class Loaded(Exception):
+        pass
+
+    def load(_: Any, **options: Any) -> None:
+        raise Loaded(options["threads"])
+
+    monkeypatch.setattr(Imaging, "load", load)
+    bundle: Any = None
+    with pytest.raises(Loaded, match=f"^{threads}$"):
+        PipelineModel(bundle, Settings(threads=3, generator_threads=own))

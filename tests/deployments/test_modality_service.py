@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -169,6 +170,19 @@ async def test_pairs_are_scored_with_the_settings_asked_for(open_gateway: Open, 
     assert first.settings.HasField("seed")
     assert list(first.cards) == list(second.cards)
     assert [card.name for card in first.cards] == tiny.modality("ncl").name.tolist()[: len(first.cards)]
+
+
+async def test_a_score_that_waits_for_the_encoder_is_no_refused_call(open_gateway: Open) -> None:
+    settings = pb.ScoreModalityRequest(settings=pb.ScoreSettings(bootstrap_samples=100, shuffles=100))
+    pairs = batch(*[(f"image {n}".encode(), f"text {n}") for n in range(6)])
+    async with open_gateway(max_queued_items=16) as gateway:
+        backlog = gateway.server._encoders[0]._backlog
+        with backlog.admitted(12):
+            call = asyncio.ensure_future(gateway.modality.ScoreModality(iter([settings, pairs])))
+            # As long as ten of its questions whether there is room.
+            await asyncio.sleep(0.2)
+            assert not gateway.model.items and not backlog.overloaded
+        assert (await call).pairs == 6
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from deployments.settings import Settings
+from services.encoding.images import MAX_PIXELS
 
 
 @pytest.mark.parametrize("name", sorted(Settings.model_fields))
@@ -26,6 +27,11 @@ def test_a_senseless_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MONOFACET_MAX_ITEMS", "0")
     with pytest.raises(ValidationError):
         Settings()
+
+
+def test_an_image_may_not_have_more_pixels_than_the_contract_allows() -> None:
+    with pytest.raises(ValidationError):
+        Settings(max_image_pixels=MAX_PIXELS + 1)
 
 
 def test_replicas_get_the_same_settings() -> None:

@@ -210,7 +210,7 @@ def test_several_bundles_have_pods_for_each() -> None:
         assert "/models" in {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
-@pytest.mark.parametrize("values", MATRIX[::4])
+@pytest.mark.parametrize("values", [*MATRIX[::4], joined(FULL, {"generator": {"cpus": 7}})])
 def test_each_replica_finds_the_one_kind_of_pod_that_is_meant_for_it(values: Values) -> None:
     (service,) = of_kind(values, "RayService")
     made = arguments(values)
@@ -234,6 +234,8 @@ def test_each_replica_finds_the_one_kind_of_pod_that_is_meant_for_it(values: Val
         assert float(group["rayStartParams"]["num-cpus"]) == made[f"{component}_cpus"]
         assert int(group["rayStartParams"].get("num-gpus", 0)) == made[f"{component}_gpus"]
         (container,) = group["template"]["spec"]["containers"]
+        threads = made["threads" if component == "encoder" else "generator_threads"]
+        assert container["resources"]["requests"]["cpu"] == made[f"{component}_cpus"] == threads
         assert container["resources"]["limits"].get("nvidia.com/gpu", 0) == made[f"{component}_gpus"]
         assert container["image"].endswith("-cuda" if made[f"{component}_gpus"] else "-cpu")
     assert service["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"

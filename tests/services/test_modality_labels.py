@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from scipy.sparse import csr_array
@@ -227,3 +229,13 @@ def test_activations_that_are_all_zero_are_dead():
     table = score_pairs(z, z, FAST)
     assert set(table.label) == {"DEAD"}
     assert set(table.paper_label) == {"DEAD"}
+
+
+@pytest.mark.parametrize("shuffles", [10, N_PAIRS], ids=["shifts", "free shuffles"])
+def test_scoring_asks_in_each_of_its_loops_whether_to_go_on(shuffles):
+    asking = set()
+    z_image, z_text = synthetic(spread(dict.fromkeys(Label, 1)))
+    settings = ModalitySettings(resamples=100, shuffles=shuffles)
+    score_pairs(z_image, z_text, settings, check=lambda: asking.add(sys._getframe(1).f_code.co_name))
+    free = {"permutation_p_values"} if shuffles == N_PAIRS else set()
+    assert asking == {"bootstrap_mds", "coactivation"} | free

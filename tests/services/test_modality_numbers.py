@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -24,6 +26,7 @@ from services.modality import (
     label_agreement,
     label_features,
     paper_mds,
+    scores,
     stack_rows,
 )
 from services.modality.coactivation import permutation_p_values, standardise
@@ -120,6 +123,28 @@ def test_the_bootstrap_by_group_is_what_resampling_groups_gives():
         mds = energy_mds(energies(image[rows]), energies(text[rows]))
         replicates.append(np.where(np.isnan(mds), 0.5, mds))
     np.testing.assert_allclose(low, np.quantile(replicates, 0.025, axis=0), atol=1e-5)
+
+
+@forms
+def test_the_bootstrap_in_blocks_of_features_is_the_one_of_all_at_once(form, monkeypatch):
+    image, text = (form(x) for x in sparse_pairs(3, n=40))
+    whole = bootstrap_mds(image, text, resamples=120, seed=5)
+    monkeypatch.setattr(scores, "REPLICATES", 120 * 3)
+    # Bit for bit where sparse; a dense product of fewer rows may round its float32 sums otherwise.
+    atol = 0 if form is csr_array else 1e-6
+    np.testing.assert_allclose(bootstrap_mds(image, text, resamples=120, seed=5), whole, rtol=0, atol=atol)
+
+
+def test_the_bootstrap_holds_no_more_replicates_than_it_says(monkeypatch):
+    rng = np.random.default_rng(0)
+    z = csr_array((rng.random((20, 4_000)) < 0.05).astype(np.float32))
+    monkeypatch.setattr(scores, "REPLICATES", 500_000)
+    tracemalloc.start()
+    bootstrap_mds(z, z, resamples=1_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # All replicates would be 16 MB, and their quantiles take a copy.
+    assert peak < 12_000_000
 
 
 def test_resampling_weights_are_multinomial():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import bias_service_pb2_grpc
@@ -17,18 +17,19 @@ from deployments.gateway.audits import AuditItems, audit_settings
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient
-from deployments.gateway.errors import TooManyCalls
+from deployments.gateway.errors import StreamIdle, TooManyCalls
 from deployments.gateway.gender import classify_gender
 from deployments.gateway.interceptors.validation import validate
 from deployments.gateway.messages import check_texts, items_of, relocated, timings
 from deployments.metrics import Metrics
 from deployments.settings import Settings
 from deployments.work import Encoded, Work
-from services.errors import InvalidInput
+from services.errors import InvalidInput, Violation
 
 if TYPE_CHECKING:
     from services.bias.audit import Audit
 
+Message = TypeVar("Message")
 RunAudit = Callable[[AuditRequest], Awaitable["tuple[Audit, ...]"]]
 
 _CLASSIFY = "monofacet.v1.BiasService/ClassifyGender"
@@ -38,6 +39,7 @@ _THREAD_ITEMS = 64
 # Seconds before a stream's batch asks a full queue again.
 _STREAM_RETRY_S = 0.02
 _BAD_ITEM = re.compile(r"\[(\d+)\]")
+_MESSAGE_ITEM = re.compile(r"batch\.items\[(\d+)\](.*)")
 
 
 class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
@@ -131,7 +133,7 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         self, requests: AsyncIterator[pb.AuditGenderRequest], context: Any
     ) -> pb.AuditGenderResponse:
         items: AuditItems | None = None
-        async for message in requests:
+        async for message in lively(requests, self._settings.audit_idle_s):
             is_settings = message.WhichOneof("payload") == "settings"
             if is_settings != (items is None):
                 what = "must be the first message, exactly once"
@@ -166,14 +168,16 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         start = items.seen
         items.seen += len(batch)
         skip = items.settings.on_bad_item == pb.BAD_ITEM_POLICY_SKIP
-        if not skip:
-            try:
-                validate(message)
-            except InvalidInput as error:
+        broken: dict[int, InvalidInput] = {}
+        try:
+            validate(message)
+        except InvalidInput as error:
+            broken = broken_items(error)
+            if not skip or not broken:
                 raise _in_stream(error, start) from error
-        places = list(range(len(batch)))
-        if skip:
-            places = [i for i in places if self._is_valid(batch[i], start + i, items)]
+        for i, why in broken.items():
+            items.skip(start + i, batch[i], why)
+        places = [i for i in range(len(batch)) if i not in broken]
         while places:
             chosen = [batch[i] for i in places]
             try:
@@ -195,6 +199,7 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
             items_of(item.input for item in chosen),
             items.dictionary,
             truncate_text=items.settings.truncate_text,
+            stream=items.stream,
         )
         check_texts(work.items, self._settings.max_text_bytes)
         # As in StreamEncode: a stream waits where a unary call would be refused.
@@ -204,13 +209,18 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
             except QueueFull:
                 await asyncio.sleep(_STREAM_RETRY_S)
 
-    def _is_valid(self, item: pb.LabelledItem, index: int, items: AuditItems) -> bool:
+
+async def lively(messages: AsyncIterator[Message], idle_s: float) -> AsyncIterator[Message]:
+    """Yield the messages of a stream; raise StreamIdle when the next one does not come within `idle_s` seconds."""
+    while True:
         try:
-            validate(item)
-        except InvalidInput as error:
-            items.skip(index, item, error)
-            return False
-        return True
+            async with asyncio.timeout(idle_s):
+                message = await anext(messages)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise StreamIdle(f"the stream sent nothing for {idle_s:g} s; begin again") from None
+        yield message
 
 
 def bad_items(error: InvalidInput) -> dict[int, InvalidInput]:
@@ -223,6 +233,20 @@ def bad_items(error: InvalidInput) -> dict[int, InvalidInput]:
     return found
 
 
+def broken_items(error: InvalidInput) -> dict[int, InvalidInput]:
+    """Return what is wrong with each item of a message, by its place in it; nothing where more than items is."""
+    found: dict[int, list[Violation]] = {}
+    for path, description in error.violations:
+        match = _MESSAGE_ITEM.fullmatch(path)
+        if match is None:
+            return {}
+        found.setdefault(int(match.group(1)), []).append((match.group(2).removeprefix("."), description))
+    return {
+        i: InvalidInput(": ".join(part for part in violations[0] if part), violations)
+        for i, violations in sorted(found.items())
+    }
+
+
 def _of_stream(error: InvalidInput, places: Sequence[int]) -> InvalidInput:
     """Return `error` of a work with paths that count the items over the stream; `places` are theirs in it."""
     return relocated(error, lambda i: f"items[{places[i]}].input")
@@ -232,7 +256,7 @@ def _in_stream(error: InvalidInput, start: int) -> InvalidInput:
     """Return `error` with paths that count the items over the stream: `items[41].input.image.data`."""
 
     def move(path: str) -> str:
-        match = re.fullmatch(r"batch\.items\[(\d+)\](.*)", path)
+        match = _MESSAGE_ITEM.fullmatch(path)
         return path if match is None else f"items[{start + int(match.group(1))}]{match.group(2)}"
 
     violations = [(move(path), description) for path, description in error.violations]

@@ -16,10 +16,10 @@ from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.errors import describe
-from deployments.gateway.messages import sparse, tensor, timings
+from deployments.gateway.messages import check_named_texts, sparse, tensor, timings
 from deployments.gateway.pictures import picture, request_of_image
 from deployments.gateway.previews import SteeringPreviews, strongest
-from deployments.gateway.steering import steering_of, work_of
+from deployments.gateway.steering import steering_of, texts_of, work_of
 from deployments.generation_work import Event, Events, Failed, Finished, GenerateWork, Preview, Progress
 from deployments.metrics import Metrics
 from deployments.settings import Settings
@@ -81,6 +81,7 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
             raise NoPipeline("this bundle has no text-to-image pipeline; PreviewSteering works without one")
         if self._stream is None:
             raise NoPipeline("this server makes no images; its setting `generator` is off")
+        check_named_texts(texts_of(request), self._settings.max_text_bytes)
         work = work_of(request, self._settings.max_images)
         async with aclosing(self._stream("generate", work, context.time_remaining())) as messages:  # type: ignore[type-var]
             async for message in messages:

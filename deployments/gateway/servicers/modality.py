@@ -155,7 +155,7 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
                 await self._add(message, asked, scores, context)
             first = False
         scores = scores or self._pair_scores(asked)
-        table = await self._score(scores.request())
+        table = await self._score(scores.request(context.time_remaining()))
         known = self._catalogue.tables.get(scores.dictionary)
         return await asyncio.to_thread(self._answer, table, known, scores)
 
@@ -172,7 +172,12 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
             validate(message)
             items = tuple(p.image.data for p in message.batch.pairs)
             texts = tuple(p.text for p in message.batch.pairs)
-            work = Work((*items, *texts), scores.dictionary, truncate_text=asked.truncate_text)
+            work = Work(
+                (*items, *texts),
+                scores.dictionary,
+                truncate_text=asked.truncate_text,
+                stream=scores.stream,
+            )
             check_texts(work.items, self._settings.max_text_bytes)
             encoded = await self._patiently(work, context)
         except InvalidInput as error:

@@ -75,6 +75,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
   "generator_max_replicas" .Values.generator.maxReplicas
   "generator_target_ongoing" .Values.generator.targetOngoing
   "generator_cpus" .Values.generator.cpus
+  "generator_threads" .Values.generator.cpus
   "generator_gpus" (ternary .Values.generator.gpus 0 (eq .Values.generator.device "gpu"))
   "generator_resource" "generator")
 -}}

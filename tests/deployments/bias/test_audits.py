@@ -102,7 +102,28 @@ async def test_bad_items_are_skipped_and_named_when_the_caller_says_so(opened: O
     assert answer.skipped == 2
     skipped = {item.index: (item.id, item.reason) for item in answer.skipped_items}
     assert skipped == {3: ("broken", "IMAGE_FORMAT_UNSUPPORTED"), 5: ("empty", "INVALID_INPUT")}
+    assert answer.skipped_items[0].message == "input: value is required"
     assert answer.women + answer.men + answer.ungendered == 10
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (batch(people(257)), "batch.items"),
+        (batch([]), "batch.items"),
+        (pb.AuditGenderRequest(), "payload"),
+    ],
+    ids=["too many", "none", "neither"],
+)
+async def test_skipping_bad_items_lets_no_bad_message_through(
+    opened: Open, message: pb.AuditGenderRequest, field: str
+) -> None:
+    skip = settings_message(on_bad_item=pb.BAD_ITEM_POLICY_SKIP)
+    async with opened() as service:
+        with pytest.raises(aio.AioRpcError) as caught:
+            await service.bias.AuditGender(iter([skip, batch(people(12)), message]))
+    assert caught.value.code() is CODE.INVALID_ARGUMENT
+    assert error_details(caught.value)[:2] == ("INVALID_INPUT", [field])
 
 
 NEURONS = pb.Ablation(top_gender_features=1, dictionary="neurons")
@@ -149,6 +170,18 @@ async def test_only_so_many_audits_run_at_once(opened: Open) -> None:
     assert error_details(caught.value)[2] is not None
 
 
+async def test_an_idle_audit_gives_up_its_place(opened: Open) -> None:
+    async with opened(max_concurrent_audits=1, audit_idle_s=0.2) as service:
+        idle = service.bias.AuditGender()
+        await idle.write(settings_message())
+        with pytest.raises(aio.AioRpcError) as caught:
+            await idle
+        answer = await service.bias.AuditGender(iter([settings_message(), batch(people(12))]))
+    assert caught.value.code() is CODE.ABORTED
+    assert error_details(caught.value)[0] == "STREAM_IDLE"
+    assert answer.women == 4
+
+
 async def test_an_audit_ends_at_its_deadline_and_frees_its_place(opened: Open) -> None:
     async with opened(max_concurrent_audits=1) as service:
         long = settings_message(bootstrap_samples=10_000, null_sets=10_000)
@@ -158,6 +191,19 @@ async def test_an_audit_ends_at_its_deadline_and_frees_its_place(opened: Open) -
         # The thread that computes is one: the next audit is answered once the first has felt that its caller is gone.
         answer = await service.bias.AuditGender(iter([settings_message(), batch(people(12))]), timeout=60)
     assert answer.women == 4
+
+
+async def test_an_audit_that_waits_for_the_encoder_is_no_refused_call(opened: Open) -> None:
+    async with opened(max_queued_items=16) as service:
+        backlog = service.server._encoders[0]._backlog
+        with backlog.admitted(12):
+            audit = asyncio.ensure_future(
+                service.bias.AuditGender(iter([settings_message(), batch(people(12))]))
+            )
+            # As long as ten of its questions whether there is room.
+            await asyncio.sleep(0.2)
+            assert not service.model.items and not backlog.overloaded
+        assert (await audit).women == 4
 
 
 def test_ten_thousand_items_take_the_memory_that_the_settings_say() -> None:

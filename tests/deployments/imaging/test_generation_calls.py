@@ -52,6 +52,21 @@ async def test_a_generation_tells_progress_and_ends_with_its_images(open_gateway
         assert gateway.sample("monofacet_items_total", method="monofacet.v1.ImagingService/Generate") == 4
 
 
+async def test_a_generation_keeps_the_limit_of_texts(open_gateway: Open) -> None:
+    edit = pb.SteeringEdit(label=common_pb2.MODALITY_LABEL_TEXT, reference=common_pb2.Input(text="c" * 9))
+    asked = pb.GenerateRequest(
+        # Four characters of two bytes are within it, five are not.
+        prompt="é" * 4, negative_prompt="é" * 5, steering=pb.Steering(edits=[edit]), truncate_text=True
+    )  # fmt: skip
+    async with open_gateway(max_text_bytes=8) as gateway:
+        with pytest.raises(aio.AioRpcError) as caught:
+            await events(gateway.imaging.Generate(asked))
+        assert not gateway.model.prepared
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    fields = ["negative_prompt", "steering.edits[0].reference.text"]
+    assert error_details(caught.value)[:2] == ("TEXT_TOO_LONG", fields)
+
+
 async def test_each_png_carries_the_request_that_makes_it_alone(open_gateway: Open) -> None:
     async with open_gateway() as gateway:
         edit = pb.SteeringEdit(label=common_pb2.MODALITY_LABEL_IMAGE, scale=0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -221,7 +223,7 @@ def test_random_sets_match_the_strata_of_the_set() -> None:
     strata = feature_strata(rate, energy)
     assert (strata[:20] == 0).all() and (strata[20:] > 0).all()
     features = rng.choice(500, 30, replace=False)
-    sets = matched_sets(features, strata, 50, 0)
+    sets = np.stack(list(matched_sets(features, strata, 50, 0)))
     for drawn in sets:
         assert len(set(drawn)) == 30
         assert (
@@ -231,6 +233,18 @@ def test_random_sets_match_the_strata_of_the_set() -> None:
     assert len({tuple(drawn) for drawn in sets}) == 50
     # Within a stratum energies are of one quantile: the sets' mean energy is near the set's own.
     assert energy[sets].sum(1).mean() == pytest.approx(energy[features].sum(), rel=0.25)
+
+
+def test_random_sets_are_drawn_one_at_a_time() -> None:
+    strata = np.ones(4_000, np.int64)
+    sets = matched_sets(np.arange(2_000), strata, 1_000, 0)
+    tracemalloc.start()
+    for _ in range(1_000):
+        next(sets)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # All of them would be 16 MB.
+    assert peak < 1_000_000
 
 
 def test_a_p_value_counts_the_observed_set_and_both_sides() -> None:

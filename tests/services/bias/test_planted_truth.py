@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
+import services.bias.audit
 from services.bias.ablation import Mode
 from services.bias.associate import associate
 from services.bias.association import rank_by_association
@@ -138,3 +141,24 @@ def test_a_retrained_probe_finds_gender_where_one_direction_was_emptied(world: W
     assert erased.probe.after.value < 0.7 < 0.8 < erased.probe.before.value
     assert erased.nulls == () and erased.null_energy_ratio is None
     assert erased.kept > both.kept
+
+
+def test_an_audit_asks_in_each_of_its_loops_whether_to_go_on(world: World) -> None:
+    asking: set[str] = set()
+    plan = Plan.of_features(world.sides, np.array([WOMAN_FEATURE]), Mode.ZERO)
+    audit(
+        world.cases,
+        world.direction,
+        world.sides,
+        plan,
+        SETTINGS,
+        lambda: asking.add(sys._getframe(1).f_code.co_name),
+    )
+    assert asking == {"audit_scores", "figures", "_professions", "_probe", "probe_scores", "neighbours_kept"}
+
+
+def test_only_the_professions_that_are_answered_are_computed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services.bias.audit, "MAX_PROFESSIONS", 2)
+    assert [found.name for found in audit_of(world, [WOMAN_FEATURE]).professions] == ["artist", "guard"]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from services.bundle import Bundle, refresh_manifest
+from services.encoding.texts import TextLimits
 from services.errors import (
     BundleFileError,
     InvalidInput,
@@ -319,6 +320,14 @@ def test_a_long_prompt_is_cut_where_the_request_allows_it(load_kind: Load) -> No
     with pytest.raises(TextTooLong):
         imaging.condition(ImageRequest("word " * 100))
     assert imaging.condition(ImageRequest("word " * 100, truncate=True)).hidden.shape[0] == 2
+
+
+def test_a_prompt_that_only_the_text_tower_refuses_is_named_as_the_request_has_it(load_kind: Load) -> None:
+    bundle, _ = load_kind("sd1")
+    imaging = Imaging.load(bundle, threads=1, text_limits=TextLimits(12))
+    with pytest.raises(TextTooLong) as caught:
+        imaging.condition(ImageRequest("a red heart again", steering=Steering(EDITS)))
+    assert [path for path, _ in caught.value.violations] == ["prompt"]
 
 
 def test_a_bundle_without_a_pipeline_says_so(tiny: Bundle) -> None:

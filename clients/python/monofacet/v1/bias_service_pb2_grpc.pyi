@@ -40,7 +40,8 @@ class BiasServiceStub:
     AuditGender: _grpc.StreamUnaryMultiCallable[_bias_service_pb2.AuditGenderRequest, _bias_service_pb2.AuditGenderResponse]
     """Audits ablations on the caller's labelled inputs: settings first, then any number of items (up to
     Limits.max_audit_items), then the audit. A bad item ends the call with INVALID_ARGUMENT or is skipped and named, as
-    the settings say; field paths count the items over the whole stream: `items[41].input.image.data`.
+    the settings say; field paths count the items over the whole stream: `items[41].input.image.data`. A stream that
+    sends nothing for long, by default a minute, ends with ABORTED, reason STREAM_IDLE: few audits fit at once.
     """
 
 @_typing.type_check_only
@@ -55,7 +56,8 @@ class BiasServiceAsyncStub(BiasServiceStub):
     AuditGender: _aio.StreamUnaryMultiCallable[_bias_service_pb2.AuditGenderRequest, _bias_service_pb2.AuditGenderResponse]  # type: ignore[assignment]
     """Audits ablations on the caller's labelled inputs: settings first, then any number of items (up to
     Limits.max_audit_items), then the audit. A bad item ends the call with INVALID_ARGUMENT or is skipped and named, as
-    the settings say; field paths count the items over the whole stream: `items[41].input.image.data`.
+    the settings say; field paths count the items over the whole stream: `items[41].input.image.data`. A stream that
+    sends nothing for long, by default a minute, ends with ABORTED, reason STREAM_IDLE: few audits fit at once.
     """
 
 class BiasServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -79,7 +81,8 @@ class BiasServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_bias_service_pb2.AuditGenderResponse, _abc.Awaitable[_bias_service_pb2.AuditGenderResponse]]:
         """Audits ablations on the caller's labelled inputs: settings first, then any number of items (up to
         Limits.max_audit_items), then the audit. A bad item ends the call with INVALID_ARGUMENT or is skipped and named, as
-        the settings say; field paths count the items over the whole stream: `items[41].input.image.data`.
+        the settings say; field paths count the items over the whole stream: `items[41].input.image.data`. A stream that
+        sends nothing for long, by default a minute, ends with ABORTED, reason STREAM_IDLE: few audits fit at once.
         """
 
 def add_BiasServiceServicer_to_server(servicer: BiasServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
