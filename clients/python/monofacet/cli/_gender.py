@@ -171,7 +171,8 @@ def audit(
     mode: Mode = "zero",
     dictionary: Dictionary = "",
     compare: Annotated[
-        bool, typer.Option(help="Audit the three labels, the top 16 and 64, and LEACE side by side.")
+        bool,
+        typer.Option(help="Audit the labels that features have, the top 16 and 64, and LEACE side by side."),
     ] = False,
     skip_bad: Annotated[
         bool, typer.Option(help="Leave bad items out and name them, instead of failing.")
@@ -195,7 +196,7 @@ def audit(
         top_gender_features=16, mode=mode, dictionary=dictionary
     )
     settings = AuditSettings(
-        ablations=compared(mode, dictionary) if compare else (asked,),
+        ablations=_present(session, compared(mode, dictionary)) if compare else (asked,),
         skip_bad_items=skip_bad,
         bootstrap_samples=bootstrap,
         null_sets=null_sets,
@@ -242,6 +243,22 @@ def compared(mode: str, dictionary: str) -> tuple[Ablation, ...]:
     by_label = [Ablation(label=name, mode=mode, dictionary=dictionary) for name in ("IMAGE", "TEXT", "CROSS")]
     by_rank = [Ablation(top_gender_features=q, mode=mode, dictionary=dictionary) for q in (16, 64)]
     return (*by_rank, *by_label, Ablation(mode="LEACE", dictionary=dictionary))
+
+
+def _present(session: Session, ablations: tuple[Ablation, ...]) -> tuple[Ablation, ...]:
+    """Leave out labels that no feature has, and say so: the server would refuse the whole audit."""
+    kept = []
+    for ablation in ablations:
+        if ablation.label is not None and not _count(session, ablation):
+            session.progress.print(f"left out: no feature is labelled {ablation.label}")
+        else:
+            kept.append(ablation)
+    return tuple(kept)
+
+
+def _count(session: Session, ablation: Ablation) -> int:
+    labels = () if ablation.label is None else (ablation.label,)
+    return session.client.features_page(page_size=1, dictionary=ablation.dictionary, labels=labels).total
 
 
 def read_labels(path: Path) -> list[LabelledItem]:
