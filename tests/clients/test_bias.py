@@ -181,6 +181,25 @@ def test_paths_in_a_csv_are_relative_to_it(labels: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("columns", "sent"),
+    [
+        ({"cluster": "one", "group": "two"}, "one"),
+        ({"group": "two"}, "two"),
+        ({}, ""),
+    ],
+)
+def test_items_of_one_group_or_cluster_are_sent_as_one(
+    tmp_path: Path, columns: dict[str, str], sent: str
+) -> None:
+    rows = [{"text": f"{i}", "gender": "woman", **columns} for i in range(2)]
+    client, channel = mock_client()
+    with client:
+        client.audit_gender(read_labels(write_csv(tmp_path, rows)))
+    items = [item for _, request in channel.calls for item in request.batch.items]
+    assert [item.cluster for item in items] == [sent, sent]
+
+
+@pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"image": "a.png", "sex": "x"}], "columns gender"),

@@ -162,7 +162,7 @@ def audit(
         typer.Option(
             "--csv",
             help="CSV file with columns image or text (or both), gender (woman, man or empty), and optionally "
-            "profession and cluster.",
+            "profession, and cluster or group: items that are not independent.",
         ),
     ],
     features: Features = None,
@@ -267,8 +267,8 @@ def read_labels(path: Path) -> list[LabelledItem]:
     Parameters
     ----------
     path
-        With columns image or text, gender, and optionally profession and cluster. Image paths are relative to
-        the file, so that it can be moved with its images.
+        With columns image or text, gender, and optionally profession, and cluster or, as in a file of pairs,
+        group. Image paths are relative to the file, so that it can be moved with its images.
 
     Returns
     -------
@@ -287,6 +287,7 @@ def read_labels(path: Path) -> list[LabelledItem]:
             columns = set(reader.fieldnames or ())
             if not columns & {"image", "text"} or "gender" not in columns:
                 raise exceptions.InputError(f"{path} needs the columns gender, and image or text")
+            cluster = "cluster" if "cluster" in columns else "group"
             for line, row in enumerate(reader, start=2):
                 image, text = (row.get("image") or "").strip(), row.get("text") or ""
                 if not image and not text:
@@ -301,7 +302,7 @@ def read_labels(path: Path) -> list[LabelledItem]:
                         input=path.parent / image if image else text,
                         gender=gender,
                         profession=(row.get("profession") or "").strip(),
-                        cluster=(row.get("cluster") or "").strip(),
+                        cluster=(row.get(cluster) or "").strip(),
                         id=(image or text)[:256],
                     )
                 )
