@@ -176,7 +176,7 @@ def rows(v: Values) -> list[tuple[str, str, str]]:
                 f"AUC {change(v['bias_auc'])}, skew of ungendered professions {change(v['bias_skew'])}: "
                 f"{v['bias_verdict']}"
             ),
-            "`python -m training.bias_study`",
+            "`python -m training.bias_study --test`",
         ),
         (
             "PGD 4/255 found at 1% false positives",
