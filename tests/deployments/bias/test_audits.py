@@ -127,6 +127,7 @@ async def test_skipping_bad_items_lets_no_bad_message_through(
 
 
 NEURONS = pb.Ablation(top_gender_features=1, dictionary="neurons")
+NO_FEATURE = pb.Ablation(label=common_pb2.MODALITY_LABEL_TEXT, dictionary="neurons")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +142,10 @@ NEURONS = pb.Ablation(top_gender_features=1, dictionary="neurons")
         (
             [settings_message(ablations=[pb.Ablation(top_gender_features=1), NEURONS])],
             "INVALID_INPUT", ["settings.ablations[1].dictionary"],
+        ),
+        (
+            [settings_message(ablations=[NO_FEATURE]), batch(people(6))],
+            "INVALID_INPUT", ["settings.ablations[0].label"],
         ),
     ],
 )  # fmt: skip

@@ -144,6 +144,10 @@ async def test_an_item_costs_one_forward_whatever_is_removed(opened: Open) -> No
             CODE.INVALID_ARGUMENT, "INVALID_INPUT", ["ablation.label"],
         ),
         (
+            pb.Ablation(label=common_pb2.MODALITY_LABEL_TEXT, dictionary="neurons"),
+            CODE.INVALID_ARGUMENT, "INVALID_INPUT", ["ablation.label"],
+        ),
+        (
             pb.Ablation(top_gender_features=1, dictionary="ncl"),
             CODE.FAILED_PRECONDITION, "MODEL_NOT_CALIBRATED", [],
         ),

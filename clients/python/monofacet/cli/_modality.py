@@ -100,20 +100,27 @@ def _score(session: Session, path: Path, settings: ScoreSettings, out: Path | No
 
 def _read_pairs(path: Path) -> list[Pair]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        # Excel begins a UTF-8 file with a mark, which would be part of the first column's name.
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = {"image", "text"} - set(reader.fieldnames or ())
             if missing:
                 raise exceptions.InputError(f"{path} has no column {' or '.join(sorted(missing))}")
-            # Paths are relative to the file that names them, so that it can be moved with its images.
-            pairs: list[Pair] = [
-                (path.parent / row["image"], row["text"], row.get("group") or "") for row in reader
-            ]
+            pairs = [_pair(path, row, reader.line_num) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise exceptions.InputError(f"cannot read {path}: {error}") from error
     if not pairs:
         raise exceptions.InputError(f"{path} holds no pairs")
     return pairs
+
+
+def _pair(path: Path, row: dict[str, str | None], line: int) -> Pair:
+    image, text = row["image"], row["text"]
+    # A text may be empty; one that is None is of a row with too few cells.
+    if not image or text is None:
+        raise exceptions.InputError(f"{path}, line {line}: no {'text' if image else 'image'}")
+    # Paths are relative to the file that names them, so that it can be moved with its images.
+    return path.parent / image, text, row.get("group") or ""
 
 
 def _write_table(path: Path, table: ModalityTable) -> None:
