@@ -208,8 +208,8 @@ class Settings(BaseSettings):
     audit_idle_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds that an AuditGender stream may send nothing before it is ended: what it keeps takes one of "
-        "`max_concurrent_audits` places, which others wait for.",
+        description="Seconds that an AuditGender stream may send nothing before it is ended: what it keeps takes one "
+        "of `max_concurrent_audits` places, which others wait for.",
     )
     max_queued_items: int = Field(
         1_024,
