@@ -90,6 +90,12 @@ class EncoderClient:
         """Whether a request of one item would be refused now; not while no encoder is left, when calls wait for one."""
         return self._alive() and self._backlog.full
 
+    @property
+    def replicas(self) -> int:
+        """Replicas that answered of late, at least 1 while any is left; 0 while none is."""
+        began = asyncio.get_running_loop().time() - _FORGET_S
+        return max(1, len(self._heard_since(began))) if self._alive() else 0
+
     def refuse(self) -> None:
         """Count a call that was refused at the door because all encoders are full."""
         self._backlog.refuse()
@@ -148,9 +154,12 @@ class EncoderClient:
         """Keep every replica busy: as many messages on their way as there are replicas that answer."""
         now = asyncio.get_running_loop().time()
         self._heard[replica] = now
-        self._heard = {name: at for name, at in self._heard.items() if now - at <= _FORGET_S}
+        self._heard = self._heard_since(now - _FORGET_S)
         self._gathered.concurrency = self._settings.messages_in_flight * len(self._heard)
         self._backlog.replicas = len(self._heard)
+
+    def _heard_since(self, began: float) -> dict[str, float]:
+        return {name: at for name, at in self._heard.items() if at >= began}
 
     async def _send_all(self, message: list[_Waiting]) -> list[Encoded | Exception]:
         now = asyncio.get_running_loop().time()

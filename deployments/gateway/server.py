@@ -273,7 +273,7 @@ class GatewayServer:
         for descriptor, add in ROUTED:
             servicers = {name: servicers[descriptor.name] for name, servicers in made.items()}
             add(Routed(descriptor, servicers, self._bundles.resolve), self._services)
-        self._model_servicer = ModelServicer(self._bundles, backends, self._settings)
+        self._model_servicer = ModelServicer(self._bundles, backends, self._encoders, self._settings)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self._model_servicer, self._services)
 
     def _servicers(self, name: str, backend: Backend) -> dict[str, Any]:

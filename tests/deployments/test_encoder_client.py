@@ -51,3 +51,19 @@ async def test_each_replica_that_answers_is_kept_busy(replicas: int, messages: i
 async def test_a_replica_that_is_no_longer_heard_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deployments.gateway.encoder_client._FORGET_S", 0.0)
     assert await most_at_once(Encoders(["a", "b"])) == 2
+
+
+async def test_replicas_are_those_that_answered_and_one_while_any_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alive = True
+    encoders = Encoders(["a", "b", "c"])
+    client = EncoderClient(encoders.send, Settings(), Metrics(), "torch", alive=lambda: alive)
+    assert client.replicas == 1
+    for _ in range(3):
+        await client.encode(Work(("a",)))
+    assert client.replicas == 3
+    monkeypatch.setattr("deployments.gateway.encoder_client._FORGET_S", -1.0)
+    assert client.replicas == 1
+    alive = False
+    assert client.replicas == 0

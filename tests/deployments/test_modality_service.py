@@ -231,3 +231,16 @@ async def test_get_model_answers_every_limit_and_every_file(open_gateway: Open, 
     assert caught.value.code() is CODE.NOT_FOUND
     assert error_details(caught.value)[:2] == ("UNKNOWN_MODEL", ["bundle"])
     assert not listed.models[0].files
+
+
+async def test_models_tell_the_replicas_that_run_and_not_those_that_were_asked_for(
+    open_gateway: Open,
+) -> None:
+    async with open_gateway(encoder_replicas=3) as gateway:
+        running = []
+        for serving in (True, False):
+            await gateway.server.set_serving(serving)
+            answer = await gateway.models.GetModel(model_service_pb2.GetModelRequest())
+            listed = await gateway.models.ListModels(model_service_pb2.ListModelsRequest())
+            running.append((answer.model.runtime.replicas, listed.models[0].runtime.replicas))
+    assert running == [(1, 1), (0, 0)]

@@ -11,6 +11,7 @@ from monofacet.v1 import model_service_pb2_grpc
 
 from deployments.gateway.bundles import Backend, Bundles
 from deployments.gateway.catalogue import Catalogue
+from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.messages import duration, timings
 from deployments.generation_work import GeneratorInfo
 from deployments.settings import Settings
@@ -84,7 +85,7 @@ def _dictionaries(catalogue: Catalogue) -> list[pb.DictionaryInfo]:
 
 
 def model(catalogue: Catalogue, info: EncoderInfo, settings: Settings) -> pb.Model:
-    """Describe a bundle that is served; without its files."""
+    """Describe a bundle that is served; without its files, and without its replicas, which come and go."""
     bundle = catalogue.bundle
     manifest = bundle.manifest
     metrics = {key: value for key, value in manifest.metrics.items() if key != "dictionaries"}
@@ -109,7 +110,6 @@ def model(catalogue: Catalogue, info: EncoderInfo, settings: Settings) -> pb.Mod
             device=info.device,
             precision=info.precision,
             threads=info.threads,
-            replicas=settings.encoder_replicas,
         ),
         limits=limits(settings),
         metrics=flat_metrics(metrics),
@@ -146,12 +146,21 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         What is served.
     backends
         What computes for each, in the order of `bundles`.
+    encoders
+        The clients of their encoders, in the same order.
     settings
         Of the server.
     """
 
-    def __init__(self, bundles: Bundles, backends: Sequence[Backend], settings: Settings) -> None:
+    def __init__(
+        self,
+        bundles: Bundles,
+        backends: Sequence[Backend],
+        encoders: Sequence[EncoderClient],
+        settings: Settings,
+    ) -> None:
         self._bundles = bundles
+        self._encoders = dict(zip(bundles, encoders, strict=True))
         self._models = {
             name: model(bundles[name], backend.info, settings)
             for name, backend in zip(bundles, backends, strict=True)
@@ -168,11 +177,17 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
         if described is not None:
             self._models[bundle].pipeline.CopyFrom(described)
 
+    def _described(self, name: str) -> pb.Model:
+        """Return what is known of a bundle, with the replicas of now."""
+        described = self._models[name]
+        described.runtime.replicas = self._encoders[name].replicas
+        return described
+
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
         """Describe one bundle, with its files."""
         name = self._bundles.resolve(request.bundle)
         described = pb.Model()
-        described.CopyFrom(self._models[name])
+        described.CopyFrom(self._described(name))
         for path, entry in sorted(self._bundles[name].bundle.manifest.files.items()):
             described.files.add(path=path, sha256=entry.sha256, bytes=entry.bytes)
         return pb.GetModelResponse(
@@ -182,7 +197,7 @@ class ModelServicer(model_service_pb2_grpc.ModelServiceServicer):
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
         """Describe every bundle, the default first."""
         return pb.ListModelsResponse(
-            models=self._models.values(),
+            models=map(self._described, self._models),
             server_version=self._version,
             timings=timings(),
             bundle=self._default,

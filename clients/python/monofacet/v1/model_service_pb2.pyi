@@ -168,7 +168,9 @@ class Runtime(_message.Message):
     threads: _builtins.int
     """Threads of one replica, at least 1."""
     replicas: _builtins.int
-    """Replicas that were running when the answer was made, at least 0."""
+    """Replicas that were running when the answer was made, as far as they had work in the last ten seconds: at least 1
+    while any was running, else 0.
+    """
     def __init__(
         self,
         *,
