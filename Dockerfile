@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
 # Two images: `docker build --target cpu -t monofacet:0.1.0-cpu .` and `--target cuda -t monofacet:0.1.0-cuda .`
-# They run as any user but root, on a read-only root file system with a writable /tmp.
+# They run as any user but root, on a read-only root file system with a writable /tmp. They listen on loopback until
+# MONOFACET_HOST and MONOFACET_METRICS_HOST say otherwise: docs/operations.md has the command.
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim-bookworm AS base

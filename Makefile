@@ -47,10 +47,10 @@ bench: $(STAMP)  ## Measure; prints a table and writes out/bench/*.json
 
 protos: $(STAMP)  ## Generate the stubs and docs/api.md from protos/
 	$(BIN)/python clients/python/tools/generate.py
-	$(BIN)/python clients/python/tools/reference
+	$(BIN)/python docs/reference
 
 docs: $(STAMP)  ## Write docs/api.md from the contract
-	$(BIN)/python clients/python/tools/reference
+	$(BIN)/python docs/reference
 
 figures: $(STAMP)  ## Write the README's figures from the embedded bundle and out/bench/
 	$(BIN)/python -m benchmarks.readme

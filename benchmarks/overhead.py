@@ -173,7 +173,7 @@ def main(
     for n in map(int, sizes.split(",")):
         bundle = vit_b_32_with_features(OUT / f"vit-b-32-{n}", n)
         goal = TARGETS.get(n)
-        entry = report[str(n)] = {"goal": goal, "in_process": {}, "served": {}}
+        entry = report[str(n)] = {"bundle": bundle.id, "goal": goal, "in_process": {}, "served": {}}
 
         def row(
             where: str, kind: str, wall: float, cpu: float | None, target: float | None, n: int = n

@@ -34,6 +34,8 @@ BENCH, WORK = ROOT / "out" / "bench", ROOT / "work"
 BEGIN, END = "<!-- figures: written by `make figures` -->", "<!-- end of figures -->"
 
 Values = dict[str, Any]
+# Beside a figure that a benchmark of the embedded bundle took on another one.
+ELSEWHERE = r"\*"
 # A feature is shown with at least so many.
 MIN_EXAMPLES = 4
 # Where each figure is: a file, and the way to it; see `look_up`.
@@ -64,6 +66,7 @@ FROM_WORK = {
 }
 FROM_BENCH = {
     "following": "generation.json:following/generated",
+    "following_bundle": "generation.json:bundle",
     "cores": "encode.json:machine/cores",
     "share_at_32": "encode.json:served/vit-b-32/served/32x1/of_batch_32",
     "share_of_batches": "encode.json:served/vit-b-32/served/4x32/of_batch_32",
@@ -73,10 +76,12 @@ FROM_BENCH = {
     "peers_alone": "peers.json:results/1x1/over the best peer",
     "rides_small": "overhead.json:8192/in_process/32/all_cpu",
     "rides_large": "overhead.json:65536/in_process/32/all_cpu",
+    "start_bundle": "start.json:bundle",
     "start_s": "start.json:figures/to serving, s",
     "memory_mb": "start.json:figures/memory after calls, MB",
     "killed": "stopping.json:sigkill_of_the_encoder",
     "stopped": "stopping.json:sigterm",
+    "stopping_bundle": "stopping.json:bundle",
 }
 
 
@@ -125,6 +130,11 @@ def change(figure: Any) -> str:
     before, after, difference = (figure[part] for part in ("before", "after", "difference"))
     interval = f"[{difference['low']:+.2f}, {difference['high']:+.2f}]"
     return f"{before['value']:.2f} to {after['value']:.2f} (difference {interval})"
+
+
+def elsewhere(v: Values, name: str) -> str:
+    """Return the sign of another bundle, unless the one that `name` recorded is the one of the table."""
+    return "" if v.get(name) == v["bundle"] else f" {ELSEWHERE}"
 
 
 def rows(v: Values) -> list[tuple[str, str, str]]:
@@ -176,7 +186,7 @@ def rows(v: Values) -> list[tuple[str, str, str]]:
                 f"AUC {change(v['bias_auc'])}, skew of ungendered professions {change(v['bias_skew'])}: "
                 f"{v['bias_verdict']}"
             ),
-            "`python -m training.bias_study`",
+            "`python -m training.bias_study --test`",
         ),
         (
             "PGD 4/255 found at 1% false positives",
@@ -190,7 +200,7 @@ def rows(v: Values) -> list[tuple[str, str, str]]:
         ),
         (
             "generated drawings whose caption a judge finds among 100",
-            lambda: percent(v["following"]),
+            lambda: percent(v["following"]) + elsewhere(v, "following_bundle"),
             "`python -m benchmarks.generation`",
         ),
         (
@@ -217,14 +227,14 @@ def rows(v: Values) -> list[tuple[str, str, str]]:
         ),
         (
             "start to SERVING; memory of all processes",
-            lambda: f"{v['start_s']:.0f} s; {v['memory_mb'] / 1000:.1f} GB",
+            lambda: f"{v['start_s']:.0f} s; {v['memory_mb'] / 1000:.1f} GB" + elsewhere(v, "start_bundle"),
             "`python -m benchmarks.start`",
         ),
         (
             "calls lost to SIGTERM; failed when the encoder is killed",
             lambda: (
                 f"{v['stopped']['unary_lost'] + v['stopped']['stream_items_lost']}; {v['killed']['calls_failed']} of "
-                f"{v['killed']['calls']:,}"
+                f"{v['killed']['calls']:,}" + elsewhere(v, "stopping_bundle")
             ),
             "`python -m benchmarks.stopping`",
         ),
@@ -240,14 +250,17 @@ def rows(v: Values) -> list[tuple[str, str, str]]:
 
 def block(values: Values) -> str:
     """Return what stands between the markers."""
+    made = rows(values)
     lines = [
         "| what | figure | measured by |",
         "|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in rows(values)),
+        *(f"| {' | '.join(row)} |" for row in made),
     ]
     note = f"Bundle `{values['bundle']}`. Brackets are 95% intervals."
     if "cores" in values:
         note += f" Figures of the service are of {values['cores']} CPU cores without a GPU, load generator included."
+    if any(figure.endswith(ELSEWHERE) for _, figure, _ in made):
+        note += f" {ELSEWHERE} Measured on another bundle, or on one that was not recorded."
     return "\n".join([BEGIN, *lines, "", note, END])
 
 

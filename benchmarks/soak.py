@@ -1,8 +1,8 @@
 """Mixed load for a long time, and the memory of every process: `python -m benchmarks.soak [--minutes 20]`.
 
-Singles, batches, streams, classification, listings and broken requests, all at once. Memory must not grow by more
-than 5% after warm-up, in any process, and no call may fail that should not. Prints one table, writes
-out/bench/soak.json; exit code 1 when either happened.
+Singles, batches, streams, modality, gender, verdicts, listings, broken requests and generated images, all at once, once
+everything is warm. Memory must not grow by more than 5% after warm-up, in any process, and no call may fail that should
+not. Prints one table, writes out/bench/soak.json; exit code 1 when either happened.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.samples import jpegs
+from benchmarks.start import name_of, serving_s
+from deployments.gateway.server import IMAGING
 from deployments.settings import EMBEDDED_BUNDLE
 from tests.support.memory import MOST_GROWTH, growth
 from tests.support.service import Service, start_service
@@ -31,17 +34,21 @@ OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
 MIB = 1024 * 1024
 
 
-def memory(service: Service) -> dict[str, float]:
-    """Return the resident memory (MiB) of every process of the service, by what it is."""
-    found: dict[str, float] = {}
+def memory(service: Service) -> dict[int, float]:
+    """Return the resident memory (MiB) of every process of the service, by its id."""
+    found: dict[int, float] = {}
     for pid in {service.process.pid, *service.descendants()}:
-        try:
-            process = psutil.Process(pid)
-            words = process.cmdline()
-            name = words[0] if words and ":" in words[0] else process.name()
-            found[f"{name.split('/')[-1][:40]} {pid}"] = process.memory_info().rss / MIB
-        except psutil.Error:
-            continue
+        with suppress(psutil.Error):
+            found[pid] = psutil.Process(pid).memory_info().rss / MIB
+    return found
+
+
+def names(service: Service) -> dict[int, str]:
+    """Return what each process is. Ray's change their titles with what they do, which is left out."""
+    found: dict[int, str] = {}
+    for pid in {service.process.pid, *service.descendants()}:
+        with suppress(OSError):
+            found[pid] = f"{name_of(pid).split('.')[0]} {pid}"
     return found
 
 
@@ -67,6 +74,9 @@ def work(client: monofacet.AsyncClient, files: list[bytes]) -> dict[str, Callabl
         await client.feature(page.cards[rng.randrange(len(page.cards))].feature)
 
     return {
+        "generate": lambda: client.generate("a red heart", seeds=[rng.randrange(1000)]),
+        "gender": lambda: client.classify_gender([rng.choice(files), "a nurse"]),
+        "filter": lambda: client.filter_adversarial([rng.choice(files)]),
         "single": lambda: client.encode([rng.choice(files)], dictionary=""),
         "batch": lambda: client.encode(rng.sample(files, 16) + [f"word {rng.random()}"] * 16),
         "stream": stream,
@@ -76,10 +86,10 @@ def work(client: monofacet.AsyncClient, files: list[bytes]) -> dict[str, Callabl
     }
 
 
-async def soak(service: Service, seconds: float, every: float) -> tuple[dict[str, list[float]], Counter[str]]:
+async def soak(service: Service, seconds: float, every: float) -> tuple[dict[int, list[float]], Counter[str]]:
     """Load the service; return samples of memory by process, and what happened."""
     counts: Counter[str] = Counter()
-    samples: dict[str, list[float]] = defaultdict(list)
+    samples: dict[int, list[float]] = defaultdict(list)
     ends = time.perf_counter() + seconds
     async with monofacet.AsyncClient(service.target) as client:
 
@@ -95,8 +105,8 @@ async def soak(service: Service, seconds: float, every: float) -> tuple[dict[str
         busy = [asyncio.create_task(repeat(*pair)) for pair in work(client, jpegs(64)).items()]
         while time.perf_counter() < ends:
             await asyncio.sleep(every)
-            for name, value in (await asyncio.to_thread(memory, service)).items():
-                samples[name].append(value)
+            for pid, value in (await asyncio.to_thread(memory, service)).items():
+                samples[pid].append(value)
         await asyncio.gather(*busy)
     return samples, counts
 
@@ -109,25 +119,31 @@ def main(
     OUT.mkdir(parents=True, exist_ok=True)
     service = start_service(bundle, OUT / "soak.log")
     try:
+        for name in ("", IMAGING):
+            serving_s(service.target, name, time.time())
         samples, counts = asyncio.run(soak(service, minutes * 60, max(2.0, minutes * 60 / 120)))
+        told = names(service)
     finally:
         service.stop()
     longest = max(map(len, samples.values()))
-    # A process that came or went meanwhile is one of Ray's helpers, seen as such in the count below.
-    grown = {name: growth(values) for name, values in samples.items() if len(values) >= longest - 1}
+    # One that came or went meanwhile is a helper of Ray's: it is listed, and its growth says nothing.
+    whole = {
+        told[pid]: values for pid, values in samples.items() if len(values) >= longest - 1 and pid in told
+    }
+    grown = {name: growth(values) for name, values in whole.items()}
     failed = {key: n for key, n in counts.items() if key.startswith("FAILED")}
     report = {
         "minutes": minutes,
         "calls": dict(counts),
         "growth": grown,
-        "megabytes": {name: {"first": values[0], "last": values[-1]} for name, values in samples.items()},
-        "short_lived": sorted(set(samples) - set(grown)),
+        "megabytes": {name: {"first": values[0], "last": values[-1]} for name, values in whole.items()},
+        "short_lived": sorted(told.get(pid, str(pid)) for pid in samples if told.get(pid) not in whole),
     }
     (OUT / "soak.json").write_text(json.dumps(report, indent=1) + "\n")
     table = Table("process", "MiB first", "MiB last", "growth after warm-up", "met")
     for name, share in sorted(grown.items()):
         met = "yes" if share <= MOST_GROWTH else "NO"
-        table.add_row(name, f"{samples[name][0]:.0f}", f"{samples[name][-1]:.0f}", f"{share:+.1%}", met)
+        table.add_row(name, f"{whole[name][0]:.0f}", f"{whole[name][-1]:.0f}", f"{share:+.1%}", met)
     console = Console()
     console.print(table)
     console.print(dict(counts))

@@ -139,7 +139,8 @@ def main(
     """Start, measure, print and write."""
     OUT.mkdir(parents=True, exist_ok=True)
     # Reads every file, so that each start finds the same warm cache.
-    generates = Bundle.load(bundle).manifest.diffusion is not None
+    loaded = Bundle.load(bundle)
+    generates = loaded.manifest.diffusion is not None
     runs = [once(bundle, OUT / "start.log", generates) for _ in range(times)]
     last = runs[-1]
 
@@ -173,7 +174,13 @@ def main(
     for name, memory in sorted(last["memory"].items(), key=lambda pair: -pair[1]["Pss"]):
         table.add_row(name, f"{last['cpu'].get(name, 0):.1f}", *(f"{memory[kind]:.0f}" for kind in KINDS))
     console.print(table)
-    document = {"figures": figures, "targets": targets, "cores": len(os.sched_getaffinity(0)), "runs": runs}
+    document = {
+        "bundle": loaded.id,
+        "figures": figures,
+        "targets": targets,
+        "cores": len(os.sched_getaffinity(0)),
+        "runs": runs,
+    }
     (OUT / "start.json").write_text(json.dumps(document, indent=1) + "\n")
 
 

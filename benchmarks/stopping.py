@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.settings import EMBEDDED_BUNDLE
+from services.bundle import Bundle
 from tests.support.service import STOP_TIMEOUT_S, Service, start_service
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
@@ -157,7 +158,8 @@ def main(
     finally:
         service.stop()
     report = {"sigkill_of_the_encoder": kill, "sigterm": term}
-    (OUT / "stopping.json").write_text(json.dumps(report, indent=1) + "\n")
+    document = {"bundle": Bundle.load(bundle, verify=False).id, **report}
+    (OUT / "stopping.json").write_text(json.dumps(document, indent=1) + "\n")
     table = Table("signal", "figure", "value")
     for name, figures in report.items():
         for key, value in figures.items():

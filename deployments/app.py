@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,6 @@ from deployments.batching import BatcherClosed, QueueFull
 from deployments.gateway.errors import EncoderUnavailable
 from deployments.generation_work import Events, Failed, GenerateWork, GeneratorInfo
 from deployments.process import (
-    LEAST,
     computing_thread,
     confine_to_loopback,
     give_back_memory,
@@ -33,6 +31,9 @@ from services.tables import ModalityTable
 log = logging.getLogger("monofacet")
 
 APP_NAME = "monofacet"
+# How much nicer loading the generator is than computing: what is asked for now comes before what is asked for later,
+# but a busy encoder must not keep it from ever being loaded.
+_LATER = 5
 # Seconds between two looks for the file that asks a gateway to drain.
 _DRAIN_POLL_S = 0.5
 
@@ -129,7 +130,7 @@ class GeneratorReplica:
     def _load(self) -> tuple[Any, GeneratorInfo] | EncoderFault:
         try:
             # In a thread that gives way to the encoder's, without which nothing is served.
-            with computing_thread(LEAST) as thread:
+            with computing_thread(min(19, self._settings.compute_niceness + _LATER)) as thread:
                 model = thread.submit(_warm_pipeline, self._settings).result()
             from deployments.generator import Generator
 

@@ -16,7 +16,7 @@ ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",
     # Ray's workers are nice (15) by default, for batch jobs beside a user. Whatever else ran would starve a server.
     "RAY_worker_niceness": "0",
-    # Two idle workers would be started and never used.
+    # On a cluster idle workers would be started and never used.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
     # A start on a busy machine is slow, not wrong.
@@ -34,6 +34,8 @@ ENVIRONMENT = {
 }
 # Of a machine that is a cluster of its own.
 ONE_MACHINE = {
+    # Here they are used: they start while Serve's controller does, one core of a small machine being idle then.
+    "RAY_prestart_worker_first_driver": "1",
     # How often Ray's agent looks at every process, for a dashboard that is not there.
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     # No Ray port outward. Ray's own switch for "loopback only", whatever its name says.

@@ -13,9 +13,6 @@ from typing import Any, cast
 
 from deployments.settings import Settings
 
-# The niceness of what runs when nothing else wants to.
-LEAST = 19
-
 
 def confine_to_loopback(settings: Settings) -> None:
     """Keep this replica's own port, where Serve unpickles what it gets, off the network.

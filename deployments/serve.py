@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deployments.environment import ENVIRONMENT, ONE_MACHINE, REPLICA_ENVIRONMENT
+from services.absent import without
 
 if TYPE_CHECKING:
     from deployments.settings import Settings
 
+# Controller, gateway, encoder and generator: Ray starts a worker for each CPU that it is told of before they ask.
+_WORKERS = 4
 log = logging.getLogger("monofacet.command")
 
 
@@ -253,7 +256,9 @@ class _LocalRay:
         self._directory = directory
 
     def __enter__(self) -> None:
-        importlib.import_module("ray.serve")
+        # Ray Serve would take a second to import pandas, for answers that are tables.
+        with without("pandas"):
+            importlib.import_module("ray.serve")
         for name, value in REPLICA_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
@@ -271,7 +276,7 @@ class _LocalRay:
             with fewer_processes():
                 ray.init(
                     address="local",
-                    num_cpus=1,
+                    num_cpus=_WORKERS,
                     include_dashboard=False,
                     object_store_memory=self._settings.object_store_bytes,
                     logging_level=logging.ERROR,

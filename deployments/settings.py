@@ -208,8 +208,8 @@ class Settings(BaseSettings):
     audit_idle_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds that an AuditGender stream may send nothing before it is ended: what it keeps takes one of "
-        "`max_concurrent_audits` places, which others wait for.",
+        description="Seconds that an AuditGender stream may send nothing before it is ended: what it keeps takes one "
+        "of `max_concurrent_audits` places, which others wait for.",
     )
     max_queued_items: int = Field(
         1_024,
@@ -318,8 +318,8 @@ class Settings(BaseSettings):
         10,
         ge=0,
         le=19,
-        description="Niceness of the threads that decode and compute, so that on busy cores calls are accepted, refused "
-        "and answered first; 0 for none.",
+        description="Niceness of the threads that decode and compute, so that on busy cores calls are accepted, "
+        "refused and answered first; 0 for none.",
     )
 
     # Scale. One machine needs none of it; on a cluster the chart sets it.

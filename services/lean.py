@@ -13,9 +13,11 @@ from contextlib import ExitStack, contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
+
+from services.absent import without
 
 _COMPILER = "torch._dynamo"
 # What libraries decorate functions with, so that the compiler treats them in some way.
@@ -42,19 +44,6 @@ def home_of(package: str) -> Path:
     if spec is None or spec.origin is None:
         raise ImportError(f"{package} is not installed")
     return Path(spec.origin).parent
-
-
-@contextmanager
-def without(*names: str) -> Iterator[None]:
-    """Have modules not to be had, unless they have been imported already; libraries take them for not installed."""
-    absent = [name for name in names if name not in sys.modules]
-    # An import of what is None fails.
-    sys.modules.update(dict.fromkeys(absent, cast(ModuleType, None)))
-    try:
-        yield
-    finally:
-        for name in absent:
-            sys.modules.pop(name, None)
 
 
 @contextmanager

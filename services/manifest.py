@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from services.errors import ManifestError
@@ -142,7 +143,7 @@ class DiffusionEntry:
     ip_adapter_scale : float
         Its weight beside the text.
     path : str
-        The folder in the bundle.
+        The folder, below the bundle.
     reference, revision, sha256 : str or None
         Weights that lie elsewhere: ``hf-hub:owner/name`` at a revision, or a folder of this machine; and the
         hash that `services.imaging.reference.folder_sha256` gives for it.
@@ -322,7 +323,33 @@ def check_references(manifest: Manifest) -> None:
             for name in names
             if name not in manifest.dictionaries
         ]
+    problems += _pipeline_problems(manifest)
     if manifest.default_dictionary not in manifest.dictionaries:
         problems.append(("default_dictionary", f"{manifest.default_dictionary!r} is not in dictionaries"))
     if problems:
         raise ManifestError("; ".join(f"{key}: {what}" for key, what in problems), problems)
+
+
+def _pipeline_problems(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return what would let the pipeline load weights that no hash covers."""
+    entry = manifest.diffusion
+    if entry is None:
+        return []
+    paths = {"path": PurePosixPath(entry.path)}
+    if entry.ip_adapter is not None:
+        paths["ip_adapter"] = PurePosixPath(entry.ip_adapter)
+    problems = [
+        (f"diffusion.{key}", f"{str(path)!r} leads elsewhere")
+        for key, path in paths.items()
+        if path.is_absolute() or ".." in path.parts
+    ]
+    # Weights outside the bundle are hashed as a folder, when it is read.
+    if entry.reference is None and not problems:
+        folder = paths.pop("path")
+        named = {"path": folder / "model_index.json", **{key: folder / path for key, path in paths.items()}}
+        problems = [
+            (f"diffusion.{key}", f"{str(path)!r} is not listed in files")
+            for key, path in named.items()
+            if str(path) not in manifest.files
+        ]
+    return problems

@@ -36,11 +36,13 @@ PLAIN = SAESettings(
     revive_at=(0.05, 0.1, 0.2, 0.35, 0.5),
 )
 GROUP = replace(PLAIN, align=0.05)
+# A half sees one modality, so twice the features cost it no more than the others pay for both.
+PAIR = replace(PLAIN, n_features=4096)
 RECIPES: dict[str, SAESettings | NCLSettings | None] = {
     "neurons": None,
     "sae": PLAIN,
     "sae-group": GROUP,
-    "sae-pair": PLAIN,
+    "sae-pair": PAIR,
     "ncl": NCLSettings(),
 }
 # Pairs on which the two halves of `sae-pair` are matched.

@@ -6,8 +6,8 @@
          + align * InfoNCE(zI, zT)
 
 Source: Gao et al., "Scaling and evaluating sparse autoencoders" (2024), for TopK and AuxK. The last two terms, and a
-random mask of features shared by both sides of a pair, are what makes one concept one feature in both modalities
-("group" dictionaries); without them it is a plain autoencoder.
+random mask of features shared by both sides of a pair, are ways to make one concept one feature in both modalities
+("group" dictionaries); without them it is a plain autoencoder. The recipe that ships uses the last term alone.
 """
 
 from __future__ import annotations

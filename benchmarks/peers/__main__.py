@@ -96,6 +96,7 @@ def main(
         if not only or contender.peer in only.split(",")
     ]
     report: dict[str, Any] = {
+        "bundle": bundle.id,
         "machine": {"processor": processor(), "cores": Settings().threads, "load": os.getloadavg()[0]},
         "ceiling": ceiling(bundle.clip_config),
         "layouts_differ_by": apart,

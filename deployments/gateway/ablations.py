@@ -139,7 +139,11 @@ class Ablations:
         selection = message.WhichOneof("selection")
         if selection == "label":
             _, table = self._catalogue.table(message.dictionary, f"{path}.dictionary")
-            return np.flatnonzero(table.label == label_name(message.label))
+            features = np.flatnonzero(table.label == label_name(message.label))
+            if not len(features):
+                what = f"no feature of {message.dictionary!r} is labelled {label_name(message.label)}"
+                raise InvalidInput(what, [(f"{path}.label", what)])
+            return features
         if selection == "top_gender_features":
             return np.sort(rank[: message.top_gender_features].astype(np.int64))
         ids = np.sort(np.array(message.features.ids, np.int64))

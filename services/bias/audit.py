@@ -302,10 +302,12 @@ def _probe(cases: Cases, after: Float[np.ndarray, "n d"], settings: AuditSetting
     margins = [
         probe_scores(unit(e[gendered]), woman, cluster, settings.seed, check) for e in (cases.e, after)
     ]
+    # NaN is not above 0: without this, items that no fold could tell would all be called men.
+    told = ~np.isnan(margins[0])
     figures: list[list[dict[str, Floats]]] = [[], []]
     for weights in resample_weights(cluster, settings.resamples, settings.seed):
         check()
         for side, scores in zip(figures, margins, strict=True):
             zero = np.zeros(len(weights))
-            side.append(threshold_figures(scores, labels, weights, zero, settings.logit_scale))
+            side.append(threshold_figures(scores, labels, weights * told, zero, settings.logit_scale))
     return changes(figures[0], figures[1])["balanced_accuracy"]

@@ -72,7 +72,7 @@ def null_tests(
     float or None
         Mean energy of the random sets, relative to the ablated set's; None where that has none.
     """
-    if plan.features is None:
+    if plan.features is None or not len(plan.features):
         return (), None
     if len(cases) > NULL_ITEMS:
         chosen = np.random.default_rng(settings.seed).permutation(len(cases))[:NULL_ITEMS]

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from services.dictionaries.base import Dictionary, Modality, SparseRow, register
@@ -49,6 +48,9 @@ def match_features(
     correlation : float32 array, shape (n,)
         Of each match.
     """
+    # Here, because it takes most of a second, and a server matches nothing.
+    from scipy.optimize import linear_sum_assignment
+
     correlation = correlation_matrix(z_image.float(), z_text.float()).cpu().numpy()
     rows, order = linear_sum_assignment(correlation, maximize=True)
     return order.astype(np.int64), correlation[rows, order].astype(np.float32)

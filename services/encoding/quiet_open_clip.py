@@ -12,7 +12,8 @@ import importlib
 import sys
 from typing import Any
 
-from services.lean import hollow, home_of, no_compiler, small_torchvision, without
+from services.absent import without
+from services.lean import hollow, home_of, no_compiler, small_torchvision
 
 _PACKAGE = "services.encoding.served_open_clip"
 

@@ -55,7 +55,17 @@ def pipeline_folder(bundle: Path, entry: DiffusionEntry, verify: bool = True) ->
 
 
 def folder_sha256(folder: Path) -> str:
-    """Return the SHA-256 (hex) over the paths and hashes of the readable files below `folder`."""
+    """Return the SHA-256 (hex) over the paths and hashes of the readable files below `folder`.
+
+    Raises
+    ------
+    BundleFileError
+        Where a folder below it is a link.
+    """
+    # Files behind such a link would be loaded, but are not walked to.
+    if any(file.is_symlink() and file.is_dir() for file in folder.rglob("*")):
+        message = "the referenced pipeline has a folder that is a link"
+        raise BundleFileError(message, [("diffusion.reference", "leads elsewhere")])
     hashes = {
         file.relative_to(folder).as_posix(): file_sha256(file)
         for file in sorted(folder.rglob("*"))

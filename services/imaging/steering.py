@@ -24,6 +24,9 @@ from services.imaging.statistics import ActivationStatistics
 from services.modalities import Modality
 from services.tables import Label, ModalityTable
 
+# Under this share of what went in, only the rounding of float32 embeddings and rows is left.
+ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class Embedding:
@@ -205,7 +208,8 @@ def steer(
     Raises
     ------
     InvalidInput
-        Where an edit cannot be applied, or the wanted size cannot be reached.
+        Where an edit cannot be applied, the edits leave nothing of the embedding, or the wanted size cannot be
+        reached.
     """
     z_steered = edited(z, steering.edits, space, embedding.modality, refer)
     # float64: the chord of a small change is a difference of nearly equal vectors.
@@ -218,7 +222,11 @@ def steer(
     if steering.delta is not None:
         direction = rescaled(unit, direction, steering.delta)
     steered = unit + direction
-    steered /= np.linalg.norm(steered)
+    length = np.linalg.norm(steered)
+    if length < ROUNDING:
+        message = "these edits leave nothing of the embedding"
+        raise InvalidInput(message, [("edits", message)])
+    steered /= length
     delta = float(np.linalg.norm(steered - unit))
     if delta == 0.0:
         return Steered(embedding.unit, embedding.norm, z, z_steered, 0.0)
@@ -236,14 +244,15 @@ def rescaled(
     Raises
     ------
     InvalidInput
-        Where no positive multiple turns so far.
+        Where no positive multiple turns so far, as none does along `unit`.
     """
     theta = 2 * math.asin(min(delta, 2.0) / 2)
     along = float(unit @ direction)
     across = float(np.linalg.norm(direction - along * unit))
     # c (b cos(theta) - a sin(theta)) = sin(theta)
     rate = across * math.cos(theta) - along * math.sin(theta)
-    if rate <= 1e-9 * math.hypot(along, across):
+    size = math.hypot(along, across)
+    if across <= ROUNDING * size or rate <= 1e-9 * size:
         message = f"these edits cannot move the embedding by {delta:g} times its norm"
         raise InvalidInput(message, [("delta", message)], reason="DELTA_OUT_OF_REACH")
     return direction * (math.sin(theta) / rate)

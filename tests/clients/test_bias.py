@@ -16,7 +16,7 @@ from monofacet.cli import app
 from monofacet.cli._gender import chosen, compared, read_labels
 from monofacet.cli._gender_page import page
 from monofacet.testing import FakeMonofacet, mock_async_client, mock_client, run_server
-from monofacet.v1 import bias_service_pb2
+from monofacet.v1 import bias_service_pb2, common_pb2
 from typer.testing import CliRunner
 
 
@@ -181,6 +181,25 @@ def test_paths_in_a_csv_are_relative_to_it(labels: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("columns", "sent"),
+    [
+        ({"cluster": "one", "group": "two"}, "one"),
+        ({"group": "two"}, "two"),
+        ({}, ""),
+    ],
+)
+def test_items_of_one_group_or_cluster_are_sent_as_one(
+    tmp_path: Path, columns: dict[str, str], sent: str
+) -> None:
+    rows = [{"text": f"{i}", "gender": "woman", **columns} for i in range(2)]
+    client, channel = mock_client()
+    with client:
+        client.audit_gender(read_labels(write_csv(tmp_path, rows)))
+    items = [item for _, request in channel.calls for item in request.batch.items]
+    assert [item.cluster for item in items] == [sent, sent]
+
+
+@pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"image": "a.png", "sex": "x"}], "columns gender"),
@@ -214,6 +233,23 @@ def test_the_command_line_audits_a_folder_and_writes_a_page_that_is_well_formed(
     assert "a &lt;b&gt; &amp; c" in text
     for drawing in text.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + drawing.split("</svg>")[0] + "</svg>")
+
+
+def test_a_comparison_leaves_out_labels_that_no_feature_has_and_says_so(labels: Path) -> None:
+    class NoText(FakeMonofacet):
+        def card(self, feature):
+            card = super().card(feature)
+            if card.label == common_pb2.MODALITY_LABEL_TEXT:
+                card.label = common_pb2.MODALITY_LABEL_UNRESOLVED
+            return card
+
+    with run_server(NoText()) as target:
+        arguments = ["gender", "audit", "--csv", str(labels), "--compare", "--json", "--target", target]
+        run = CliRunner().invoke(app, arguments)
+    assert run.exit_code == 0, run.output
+    audited = [found["ablation"]["label"] for found in json.loads(run.stdout)["audits"]]
+    assert [label for label in audited if label] == ["IMAGE", "CROSS"]
+    assert "left out: no feature is labelled TEXT" in run.stderr
 
 
 def test_the_command_line_leaves_out_what_cannot_be_read_when_told_to(labels: Path) -> None:

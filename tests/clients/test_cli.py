@@ -162,6 +162,23 @@ def test_a_pair_file_without_a_column_is_refused(run: Run, tmp_path: Path) -> No
     assert "no column image" in run("modality", "--pairs", pairs).output
 
 
+def test_a_pair_file_may_begin_with_a_byte_order_mark(run: Run, picture: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("image,text\nred.png,a red square\nred.png,\n", encoding="utf-8-sig")
+    assert "2 pairs" in run("modality", "--pairs", pairs).output
+
+
+@pytest.mark.parametrize(("row", "missing"), [("red.png", "text"), (",a red square", "image")])
+def test_a_pair_without_image_or_text_is_refused_by_its_line(
+    run: Run, tmp_path: Path, row: str, missing: str
+) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(f"image,text\nred.png,a red square\n{row}\n")
+    done = run("modality", "--pairs", pairs)
+    assert done.exit_code == 3
+    assert f"line 3: no {missing}" in " ".join(done.output.split())
+
+
 def test_models_show_dictionaries_and_limits(run: Run) -> None:
     done = run("models")
     assert all(word in done.output for word in ("fake@000000000000", "fake-sae", "max_inputs", "256"))

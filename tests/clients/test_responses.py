@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import grpc
 import monofacet
@@ -13,10 +16,18 @@ from monofacet import _requests as requests
 from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._exceptions import CallError, InvalidInputError, Violation
+from monofacet._responses.bias import gender
 from monofacet._status import KINDS, error_from_rpc, error_from_status, shift_violations
 from monofacet.testing import status_with_details
 from monofacet.testing._calls import MockRpcError
-from monofacet.v1 import common_pb2, feature_service_pb2, modality_service_pb2, model_service_pb2
+from monofacet.v1 import (
+    bias_service_pb2,
+    common_pb2,
+    defense_service_pb2,
+    feature_service_pb2,
+    modality_service_pb2,
+    model_service_pb2,
+)
 
 
 def tensor(values: np.ndarray, **changes: object) -> common_pb2.Tensor:
@@ -56,10 +67,44 @@ def test_parts_are_joined_in_order() -> None:
     assert len(result) == 5
 
 
-def test_a_bundle_that_changes_between_parts_is_an_error() -> None:
-    # Half of the embeddings would be of another model.
+def longer(bundle: str) -> feature_service_pb2.EncodeResponse:
+    return feature_service_pb2.EncodeResponse(embeddings=tensor(np.ones((1, 8))), norms=[1.0], bundle=bundle)
+
+
+def classified(bundle: str) -> modality_service_pb2.ClassifyModalityResponse:
+    return modality_service_pb2.ClassifyModalityResponse(classifications=[{}], bundle=bundle)
+
+
+def gendered(bundle: str) -> bias_service_pb2.ClassifyGenderResponse:
+    return bias_service_pb2.ClassifyGenderResponse(classifications=[{}], bundle=bundle)
+
+
+def filtered(bundle: str) -> defense_service_pb2.FilterAdversarialResponse:
+    embedding = tensor(np.ones((1, 4)))
+    return defense_service_pb2.FilterAdversarialResponse(
+        images=[{"verdict": defense_service_pb2.VERDICT_CLEAN}],
+        embeddings_before=embedding,
+        embeddings_after=embedding,
+        mode=defense_service_pb2.FILTER_MODE_DROP,
+        bundle=bundle,
+    )
+
+
+@pytest.mark.parametrize(
+    ("read", "parts"),
+    [
+        (partial(responses.encode, embeddings=True), [answer(1), answer(1, "b@2")]),
+        (partial(responses.encode, embeddings=True), [answer(1), longer("b@2")]),
+        (responses.classification, [classified("b@1"), classified("b@2")]),
+        (gender, [gendered("b@1"), gendered("b@2")]),
+        (responses.filtered, [filtered("b@1"), filtered("b@2")]),
+    ],
+    ids=["encode", "encode to another length", "modality", "gender", "filter"],
+)
+def test_a_bundle_that_changes_between_parts_is_an_error(read: Callable[..., Any], parts: list[Any]) -> None:
+    # A part of the answer would be of another model.
     with pytest.raises(monofacet.ResponseError, match="changed its bundle"):
-        responses.encode([answer(2), answer(2, "b@2")], [2, 2], True)
+        read(parts, [1, 1])
 
 
 def test_an_answer_with_a_row_missing_is_an_error() -> None:

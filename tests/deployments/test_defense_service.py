@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from grpc import aio
-from monofacet.v1 import common_pb2, defense_service_pb2_grpc, feature_service_pb2, feature_service_pb2_grpc
+from monofacet.v1 import common_pb2, feature_service_pb2
 from monofacet.v1 import defense_service_pb2 as pb
 from PIL import Image
 
-from deployments.encoder import Encoder
-from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.server import GatewayServer
-from deployments.model import TowerModel, load_dictionaries
-from deployments.settings import Settings
 from services.bundle import Bundle
 from tests.deployments.conftest import array, error_details
+from tests.support.gateway import Open, Served, serve_here
 from tests.support.tiny_bundle import draw
 from tests.support.tiny_defense import LABELS, with_defense
 
@@ -44,65 +39,17 @@ def noisy(i: int = 0) -> common_pb2.Image:
     return png(Image.fromarray((pixels + change).clip(0, 255).astype(np.uint8)))
 
 
-class Service:
-    """Stubs, and what happened behind them."""
-
-    def __init__(self, channel: aio.Channel, server: GatewayServer, model: Any) -> None:
-        self.defense: Any = defense_service_pb2_grpc.DefenseServiceStub(channel)
-        self.features: Any = feature_service_pb2_grpc.FeatureServiceStub(channel)
-        self.server = server
-        self.model = model
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self.server.metrics.registry.get_sample_value(name, labels) or 0.0
-
-
-class Counting:
-    """A tower model that counts the pictures it embeds."""
-
-    def __init__(self, model: TowerModel) -> None:
-        self.model = model
-        self.pictures = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def encode_images(self, pixels: np.ndarray) -> Any:
-        self.pictures += len(pixels)
-        return self.model.encode_images(pixels)
-
-
 @pytest.fixture(scope="module")
 def defended(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return with_defense(tiny, tmp_path_factory.mktemp("defended") / "tiny")
 
 
-Open = Callable[..., Any]
-
-
-@pytest.fixture()
+@pytest.fixture
 def opened(defended: Bundle) -> Open:
-    @asynccontextmanager
-    async def run(bundle: Bundle = defended, **overrides: Any) -> AsyncIterator[Service]:
-        settings = Settings(
-            **{"port": 0, "metrics_port": 0, "drain_s": 5.0, "backend": "torch", "threads": 1, **overrides}
-        )
-        model: Any = Counting(TowerModel(bundle, settings))
-        encoder = Encoder(settings, model, load_dictionaries(bundle))
-        server = GatewayServer(settings, Catalogue.read(bundle))
-        score: Any = encoder.score
-        port, _ = await server.start(encoder.encode, score, encoder.info())
-        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            try:
-                yield Service(channel, server, model)
-            finally:
-                await server.drain()
-                await encoder.close()
-
-    return run
+    return partial(serve_here, bundle=defended)
 
 
-async def encoded(service: Service, images: list[common_pb2.Image]) -> np.ndarray:
+async def encoded(service: Served, images: list[common_pb2.Image]) -> np.ndarray:
     response = await service.features.Encode(
         feature_service_pb2.EncodeRequest(inputs=[common_pb2.Input(image=image) for image in images])
     )
@@ -127,8 +74,8 @@ async def test_noisy_pictures_are_called_adversarial_and_clean_ones_are_not(open
         np.testing.assert_allclose(before, expected, atol=1e-5)
         np.testing.assert_allclose(np.linalg.norm(after, axis=1), 1, atol=1e-5)
         np.testing.assert_array_equal(before[[0, 2]], after[[0, 2]])
-        assert service.metric("monofacet_adversarial_total", verdict="adversarial") == 2
-        assert service.metric("monofacet_adversarial_total", verdict="clean") == 2
+        assert service.sample("monofacet_adversarial_total", verdict="adversarial") == 2
+        assert service.sample("monofacet_adversarial_total", verdict="clean") == 2
         assert response.dictionary == "sae"
         assert (response.mode, response.keep_residual) == (pb.FILTER_MODE_DROP, True)
 
@@ -137,11 +84,11 @@ async def test_one_look_costs_one_forward_a_picture_and_a_second_look_two(opened
     async with opened() as service:
         images = [clean(i % 3) for i in range(8)]
         await service.defense.FilterAdversarial(pb.FilterAdversarialRequest(images=images))
-        assert service.model.pictures == 8
+        assert service.model.images == 8
         await service.defense.FilterAdversarial(
             pb.FilterAdversarialRequest(images=images, options=pb.FilterOptions(second_look=True))
         )
-        assert service.model.pictures == 8 + 16
+        assert service.model.images == 8 + 16
 
 
 async def test_a_second_look_says_how_unstable_the_embedding_is(opened: Open) -> None:
@@ -228,7 +175,7 @@ async def test_bad_images_and_labels_are_named_by_their_own_paths(opened: Open) 
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         _, fields, _ = error_details(caught.value)
         assert fields == ["images[1].data", "labels[1]"]
-        assert service.metric("monofacet_adversarial_total", verdict="clean") == 0
+        assert service.sample("monofacet_adversarial_total", verdict="clean") == 0
 
 
 @pytest.mark.parametrize(
@@ -262,11 +209,11 @@ async def test_requests_that_cannot_be_answered_run_nothing(
             await service.defense.FilterAdversarial(request_message)
         assert caught.value.code() == code
         assert error_details(caught.value)[1] == [field]
-        assert service.model.pictures == 0
+        assert service.model.images == 0
 
 
 async def test_a_bundle_without_calibration_says_so(opened: Open, tiny: Bundle) -> None:
-    async with opened(tiny) as service:
+    async with opened(bundle=tiny) as service:
         with pytest.raises(aio.AioRpcError) as caught:
             await service.defense.FilterAdversarial(pb.FilterAdversarialRequest(images=[clean(0)]))
         assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION

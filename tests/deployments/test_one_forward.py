@@ -6,7 +6,6 @@ import io
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import pytest_asyncio
 from grpc import aio
@@ -22,41 +21,11 @@ from monofacet.v1 import (
     modality_service_pb2_grpc,
 )
 
-from deployments.encoder import Encoder
-from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.server import GatewayServer
-from deployments.model import TowerModel, load_dictionaries
-from deployments.settings import Settings
 from services.bundle import Bundle
+from tests.support.gateway import Served, serve_here
 from tests.support.tiny_bias import with_bias
 from tests.support.tiny_bundle import draw
 from tests.support.tiny_defense import with_defense
-
-
-class Counting:
-    """Real towers that count what goes through them."""
-
-    def __init__(self, model: TowerModel) -> None:
-        self.model = model
-        self.images = self.texts = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def encode_images(self, pixels: np.ndarray) -> Any:
-        self.images += len(pixels)
-        return self.model.encode_images(pixels)
-
-    def encode_texts(self, tokens: np.ndarray) -> Any:
-        self.texts += len(tokens)
-        return self.model.encode_texts(tokens)
-
-
-class Served:
-    """A channel to a gateway in this process, and what is behind it."""
-
-    def __init__(self, channel: aio.Channel, server: GatewayServer, model: Counting) -> None:
-        self.channel, self.server, self.model = channel, server, model
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +36,8 @@ def calibrated(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle
 
 @pytest_asyncio.fixture
 async def served(calibrated: Bundle) -> AsyncIterator[Served]:
-    settings = Settings(port=0, metrics_port=0, drain_s=5.0, linger_s=0.0, backend="torch", threads=1)
-    model: Any = Counting(TowerModel(calibrated, settings))
-    encoder = Encoder(settings, model, load_dictionaries(calibrated))
-    server = GatewayServer(settings, Catalogue.read(calibrated))
-    score: Any = encoder.score
-    port, _ = await server.start(encoder.encode, score, encoder.info())
-    async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        try:
-            yield Served(channel, server, model)
-        finally:
-            await server.drain()
-            await encoder.close()
+    async with serve_here(calibrated, linger_s=0.0) as served:
+        yield served
 
 
 def image(i: int) -> common_pb2.Image:

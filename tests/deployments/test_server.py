@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 import urllib.request
+from collections import Counter
+from typing import Any
 
 import grpc
 import pytest
@@ -13,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
+from monofacet.v1 import model_service_pb2, model_service_pb2_grpc
 
 from deployments.gateway.server import SERVICES
 from tests.deployments.conftest import Open, error_details
@@ -153,3 +157,16 @@ async def test_every_metric_is_served_on_one_port(open_gateway: Open) -> None:
         f'monofacet_model_info{{bundle="{bundle}",device="cpu"',
     ):
         assert line in page
+
+
+async def test_calls_that_come_while_nobody_looks_are_all_answered_with_a_reason(open_gateway: Open) -> None:
+    """gRPC by itself drops the calls beyond a thousand that wait to be looked at, with a bare CANCELLED."""
+    async with open_gateway() as gateway:
+        with grpc.insecure_channel(f"127.0.0.1:{gateway.port}") as channel:
+            stub: Any = model_service_pb2_grpc.ModelServiceStub(channel)
+            flood = [stub.ListModels.future(model_service_pb2.ListModelsRequest()) for _ in range(2_500)]
+            # As when a forward has all cores: the server's loop does not run, and calls arrive.
+            time.sleep(1.0)
+            codes = Counter(await asyncio.to_thread(lambda: [call.code() for call in flood]))
+    assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert codes.total() == 2_500

@@ -17,7 +17,7 @@ GIVEN = re.compile(r'(?:reason(?:: ClassVar\[str\])? ?= ?|Answer\(_Code\.[A-Z_]+
 
 def test_writing_the_page_again_changes_nothing(tmp_path: Path) -> None:
     written = tmp_path / "api.md"
-    subprocess.run([sys.executable, ROOT / "clients/python/tools/reference", written], check=True)
+    subprocess.run([sys.executable, ROOT / "docs/reference", written], check=True)
     assert written.read_text() == PAGE.read_text(), "docs/api.md is not what protos/ say: run `make docs`"
 
 

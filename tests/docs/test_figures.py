@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.readme import KEPT, README, block, collect, put_into, rows
+from benchmarks.readme import ELSEWHERE, KEPT, README, block, collect, put_into, rows
 from deployments.settings import EMBEDDED_BUNDLE
 
 VALUES = json.loads(KEPT.read_text())
@@ -28,3 +28,13 @@ def test_a_row_whose_figures_are_missing_is_left_out() -> None:
 
 def test_figures_of_a_benchmark_that_was_not_run_stay() -> None:
     assert collect({**VALUES, "start_s": 7.5}, EMBEDDED_BUNDLE, None, None)["start_s"] == 7.5
+
+
+def test_a_figure_of_another_bundle_is_marked_and_explained() -> None:
+    names = ("following_bundle", "start_bundle", "stopping_bundle")
+    here = {**VALUES, **dict.fromkeys(names, VALUES["bundle"])}
+    assert ELSEWHERE not in block(here)
+    for name in names:
+        marked = [what for what, figure, _ in rows({**here, name: "emoji@other"}) if ELSEWHERE in figure]
+        assert len(marked) == 1
+        assert block({**here, name: "emoji@other"}).count(ELSEWHERE) == 2

@@ -7,20 +7,15 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import grpc
 from google.rpc import code_pb2, status_pb2
 from grpc import aio
 from monofacet.v1 import feature_service_pb2
 
-from deployments.encoder import Encoder
-from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.server import GatewayServer
-from deployments.model import TowerModel, load_dictionaries
-from deployments.settings import Settings
 from services.bundle import Bundle
 from tests.fuzz.messages import Case
+from tests.support.gateway import serve_here
 
 CODE = grpc.StatusCode
 # What a caller's request can be answered with. INTERNAL, UNKNOWN and UNAVAILABLE are never a request's fault.
@@ -44,23 +39,8 @@ _TIMEOUT_S = 120.0
 @asynccontextmanager
 async def fuzzed_gateway(bundle: Bundle) -> AsyncIterator[aio.Channel]:
     """Open a gateway and a channel to it."""
-    settings = Settings(port=0, metrics_port=0, backend="torch", threads=1, log_level="error", max_queue_s=60)
-    encoder = Encoder(settings, TowerModel(bundle, settings), load_dictionaries(bundle))
-
-    async def score(request: Any) -> Any:
-        answer = await encoder.score(request)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    server = GatewayServer(settings, Catalogue.read(bundle))
-    port, _ = await server.start(encoder.encode, score, encoder.info())
-    async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        try:
-            yield channel
-        finally:
-            await server.drain()
-            await encoder.close()
+    async with serve_here(bundle, log_level="error", max_queue_s=60) as served:
+        yield served.channel
 
 
 @dataclass

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from deployments.settings import Settings, is_loopback
 from tests.helm.chart import PLAIN, Manifest, of_kind, pods
 
 ROOT = Path(__file__).parents[2]
@@ -79,3 +82,17 @@ def test_what_is_copied_is_in_the_repository() -> None:
     ).stdout.splitlines()
     for source in copied():
         assert any(path == source or path.startswith(f"{source}/") for path in tracked), source
+
+
+def test_the_documented_run_opens_the_ports_that_it_publishes() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    (command,) = re.findall(r"^docker run (.*?)^```", page, re.MULTILINE | re.DOTALL)
+    words = shlex.split(command.replace("\\\n", " "))
+    given = dict(b.split("=", 1) for a, b in pairwise(words) if a == "--env")
+    # The client's own variable, for the health check; all others are the server's.
+    assert given.pop("MONOFACET_TARGET") == f"127.0.0.1:{given['MONOFACET_HEALTH_PORT']}"
+    settings = Settings(**{name.removeprefix("MONOFACET_").lower(): value for name, value in given.items()})
+    assert {name.removeprefix("MONOFACET_").lower() for name in given} <= set(Settings.model_fields)
+    assert not is_loopback(settings.host) and not is_loopback(settings.metrics_host)
+    published = {int(b.rpartition(":")[2]) for a, b in pairwise(words) if a == "--publish"}
+    assert published == {settings.port, settings.metrics_port}

@@ -143,7 +143,9 @@ def write_tables(
     rng: np.random.Generator,
 ) -> None:
     n = dictionary.n_features
-    labels = np.array([label.value for label in Label])[np.arange(n) % len(Label)]
+    # As in a trained bundle: no neuron is about one modality, so a label may have no feature.
+    kinds = [Label.CROSS, Label.UNRESOLVED] if name == "neurons" else list(Label)
+    labels = np.array([label.value for label in kinds])[np.arange(n) % len(kinds)]
     alive = labels != Label.DEAD
     mds = np.where(alive, rng.uniform(0, 1, n), np.nan)
     table = ModalityTable.from_columns(

@@ -76,7 +76,9 @@ def quick(
     again = threshold_figures(scores, labels, ones, threshold, logit_scale)
     margins = probe_scores(after[gendered], cases.gender[gendered] == WOMAN, cases.cluster[gendered])
     probe_labels = Labels(cases.gender[gendered], np.full(int(gendered.sum()), -1), 0, min_group)
-    probe = threshold_figures(margins, probe_labels, ones[:, gendered], np.zeros(1), logit_scale)
+    # NaN is not above 0: without this, items that no fold could tell would all be called men.
+    told = ones[:, gendered] * ~np.isnan(margins)
+    probe = threshold_figures(margins, probe_labels, told, np.zeros(1), logit_scale)
     figures = {
         "auc": weighted_auc(scores[gendered], labels.woman[gendered], ones[:, gendered])[0],
         "skew": raw["skew"][0],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from training.figure_table import FigureTable, as_markdown
 
 PARTS = {
     "validation": "Held-out drawings of the training artists",
@@ -14,20 +15,6 @@ PARTS = {
 # Below it a classifier of two classes is of no use.
 WEAK_AUC = 0.7
 HEAD = ("method", "features", "R@1 kept", "AUC", "skew", "skew recal.", "gap", "worst group", "probe")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text."""
-
-    title: str
-    head: Sequence[str]
-    body: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """Return it in Markdown."""
-        lines = [self.head, ["---"] * len(self.head), *self.body]
-        return f"### {self.title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def summary(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> str:
@@ -57,7 +44,7 @@ def summary(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> str:
     return " ".join(parts)
 
 
-def tables(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> list[Table]:
+def tables(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> list[FigureTable]:
     """Return every table of the study; `titles` say what each part is."""
     result = [
         methods_table(titles[part], figures[part]["methods"], "image")
@@ -81,10 +68,10 @@ def tables(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> list[T
 
 def markdown(figures: dict[str, Any]) -> str:
     """Return the whole study in Markdown."""
-    return "\n\n".join([summary(figures), *(table.markdown() for table in tables(figures))]) + "\n"
+    return as_markdown(summary(figures), tables(figures))
 
 
-def methods_table(title: str, rows: Sequence[dict[str, Any]], side: str) -> Table:
+def methods_table(title: str, rows: Sequence[dict[str, Any]], side: str) -> FigureTable:
     """Return the comparison of all methods, on drawings ("image") or captions ("text")."""
     names = ("auc", "skew", "skew_recalibrated", "gender_gap", "worst_group", "probe")
     body = [
@@ -92,10 +79,10 @@ def methods_table(title: str, rows: Sequence[dict[str, Any]], side: str) -> Tabl
         + [number(row[side][name]) for name in names]
         for row in rows
     ]
-    return Table(title, HEAD, body)
+    return FigureTable(title, HEAD, body)
 
 
-def audits_table(title: str, audits: Sequence[dict[str, Any]]) -> Table:
+def audits_table(title: str, audits: Sequence[dict[str, Any]]) -> FigureTable:
     """Return the audits: before and after with paired intervals, the null's p-values, the probe, the verdict."""
     head = ("method", "AUC", "recall women", "recall men", "worst group, recal.", "equal opp. gap, recal.",
             "skew", "skew, recal.", "p AUC", "p skew", "p worst", "probe", "verdict")  # fmt: skip
@@ -118,10 +105,10 @@ def audits_table(title: str, audits: Sequence[dict[str, Any]]) -> Table:
                 found["verdict"],
             ]
         )
-    return Table(title, head, body)
+    return FigureTable(title, head, body)
 
 
-def labels_table(title: str, labels: dict[str, Any]) -> Table:
+def labels_table(title: str, labels: dict[str, Any]) -> FigureTable:
     """Return what each modality label holds of gender."""
     head = ("label", "features", "gap share, images", "women / men", "gap share, texts", "women / men")
     body = [
@@ -135,13 +122,13 @@ def labels_table(title: str, labels: dict[str, Any]) -> Table:
         ]
         for label, entry in labels.items()
     ]
-    return Table(title, head, body)
+    return FigureTable(title, head, body)
 
 
-def rows_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+def rows_table(title: str, rows: Sequence[dict[str, Any]]) -> FigureTable:
     """Return rows of like dictionaries."""
     head = tuple(name.replace("_", " ") for name in rows[0]) if rows else ()
-    return Table(title, head, [[cell(value) for value in row.values()] for row in rows])
+    return FigureTable(title, head, [[cell(value) for value in row.values()] for row in rows])
 
 
 def change(value: dict[str, Any]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
+
+from training.figure_table import FigureTable, as_markdown
 
 # Where the figures of the documentation begin and end.
 BEGIN, END = "<!-- figures: written by training.defense_study -->", "<!-- end of figures -->"
@@ -14,20 +16,6 @@ LOOKS = ("one look", "two looks")
 def cell(figure: Mapping[str, Any]) -> str:
     """Return "0.93 [0.90, 0.96]" of a figure with its interval."""
     return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
-
-
-@dataclass(frozen=True)
-class FigureTable:
-    """One table of the study: a title, column names, and rows of cells."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """Return it as Markdown, the title as a heading."""
-        lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return f"### {self.title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> FigureTable:
@@ -65,7 +53,7 @@ def tables(figures: Mapping[str, Any]) -> list[FigureTable]:
 
 def markdown(figures: Mapping[str, Any]) -> str:
     """Return every table as Markdown."""
-    return "\n".join([summary(figures) + "\n", *(found.markdown() for found in tables(figures))])
+    return as_markdown(summary(figures), tables(figures))
 
 
 def put_into(page: str, figures: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from google.protobuf.message import Message
 
@@ -58,6 +58,18 @@ class Deadline:
             Seconds, at least a millisecond: gRPC takes 0 for an error of the caller.
         """
         return max(self._end - time.monotonic(), 0.001)
+
+
+class Batcher(Protocol):
+    """Gathers the items of an upload into messages."""
+
+    def add(self, item: Any, /) -> Sequence[Message]:
+        """Take an item; return the messages that are full."""
+        ...
+
+    def rest(self) -> Sequence[Message]:
+        """Return what was gathered since."""
+        ...
 
 
 def backoff(retry: Retry, deadline: Deadline) -> Callable[[Exception], bool | float]:

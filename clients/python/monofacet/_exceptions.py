@@ -152,7 +152,10 @@ class CallCancelledError(CallError):
 
 
 class UnsupportedError(CallError):
-    """The server does not have this call: an older version, or not Monofacet."""
+    """The server cannot answer this call: an older version, not Monofacet, or a bundle without a pipeline.
+
+    The last has the reason ``NO_PIPELINE``: every other call works.
+    """
 
 
 class ServerError(CallError):

@@ -15,8 +15,9 @@ from monofacet.v1 import common_pb2
 
 from deployments.gateway.audits import AuditItems
 from deployments.work import Encoded, Features
-from tests.deployments.bias.conftest import CODE, Open, words
+from tests.deployments.bias.conftest import CODE, words
 from tests.deployments.conftest import error_details
+from tests.support.gateway import Open
 
 
 def settings_message(**changes: Any) -> pb.AuditGenderRequest:
@@ -126,6 +127,7 @@ async def test_skipping_bad_items_lets_no_bad_message_through(
 
 
 NEURONS = pb.Ablation(top_gender_features=1, dictionary="neurons")
+NO_FEATURE = pb.Ablation(label=common_pb2.MODALITY_LABEL_TEXT, dictionary="neurons")
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,10 @@ NEURONS = pb.Ablation(top_gender_features=1, dictionary="neurons")
         (
             [settings_message(ablations=[pb.Ablation(top_gender_features=1), NEURONS])],
             "INVALID_INPUT", ["settings.ablations[1].dictionary"],
+        ),
+        (
+            [settings_message(ablations=[NO_FEATURE]), batch(people(6))],
+            "INVALID_INPUT", ["settings.ablations[0].label"],
         ),
     ],
 )  # fmt: skip

@@ -19,8 +19,9 @@ from services.bias.calibration import BiasCalibration
 from services.bundle import Bundle
 from services.dictionaries import sparse_rows
 from services.modalities import Modality
-from tests.deployments.bias.conftest import CODE, Open, words
+from tests.deployments.bias.conftest import CODE, words
 from tests.deployments.conftest import array, error_details
+from tests.support.gateway import Open
 from tests.support.tiny_bias import THRESHOLDS
 from tests.support.tiny_bundle import draw
 
@@ -140,6 +141,10 @@ async def test_an_item_costs_one_forward_whatever_is_removed(opened: Open) -> No
         ),
         (
             pb.Ablation(label=common_pb2.MODALITY_LABEL_DEAD),
+            CODE.INVALID_ARGUMENT, "INVALID_INPUT", ["ablation.label"],
+        ),
+        (
+            pb.Ablation(label=common_pb2.MODALITY_LABEL_TEXT, dictionary="neurons"),
             CODE.INVALID_ARGUMENT, "INVALID_INPUT", ["ablation.label"],
         ),
         (

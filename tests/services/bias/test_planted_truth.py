@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def world() -> World:
 
 
 def audit_of(world: World, features: list[int], mode: Mode = Mode.ZERO):
-    plan = Plan.of_features(world.sides, np.array(features), mode)
+    plan = Plan.of_features(world.sides, np.array(features, np.int64), mode)
     return audit(world.cases, world.direction, world.sides, plan, SETTINGS)
 
 
@@ -68,6 +69,20 @@ def test_removing_the_gender_features_is_an_effect_that_random_features_do_not_h
     # No random pair drawn can do this except the pair itself, which its strata let come up again.
     assert auc.p < 0.02
     assert found.probe.before.value > 0.9
+
+
+def test_a_probe_that_no_fold_can_train_is_undefined_and_no_erasure() -> None:
+    world = make_world(items=60)
+    women_in_one = np.where(world.cases.gender == WOMAN, 0, np.arange(1, 61))
+    cases = replace(world.cases, cluster=women_in_one)
+    found = audit_of(replace(world, cases=cases), [WOMAN_FEATURE])
+    assert np.isnan([found.probe.before.value, found.probe.after.value, found.probe.difference.value]).all()
+
+
+def test_removing_no_feature_changes_no_order_and_has_no_p_value(world: World) -> None:
+    found = audit_of(world, [])
+    assert found.auc.difference.value == 0
+    assert found.nulls == () and found.null_energy_ratio is None
 
 
 def test_removing_the_stereotype_takes_the_skew_of_the_ungendered_and_leaves_gender_itself(

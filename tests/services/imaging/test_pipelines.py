@@ -28,6 +28,7 @@ from services.imaging.edits import Edit, FromReference, Scale, SetQuantile, Stee
 from services.imaging.generator import ImageRequest, Imaging
 from services.imaging.pipeline import load_parts
 from services.imaging.reference import folder_sha256, pipeline_folder
+from services.manifest import MANIFEST_NAME, parse_manifest
 from services.tables import Label
 from tests.services.imaging.conftest import Load
 from tests.support.tiny_pipeline import add_tiny_pipeline
@@ -367,6 +368,31 @@ def test_a_description_that_does_not_fit_is_refused(
         load_parts(bundle.path / "diffusion", replace(imaging.entry, **change))
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"path": "/elsewhere"}, "path"),
+        ({"path": "../diffusion"}, "path"),
+        ({"path": "diffusion/../../x"}, "path"),
+        ({"path": "samples"}, "path"),
+        ({"ip_adapter": "../../x.safetensors"}, "ip_adapter"),
+        ({"ip_adapter": "/x.safetensors"}, "ip_adapter"),
+        ({"ip_adapter": "missing.safetensors"}, "ip_adapter"),
+        ({"ip_adapter": "../x.safetensors", "reference": "/pipeline", "sha256": "0" * 64}, "ip_adapter"),
+    ],
+)
+def test_a_manifest_whose_pipeline_leads_out_of_the_bundle_is_refused(
+    load_kind: Load, change: dict[str, Any], key: str
+) -> None:
+    bundle, _ = load_kind("ip-adapter")
+    document = json.loads((bundle.path / MANIFEST_NAME).read_text())
+    assert parse_manifest(json.dumps(document)).diffusion == bundle.manifest.diffusion
+    document["diffusion"].update(change)
+    with pytest.raises(ManifestError) as caught:
+        parse_manifest(json.dumps(document))
+    assert f"diffusion.{key}" in [path for path, _ in caught.value.violations]
+
+
 def test_another_scheduler_is_built_from_the_same_config(load_kind: Load) -> None:
     bundle, imaging = load_kind("sd1")
     parts = load_parts(bundle.path / "diffusion", replace(imaging.entry, scheduler="EulerDiscreteScheduler"))
@@ -383,6 +409,12 @@ def test_weights_outside_the_bundle_are_taken_by_hash(load_kind: Load, tmp_path:
         pipeline_folder(bundle.path, replace(entry, sha256=None))
     with pytest.raises(ManifestError, match="revision"):
         pipeline_folder(bundle.path, replace(entry, reference="hf-hub:owner/name"))
+    unet = (folder / "unet").rename(tmp_path / "unet")
+    (folder / "unet").symlink_to(unet)
+    with pytest.raises(BundleFileError, match="a link"):
+        pipeline_folder(bundle.path, entry)
+    (folder / "unet").unlink()
+    unet.rename(folder / "unet")
     (folder / "scheduler/scheduler_config.json").write_text("{}")
     with pytest.raises(BundleFileError, match="not the one"):
         pipeline_folder(bundle.path, entry)

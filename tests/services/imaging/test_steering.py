@@ -202,10 +202,21 @@ def test_a_change_is_rescaled_to_the_size_that_is_asked(seed: int, delta: float,
 
 def test_a_size_that_cannot_be_reached_is_refused() -> None:
     unit = np.eye(D)[0]
-    for direction in (unit, unit + 0.1 * np.eye(D)[1]):
+    for direction in (unit, unit + 0.1 * np.eye(D)[1], -unit):
         with pytest.raises(InvalidInput) as caught:
             rescaled(unit, direction, 1.5)
         assert caught.value.reason == "DELTA_OUT_OF_REACH"
+
+
+@pytest.mark.parametrize("delta", [None, 0.2])
+def test_edits_that_leave_nothing_are_refused(delta: float | None) -> None:
+    neurons = FeatureSpace("neurons", D, True, lambda modality: np.eye(D, dtype=np.float32))
+    e = embedding()
+    everything = Steering((Edit(tuple(range(D)), Scale(0.0)),), delta=delta)
+    with pytest.raises(InvalidInput) as caught:
+        steer(e, e.unit, everything, neurons, refer)
+    field, reason = ("edits", "INVALID_INPUT") if delta is None else ("delta", "DELTA_OUT_OF_REACH")
+    assert (caught.value.violations[0][0], caught.value.reason) == (field, reason)
 
 
 def test_edits_of_different_features_become_equally_large() -> None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
-
-import grpc
+from collections.abc import AsyncIterable, Iterable
 
 from monofacet import _bias_requests as requests
 from monofacet import _types as types
-from monofacet._async.core import AsyncCore, Upload, iterate
-from monofacet._base import Deadline
+from monofacet._async.core import AsyncCore
 from monofacet._inputs import Input
 from monofacet._responses import bias as responses
-from monofacet._status import error_from_rpc
-from monofacet.v1 import bias_service_pb2, bias_service_pb2_grpc
+from monofacet.v1 import bias_service_pb2_grpc
 
 
 class BiasCalls(AsyncCore):
@@ -49,30 +44,11 @@ class BiasCalls(AsyncCore):
 
         The items may be asynchronous.
         """
-        deadline = Deadline(self._timeout.stream if timeout is None else timeout)
-        first = self._addressed(requests.audit_settings(settings or types.AuditSettings()))
-
-        async def messages() -> AsyncIterator[bias_service_pb2.AuditGenderRequest]:
-            yield first
-            batcher = requests.ItemBatcher()
-            async for item in iterate(items):
-                for message in await asyncio.to_thread(batcher.add, item):
-                    yield message
-            for message in batcher.rest():
-                yield message
-
-        upload = Upload(messages())
-        stub = self._stub(bias_service_pb2_grpc.BiasServiceStub)
-        call = stub.AuditGender(aiter(upload), timeout=deadline.left(), metadata=self._metadata)
-        try:
-            response = await call
-            upload.check()
-        except grpc.RpcError as error:
-            upload.check()
-            raise error_from_rpc(error) from error
-        except asyncio.CancelledError:
-            upload.check()
-            raise
-        finally:
-            call.cancel()
+        response = await self._upload(
+            self._stub(bias_service_pb2_grpc.BiasServiceStub).AuditGender,
+            requests.audit_settings(settings or types.AuditSettings()),
+            requests.ItemBatcher(),
+            items,
+            timeout,
+        )
         return responses.audit(response)

@@ -9,11 +9,12 @@ from typing import Any, Self, TypeVar
 
 import grpc
 import stamina
+from google.protobuf.message import Message
 
 from monofacet import _exceptions as exceptions
 from monofacet import _responses as responses
 from monofacet import _types as types
-from monofacet._base import BaseClient, Deadline, is_small, split_within
+from monofacet._base import BaseClient, Batcher, Deadline, is_small, split_within
 from monofacet._config import TLS, Retry, Timeout
 from monofacet._inputs import Input, to_inputs
 from monofacet._status import error_from_rpc, shift_violations
@@ -107,6 +108,40 @@ class AsyncCore(BaseClient):
                 raise shift_violations(error, field, offset) from error.__cause__
             offset += len(part)
         return answers, [len(part) for part in parts]
+
+    async def _upload(
+        self,
+        method: Any,
+        first: Message,
+        batcher: Batcher,
+        items: Iterable[Any] | AsyncIterable[Any],
+        timeout: float | None,
+    ) -> Any:
+        """Send a message and then the items, as gRPC asks for them; return the one answer."""
+        deadline = Deadline(self._timeout.stream if timeout is None else timeout)
+
+        async def messages() -> AsyncIterator[Message]:
+            yield self._addressed(first)
+            async for item in iterate(items):
+                for message in await asyncio.to_thread(batcher.add, item):
+                    yield message
+            for message in batcher.rest():
+                yield message
+
+        upload = Upload(messages())
+        call = method(aiter(upload), timeout=deadline.left(), metadata=self._metadata)
+        try:
+            response = await call
+            upload.check()
+        except grpc.RpcError as error:
+            upload.check()
+            raise error_from_rpc(error) from error
+        except asyncio.CancelledError:
+            upload.check()
+            raise
+        finally:
+            call.cancel()
+        return response
 
     async def _server_limits(self) -> types.Limits | None:
         if self._limits is None:

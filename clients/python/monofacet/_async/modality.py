@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from typing import Unpack
-
-import grpc
 
 from monofacet import _requests as requests
 from monofacet import _responses as responses
 from monofacet import _types as types
-from monofacet._async.core import AsyncCore, Upload, iterate
-from monofacet._base import Deadline
+from monofacet._async.core import AsyncCore
 from monofacet._inputs import Input, Pair
-from monofacet._status import error_from_rpc
-from monofacet.v1 import modality_service_pb2, modality_service_pb2_grpc
+from monofacet.v1 import modality_service_pb2_grpc
 
 
 class ModalityCalls(AsyncCore):
@@ -93,29 +88,11 @@ class ModalityCalls(AsyncCore):
 
         The pairs may be asynchronous.
         """
-        deadline = Deadline(self._timeout.stream if timeout is None else timeout)
-
-        async def messages() -> AsyncIterator[modality_service_pb2.ScoreModalityRequest]:
-            yield self._addressed(requests.score_settings(settings or types.ScoreSettings()))
-            batcher = requests.PairBatcher()
-            async for pair in iterate(pairs):
-                for message in await asyncio.to_thread(batcher.add, pair):
-                    yield message
-            for message in batcher.rest():
-                yield message
-
-        upload = Upload(messages())
-        stub = self._stub(modality_service_pb2_grpc.ModalityServiceStub)
-        call = stub.ScoreModality(aiter(upload), timeout=deadline.left(), metadata=self._metadata)
-        try:
-            table = await call
-            upload.check()
-        except grpc.RpcError as error:
-            upload.check()
-            raise error_from_rpc(error) from error
-        except asyncio.CancelledError:
-            upload.check()
-            raise
-        finally:
-            call.cancel()
+        table = await self._upload(
+            self._stub(modality_service_pb2_grpc.ModalityServiceStub).ScoreModality,
+            requests.score_settings(settings or types.ScoreSettings()),
+            requests.PairBatcher(),
+            pairs,
+            timeout,
+        )
         return responses.modality_table(table)

@@ -8,7 +8,7 @@ import numpy as np
 
 from monofacet import _exceptions as exceptions
 from monofacet import _types as types
-from monofacet._responses.encoding import join_timings, timings
+from monofacet._responses.encoding import join_timings, one_bundle, timings
 from monofacet._responses.modality import LABELS
 from monofacet.v1 import bias_service_pb2
 
@@ -40,17 +40,13 @@ def gender(
             raise exceptions.ResponseError(
                 f"the answer holds {len(response.classifications)} classifications for {size} inputs"
             )
-    if len({response.bundle for response in responses}) != 1:
-        raise exceptions.ResponseError(
-            "the server changed its bundle between the parts of the batch: classify it again"
-        )
     first = responses[0]
     return types.GenderResult(
         tuple(_classification(item) for response in responses for item in response.classifications),
         ablation(first.ablation) if first.HasField("ablation") else None,
         first.set_size,
         join_timings([timings(response.timings) for response in responses]),
-        first.bundle,
+        one_bundle(response.bundle for response in responses),
     )
 
 

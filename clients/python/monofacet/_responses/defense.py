@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from monofacet import _exceptions as exceptions
 from monofacet import _types as types
-from monofacet._responses.encoding import array, join_timings, timings
+from monofacet._responses.encoding import array, join_timings, one_bundle, timings
 from monofacet._responses.modality import LABELS
 from monofacet.v1 import defense_service_pb2
 
@@ -47,10 +47,6 @@ def filtered(
                 f"and {list(after.shape)} for {size} images"
             )
         images += [_image(message, before[i], after[i]) for i, message in enumerate(response.images)]
-    if len({response.bundle for response in responses}) != 1:
-        raise exceptions.ResponseError(
-            "the server changed its bundle between the parts of the batch: send it again"
-        )
     first = responses[0]
     return types.FilterResult(
         images=tuple(images),
@@ -59,7 +55,7 @@ def filtered(
         keep_residual=first.keep_residual,
         dictionary=first.dictionary,
         timings=join_timings([timings(response.timings) for response in responses]),
-        bundle=first.bundle,
+        bundle=one_bundle(response.bundle for response in responses),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,32 @@ def join_timings(parts: Sequence[types.Timings]) -> types.Timings:
     return types.Timings(max(part.queue for part in parts), sum(part.inference for part in parts))
 
 
+def one_bundle(bundles: Iterable[str]) -> str:
+    """Name the bundle that answered a split batch.
+
+    Parameters
+    ----------
+    bundles
+        One a part; at least one.
+
+    Returns
+    -------
+    str
+        The one of all parts.
+
+    Raises
+    ------
+    ResponseError
+        If the server changed its bundle on the way: parts of the answer would be of another model.
+    """
+    first, *others = set(bundles)
+    if others:
+        raise exceptions.ResponseError(
+            "the server changed its bundle between the parts of the batch: send it again"
+        )
+    return first
+
+
 def sparse(message: common_pb2.SparseFeatures) -> types.SparseFeatures:
     """Read sparse features.
 
@@ -161,16 +187,14 @@ def encode(
                 f"for {size} inputs"
             )
         rows.append(block)
-    if len({response.bundle for response in responses}) != 1:
-        raise exceptions.ResponseError(
-            "the server changed its bundle between the parts of the batch: encode it again"
-        )
+    # Before the rows are joined: those of another bundle may have another length.
+    bundle = one_bundle(response.bundle for response in responses)
     return types.EncodeResult(
         embeddings=np.concatenate(rows),
         norms=np.concatenate([np.array(response.norms, dtype=np.float32) for response in responses]),
         features=tuple(sparse(item) for response in responses for item in response.features),
         timings=join_timings([timings(response.timings) for response in responses]),
-        bundle=responses[0].bundle,
+        bundle=bundle,
     )
 
 

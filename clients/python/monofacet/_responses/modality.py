@@ -11,7 +11,7 @@ import PIL.Image
 
 from monofacet import _exceptions as exceptions
 from monofacet import _types as types
-from monofacet._responses.encoding import join_timings, timings
+from monofacet._responses.encoding import join_timings, one_bundle, timings
 from monofacet.v1 import common_pb2, modality_service_pb2
 
 LABELS: dict[int, types.ModalityLabel] = {
@@ -135,7 +135,7 @@ def classification(
     Raises
     ------
     ResponseError
-        If an answer does not hold one classification an input.
+        If an answer does not hold one classification an input, or the server changed its bundle on the way.
     """
     for response, size in zip(responses, sizes, strict=True):
         if len(response.classifications) != size:
@@ -146,7 +146,7 @@ def classification(
         tuple(_classification(item) for response in responses for item in response.classifications),
         responses[0].dictionary,
         join_timings([timings(response.timings) for response in responses]),
-        responses[0].bundle,
+        one_bundle(response.bundle for response in responses),
     )
 
 

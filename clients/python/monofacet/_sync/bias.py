@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
-import grpc
+from collections.abc import Iterable
 
 from monofacet import _bias_requests as requests
 from monofacet import _types as types
-from monofacet._base import Deadline
 from monofacet._inputs import Input
 from monofacet._responses import bias as responses
-from monofacet._status import error_from_rpc
-from monofacet._sync.core import SyncCore, Upload
-from monofacet.v1 import bias_service_pb2, bias_service_pb2_grpc
+from monofacet._sync.core import SyncCore
+from monofacet.v1 import bias_service_pb2_grpc
 
 
 class BiasCalls(SyncCore):
@@ -90,27 +86,11 @@ class BiasCalls(SyncCore):
         CallError
             If the call fails. It is not tried again.
         """
-        deadline = Deadline(self._timeout.stream if timeout is None else timeout)
-        first = self._addressed(requests.audit_settings(settings or types.AuditSettings()))
-
-        def messages() -> Iterator[bias_service_pb2.AuditGenderRequest]:
-            yield first
-            batcher = requests.ItemBatcher()
-            for item in items:
-                yield from batcher.add(item)
-            yield from batcher.rest()
-
-        upload = Upload(messages())
-        call = self._stub(bias_service_pb2_grpc.BiasServiceStub).AuditGender.future(
-            iter(upload), timeout=deadline.left(), metadata=self._metadata
+        response = self._upload(
+            self._stub(bias_service_pb2_grpc.BiasServiceStub).AuditGender,
+            requests.audit_settings(settings or types.AuditSettings()),
+            requests.ItemBatcher(),
+            items,
+            timeout,
         )
-        upload.started(call)
-        try:
-            response = call.result()
-            upload.check()
-        except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            upload.check()
-            raise error_from_rpc(error) from error
-        finally:
-            call.cancel()
         return responses.audit(response)

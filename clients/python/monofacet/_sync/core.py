@@ -9,11 +9,12 @@ from typing import Any, Self, TypeVar
 
 import grpc
 import stamina
+from google.protobuf.message import Message
 
 from monofacet import _exceptions as exceptions
 from monofacet import _responses as responses
 from monofacet import _types as types
-from monofacet._base import BaseClient, Deadline, is_small, split_within
+from monofacet._base import BaseClient, Batcher, Deadline, is_small, split_within
 from monofacet._config import TLS, Retry, Timeout
 from monofacet._inputs import Input, to_inputs
 from monofacet._status import error_from_rpc, shift_violations
@@ -94,6 +95,31 @@ class SyncCore(BaseClient):
                 raise shift_violations(error, field, offset) from error.__cause__
             offset += len(part)
         return answers, [len(part) for part in parts]
+
+    def _upload(
+        self, method: Any, first: Message, batcher: Batcher, items: Iterable[Any], timeout: float | None
+    ) -> Any:
+        """Send a message and then the items, as gRPC asks for them; return the one answer."""
+        deadline = Deadline(self._timeout.stream if timeout is None else timeout)
+
+        def messages() -> Iterator[Message]:
+            yield self._addressed(first)
+            for item in items:
+                yield from batcher.add(item)
+            yield from batcher.rest()
+
+        upload = Upload(messages())
+        call = method.future(iter(upload), timeout=deadline.left(), metadata=self._metadata)
+        upload.started(call)
+        try:
+            response = call.result()
+            upload.check()
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            upload.check()
+            raise error_from_rpc(error) from error
+        finally:
+            call.cancel()
+        return response
 
     def _stub(self, kind: type[Stub]) -> Stub:
         if self._owner is not None:

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Unpack
 
-import grpc
-
 from monofacet import _requests as requests
 from monofacet import _responses as responses
 from monofacet import _types as types
-from monofacet._base import Deadline
 from monofacet._inputs import Input, Pair
-from monofacet._status import error_from_rpc
-from monofacet._sync.core import SyncCore, Upload
-from monofacet.v1 import modality_service_pb2, modality_service_pb2_grpc
+from monofacet._sync.core import SyncCore
+from monofacet.v1 import modality_service_pb2_grpc
 
 
 class ModalityCalls(SyncCore):
@@ -185,26 +181,11 @@ class ModalityCalls(SyncCore):
         CallError
             If the call fails. It is not tried again.
         """
-        deadline = Deadline(self._timeout.stream if timeout is None else timeout)
-
-        def messages() -> Iterator[modality_service_pb2.ScoreModalityRequest]:
-            yield self._addressed(requests.score_settings(settings or types.ScoreSettings()))
-            batcher = requests.PairBatcher()
-            for pair in pairs:
-                yield from batcher.add(pair)
-            yield from batcher.rest()
-
-        upload = Upload(messages())
-        call = self._stub(modality_service_pb2_grpc.ModalityServiceStub).ScoreModality.future(
-            iter(upload), timeout=deadline.left(), metadata=self._metadata
+        table = self._upload(
+            self._stub(modality_service_pb2_grpc.ModalityServiceStub).ScoreModality,
+            requests.score_settings(settings or types.ScoreSettings()),
+            requests.PairBatcher(),
+            pairs,
+            timeout,
         )
-        upload.started(call)
-        try:
-            table = call.result()
-            upload.check()
-        except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            upload.check()
-            raise error_from_rpc(error) from error
-        finally:
-            call.cancel()
         return responses.modality_table(table)

@@ -26,7 +26,8 @@ Delta = Annotated[float | None, typer.Option(min=0, max=2, help="Rescale the who
 
 
 def edits(
-    reference: Path | str | None,
+    from_image: Path | None,
+    from_text: str | None,
     quantile: float | None,
     scale: float | None,
     label: str | None,
@@ -37,7 +38,7 @@ def edits(
 
     Parameters
     ----------
-    reference, quantile, scale
+    from_image, from_text, quantile, scale
         The target; at most one is not None.
     label, features
         What is edited; at most one is given.
@@ -54,6 +55,9 @@ def edits(
     InputError
         If the target or the features are missing, or given twice.
     """
+    if from_image is not None and from_text is not None:
+        raise exceptions.InputError("give --from-image or --from-text, not both")
+    reference = from_image if from_image is not None else from_text
     targets = {"reference": reference, "quantile": quantile, "scale": scale}
     given = {name: value for name, value in targets.items() if value is not None}
     if not given and label is None and not features:
@@ -64,16 +68,3 @@ def edits(
         )
     chosen = label if label is not None else tuple(features or ())
     return [SteeringEdit(chosen, strength=strength, **given)]  # type: ignore[arg-type]  # one of the three
-
-
-def one_reference(from_image: Path | None, from_text: str | None) -> Path | str | None:
-    """Return the one reference that is given.
-
-    Raises
-    ------
-    InputError
-        If both are.
-    """
-    if from_image is not None and from_text is not None:
-        raise exceptions.InputError("give --from-image or --from-text, not both")
-    return from_image if from_image is not None else from_text

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from monofacet import _exceptions as exceptions
 from monofacet._types import StreamResult
-from monofacet.cli._inputs import read_inputs, shorten
+from monofacet.cli._inputs import Inputs, Texts, Truncate, read_inputs, shorten
 from monofacet.cli._session import BAD_INPUT, Session, connected, error_as_dict, print_json
 
 # A similarity table of more does not fit a screen.
@@ -24,18 +24,15 @@ MAX_SIMILARITIES = 8
 @connected
 def encode(
     session: Session,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(help="Image files, folders of images, texts; - reads texts from standard input."),
-    ] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text, whatever it looks like.")] = None,
+    inputs: Inputs = None,
+    text: Texts = None,
     dictionary: Annotated[
         str | None, typer.Option(help="Dictionary whose features are wanted; '' is the default one.")
     ] = None,
     max_features: Annotated[
         int | None, typer.Option("--top", min=1, help="Keep only this many features an input.")
     ] = None,
-    truncate: Annotated[bool, typer.Option(help="Cut long texts instead of refusing them.")] = False,
+    truncate: Truncate = False,
     out: Annotated[
         Path | None, typer.Option(help="Write ids, embeddings, norms and features to this .npz file.")
     ] = None,

@@ -28,7 +28,7 @@ from monofacet._types import (
     GenderScore,
 )
 from monofacet.cli._gender_page import VERDICTS, page
-from monofacet.cli._inputs import read_inputs, shorten
+from monofacet.cli._inputs import Inputs, Texts, Truncate, read_inputs, shorten
 from monofacet.cli._session import Session, connected, print_json
 
 app = typer.Typer(
@@ -66,7 +66,6 @@ Top = Annotated[
 ]
 Mode = Annotated[str, typer.Option("--mode", help="zero, mean, project; or leace, which takes no features.")]
 Dictionary = Annotated[str, typer.Option(help="Dictionary; '' is the default one.")]
-Truncate = Annotated[bool, typer.Option(help="Cut long texts instead of refusing them.")]
 
 
 def chosen(
@@ -104,11 +103,8 @@ def chosen(
 @connected
 def classify(
     session: Session,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(help="Image files, folders of images, texts; - reads texts from standard input."),
-    ] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text, whatever it looks like.")] = None,
+    inputs: Inputs = None,
+    text: Texts = None,
     features: Features = None,
     label: Label = None,
     top: Top = None,
@@ -162,7 +158,7 @@ def audit(
         typer.Option(
             "--csv",
             help="CSV file with columns image or text (or both), gender (woman, man or empty), and optionally "
-            "profession and cluster.",
+            "profession, and cluster or group: items that are not independent.",
         ),
     ],
     features: Features = None,
@@ -171,7 +167,8 @@ def audit(
     mode: Mode = "zero",
     dictionary: Dictionary = "",
     compare: Annotated[
-        bool, typer.Option(help="Audit the three labels, the top 16 and 64, and LEACE side by side.")
+        bool,
+        typer.Option(help="Audit the labels that features have, the top 16 and 64, and LEACE side by side."),
     ] = False,
     skip_bad: Annotated[
         bool, typer.Option(help="Leave bad items out and name them, instead of failing.")
@@ -195,7 +192,7 @@ def audit(
         top_gender_features=16, mode=mode, dictionary=dictionary
     )
     settings = AuditSettings(
-        ablations=compared(mode, dictionary) if compare else (asked,),
+        ablations=_present(session, compared(mode, dictionary)) if compare else (asked,),
         skip_bad_items=skip_bad,
         bootstrap_samples=bootstrap,
         null_sets=null_sets,
@@ -244,14 +241,30 @@ def compared(mode: str, dictionary: str) -> tuple[Ablation, ...]:
     return (*by_rank, *by_label, Ablation(mode="LEACE", dictionary=dictionary))
 
 
+def _present(session: Session, ablations: tuple[Ablation, ...]) -> tuple[Ablation, ...]:
+    """Leave out labels that no feature has, and say so: the server would refuse the whole audit."""
+    kept = []
+    for ablation in ablations:
+        if ablation.label is not None and not _count(session, ablation):
+            session.progress.print(f"left out: no feature is labelled {ablation.label}")
+        else:
+            kept.append(ablation)
+    return tuple(kept)
+
+
+def _count(session: Session, ablation: Ablation) -> int:
+    labels = () if ablation.label is None else (ablation.label,)
+    return session.client.features_page(page_size=1, dictionary=ablation.dictionary, labels=labels).total
+
+
 def read_labels(path: Path) -> list[LabelledItem]:
     """Read a CSV of labelled inputs.
 
     Parameters
     ----------
     path
-        With columns image or text, gender, and optionally profession and cluster. Image paths are relative to
-        the file, so that it can be moved with its images.
+        With columns image or text, gender, and optionally profession, and cluster or, as in a file of pairs,
+        group. Image paths are relative to the file, so that it can be moved with its images.
 
     Returns
     -------
@@ -270,6 +283,7 @@ def read_labels(path: Path) -> list[LabelledItem]:
             columns = set(reader.fieldnames or ())
             if not columns & {"image", "text"} or "gender" not in columns:
                 raise exceptions.InputError(f"{path} needs the columns gender, and image or text")
+            cluster = "cluster" if "cluster" in columns else "group"
             for line, row in enumerate(reader, start=2):
                 image, text = (row.get("image") or "").strip(), row.get("text") or ""
                 if not image and not text:
@@ -284,7 +298,7 @@ def read_labels(path: Path) -> list[LabelledItem]:
                         input=path.parent / image if image else text,
                         gender=gender,
                         profession=(row.get("profession") or "").strip(),
-                        cluster=(row.get("cluster") or "").strip(),
+                        cluster=(row.get(cluster) or "").strip(),
                         id=(image or text)[:256],
                     )
                 )

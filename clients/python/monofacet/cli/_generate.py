@@ -31,9 +31,9 @@ from monofacet.cli._edits import (
     Scale,
     Strength,
     edits,
-    one_reference,
 )
 from monofacet.cli._grid import grid
+from monofacet.cli._inputs import Truncate
 from monofacet.cli._session import FAILED, Session, connected, error_as_dict, print_json
 
 
@@ -79,7 +79,7 @@ def generate(
     ] = None,
     height: Annotated[int | None, typer.Option(min=8, help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Pixels.")] = None,
-    truncate: Annotated[bool, typer.Option(help="Cut long texts instead of refusing them.")] = False,
+    truncate: Truncate = False,
 ) -> None:
     """Make images from a text, steered by features if an edit is given.
 
@@ -91,11 +91,10 @@ def generate(
     if like is not None:
         result = _watched(session, lambda told: session.client.generate_like(like, on_event=told))
     else:
-        reference = one_reference(from_image, from_text)
         options: GenerateOptions = {
             "negative_prompt": negative,
             "image": image,
-            "edits": edits(reference, quantile, scale, label, feature, strength),
+            "edits": edits(from_image, from_text, quantile, scale, label, feature, strength),
             "dictionary": dictionary,
             "path": path,  # type: ignore[typeddict-item]  # checked where the request is made
             "contrastive": contrastive,

@@ -1,15 +1,25 @@
-"""What is given on the command line: files, folders and texts."""
+"""What is given on the command line: files, folders and texts, and the options that commands share for them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from monofacet import _exceptions as exceptions
 from monofacet._inputs import Input
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+Inputs = Annotated[
+    list[str] | None,
+    typer.Argument(help="Image files, folders of images, texts; - reads texts from standard input."),
+]
+Texts = Annotated[list[str] | None, typer.Option("--text", help="A text, whatever it looks like.")]
+Truncate = Annotated[bool, typer.Option(help="Cut long texts instead of refusing them.")]
 
 
 def read_inputs(arguments: Iterable[str], texts: Iterable[str]) -> list[tuple[str, Input]]:

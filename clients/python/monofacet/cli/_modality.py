@@ -16,18 +16,15 @@ from monofacet import _exceptions as exceptions
 from monofacet._inputs import Pair
 from monofacet._types import ClassificationResult, FeatureCard, ModalityLabel, ModalityTable, ScoreSettings
 from monofacet.cli._features import COLOURS, card_table
-from monofacet.cli._inputs import read_inputs, shorten
+from monofacet.cli._inputs import Inputs, Texts, Truncate, read_inputs, shorten
 from monofacet.cli._session import Session, connected, print_json
 
 
 @connected
 def modality(
     session: Session,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Argument(help="Image files, folders of images, texts; - reads texts from standard input."),
-    ] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text, whatever it looks like.")] = None,
+    inputs: Inputs = None,
+    text: Texts = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
@@ -36,7 +33,7 @@ def modality(
     ] = None,
     dictionary: Annotated[str, typer.Option(help="Dictionary; '' is the default one.")] = "",
     top: Annotated[int, typer.Option(min=0, max=100, help="Features listed an input.")] = 5,
-    truncate: Annotated[bool, typer.Option(help="Cut long texts instead of refusing them.")] = False,
+    truncate: Truncate = False,
     delta: Annotated[float | None, typer.Option(help="Half the band around 0.5 that counts as both.")] = None,
     bootstrap: Annotated[int | None, typer.Option(help="Bootstrap samples over pairs.")] = None,
     shuffles: Annotated[int | None, typer.Option(help="Shuffles for the p-value of co-activation.")] = None,
@@ -103,20 +100,27 @@ def _score(session: Session, path: Path, settings: ScoreSettings, out: Path | No
 
 def _read_pairs(path: Path) -> list[Pair]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        # Excel begins a UTF-8 file with a mark, which would be part of the first column's name.
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             missing = {"image", "text"} - set(reader.fieldnames or ())
             if missing:
                 raise exceptions.InputError(f"{path} has no column {' or '.join(sorted(missing))}")
-            # Paths are relative to the file that names them, so that it can be moved with its images.
-            pairs: list[Pair] = [
-                (path.parent / row["image"], row["text"], row.get("group") or "") for row in reader
-            ]
+            pairs = [_pair(path, row, reader.line_num) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise exceptions.InputError(f"cannot read {path}: {error}") from error
     if not pairs:
         raise exceptions.InputError(f"{path} holds no pairs")
     return pairs
+
+
+def _pair(path: Path, row: dict[str, str | None], line: int) -> Pair:
+    image, text = row["image"], row["text"]
+    # A text may be empty; one that is None is of a row with too few cells.
+    if not image or text is None:
+        raise exceptions.InputError(f"{path}, line {line}: no {'text' if image else 'image'}")
+    # Paths are relative to the file that names them, so that it can be moved with its images.
+    return path.parent / image, text, row.get("group") or ""
 
 
 def _write_table(path: Path, table: ModalityTable) -> None:

@@ -22,9 +22,8 @@ from monofacet.cli._edits import (
     Scale,
     Strength,
     edits,
-    one_reference,
 )
-from monofacet.cli._inputs import read_inputs
+from monofacet.cli._inputs import Truncate, read_inputs
 from monofacet.cli._session import Session, connected, print_json
 
 
@@ -43,13 +42,13 @@ def preview(
     delta: Delta = None,
     captions: Annotated[int, typer.Option(min=0, max=100, help="Nearest captions listed.")] = 5,
     top: Annotated[int, typer.Option(min=1, help="Strongest features listed, before and after.")] = 20,
-    truncate: Annotated[bool, typer.Option(help="Cut long texts instead of refusing them.")] = False,
+    truncate: Truncate = False,
 ) -> None:
     """Tell what an edit does to an embedding, without making an image. Every bundle can.
 
     An edit is features (--label or --feature) and a target (--from-image, --from-text, --quantile or --scale).
     """
-    asked = edits(one_reference(from_image, from_text), quantile, scale, label, feature, strength)
+    asked = edits(from_image, from_text, quantile, scale, label, feature, strength)
     if not asked:
         raise exceptions.InputError("give an edit: --label or --feature, and a target")
     inputs = read_inputs([value], ())

@@ -1,4 +1,4 @@
-"""Write docs/api.md from the contract: ``python clients/python/tools/reference [FILE]``.
+"""Write docs/api.md from the contract: ``python docs/reference [FILE]``.
 
 Comments, types and rules come from ``protos/``, scopes and statuses from the gateway's own tables. A test writes the
 page again and compares; another checks that every reason that the code gives is on it.
@@ -12,7 +12,7 @@ from pathlib import Path
 from contract import Contract
 from page import page
 
-ROOT = Path(__file__).resolve().parents[4]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
