@@ -32,7 +32,7 @@ from deployments.gateway.bundles import Backend, Bundles, Routed
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient, Send
-from deployments.gateway.interceptors.access import TokenLimits, access_layer
+from deployments.gateway.interceptors.access import TokenLimits, access_layer, check_access
 from deployments.gateway.interceptors.chain import Chain, decoded_layer
 from deployments.gateway.interceptors.deadlines import deadlines_layer
 from deployments.gateway.interceptors.errors import errors_layer
@@ -166,13 +166,21 @@ class GatewayServer:
             *([traces_layer(self._traces)] if self._traces is not None else []),
             errors_layer(metrics, settings.retry_after_s),
         ]
-        access = access_layer(open_tokens(settings))
+        store = open_tokens(settings)
+        access = access_layer(store)
+
+        def check(method: str, metadata: object) -> None:
+            check_access(store, method, metadata)
+            self._admission.check()
+
         return Chain(
             [
                 *told,
                 access,
                 TokenLimits(settings.token_calls, settings.token_rate).layer,
                 self._admission.layer,
+            ],
+            [
                 deadlines_layer(settings.default_deadline_s, settings.max_call_s),
                 decoded_layer,
                 validation_layer,
@@ -180,6 +188,7 @@ class GatewayServer:
             settings.max_request_bytes,
             reflection_layers=[*told, access],
             awaited=[name for service in DESCRIPTORS for name in methods_of(service)],
+            check=check,
             shut=self._shut,
             told=told,
         )

@@ -64,6 +64,28 @@ async def test_draining_says_so_finishes_what_runs_and_refuses_the_rest(open_gat
         assert await draining
 
 
+async def test_what_cannot_be_taken_is_refused_before_its_request_is_read(open_gateway: Open) -> None:
+    async with open_gateway(max_concurrent_calls=1) as gateway:
+
+        async def reason() -> str:
+            call = gateway.channel.stream_stream(f"/{ENCODE}")(timeout=10)
+            with pytest.raises(aio.AioRpcError) as caught:
+                await call.read()
+            return error_details(caught.value)[0]
+
+        gateway.model.hold()
+        running = asyncio.ensure_future(gateway.features.Encode(REQUEST))
+        await asyncio.to_thread(gateway.model.entered.acquire)
+        reasons = [await reason()]
+        draining = asyncio.ensure_future(gateway.server.drain())
+        await asyncio.sleep(0.05)
+        reasons.append(await reason())
+        gateway.model.release()
+        assert (await running).norms
+        assert await draining
+    assert reasons == ["TOO_MANY_CALLS", "DRAINING"]
+
+
 async def test_with_a_health_port_draining_closes_the_other_port_at_once(open_gateway: Open) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

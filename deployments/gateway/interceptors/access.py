@@ -12,7 +12,7 @@ import limits.storage
 import limits.strategies
 
 from deployments.access.scopes import SCOPES, allows
-from deployments.access.tokens import TokenStore
+from deployments.access.tokens import Token, TokenStore
 from deployments.gateway.errors import ScopeMissing, TokenBusy, TokenMissing, TokenRate
 from deployments.gateway.interceptors.chain import Call, Layer
 
@@ -35,6 +35,20 @@ def presented_token(metadata: object) -> str:
     raise TokenMissing("a token is needed: authorization: Bearer ...")
 
 
+def check_scope(token: Token, method: str) -> None:
+    """Raise ScopeMissing where a token may not call a method."""
+    # A method without a row cannot be served at all; should one slip through, nobody may call it.
+    needed = SCOPES.get(method)
+    if needed is None or not allows(token.scopes, needed):
+        raise ScopeMissing(f"this token may not call {method}; it needs scope {needed}")
+
+
+def check_access(store: TokenStore | None, method: str, metadata: object) -> None:
+    """Raise what `access_layer` would, for a call of which no more than its metadata has come."""
+    if store is not None:
+        check_scope(store.find(presented_token(metadata)), method)
+
+
 def access_layer(store: TokenStore | None) -> Layer:
     """Return the layer that admits by token and scope.
 
@@ -47,12 +61,8 @@ def access_layer(store: TokenStore | None) -> Layer:
     @asynccontextmanager
     async def around(call: Call) -> AsyncIterator[None]:
         if store is not None:
-            token = store.find(presented_token(call.context.invocation_metadata()))
-            call.token = token
-            # A method without a row cannot be served at all; should one slip through, nobody may call it.
-            needed = SCOPES.get(call.method)
-            if needed is None or not allows(token.scopes, needed):
-                raise ScopeMissing(f"this token may not call {call.method}; it needs scope {needed}")
+            call.token = store.find(presented_token(call.context.invocation_metadata()))
+            check_scope(call.token, call.method)
         yield
 
     return around

@@ -102,10 +102,15 @@ async def _never(requests: Any, context: Any) -> AsyncIterator[bytes]:
     yield b""
 
 
-async def _full(requests: Any, context: Any) -> AsyncIterator[bytes]:
-    """Stand in for a method whose models have all the work that they can take."""
-    raise QueueFull
-    yield b""
+def _refused(error: Exception) -> Any:
+    """Return the handler of a call that is refused before its request is read."""
+
+    async def refuse(requests: Any, context: Any) -> AsyncIterator[bytes]:
+        raise error
+        yield b""
+
+    # As a stream, so that gRPC does not wait for the request.
+    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 class Chain(aio.ServerInterceptor):  # type: ignore[misc]
@@ -115,17 +120,23 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
 
     Parameters
     ----------
+    doors
+        What to put around each call, as far as it needs no request: what names, counts and words what happens to a
+        call, and what lets it in.
     layers
-        What to put around each call.
+        What to put around it within those.
     max_request_bytes
         Bytes of one request message.
     reflection_layers
         What to put around reflection, which shows what there is to call.
+    check
+        Raises what the doors would, from the name and the metadata of a call: it is then refused inside them before
+        its request is read, however large that is and whoever sends it.
     shut
         Whether a method (by its name) takes no call now because the server is full. Its calls are refused inside
         `told` alone and before their requests are read: while many are refused, refusing must cost little.
     told
-        The layers that name, count and word what happens to a call.
+        The doors that name, count and word what happens to a call.
     awaited
         Names of methods (`monofacet.v1.FeatureService/Encode`) that will be served once the model is warm.
         Until then the layers refuse their calls, where gRPC alone would say that there is no such method.
@@ -133,17 +144,21 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
 
     def __init__(
         self,
+        doors: Sequence[Layer],
         layers: Sequence[Layer],
         max_request_bytes: int,
         reflection_layers: Sequence[Layer] = (),
         awaited: Collection[str] = (),
+        check: Callable[[str, Any], None] = lambda _, __: None,
         shut: Callable[[str], bool] = lambda _: False,
         told: Sequence[Layer] = (),
     ) -> None:
-        self._layers = tuple(layers)
+        self._doors = tuple(doors)
+        self._layers = (*doors, *layers)
         self._max_request_bytes = max_request_bytes
         self._reflection_layers = tuple(reflection_layers)
         self._awaited = frozenset(awaited)
+        self._check = check
         self._shut = shut
         self._told = tuple(told)
         self._refusing: dict[str, Any] = {}
@@ -159,18 +174,20 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None:
             return None
         if path.startswith(OURS):
+            try:
+                self._check(path[1:], handler_call_details.invocation_metadata)
+            except Exception as error:  # the doors meet it again, and word it
+                return self._wrap(_refused(error), path[1:], self._doors)
             if self._shut(path[1:]):
-                return self._refuse(path[1:])
+                return self._refuse_full(path[1:])
             return self._wrap(handler, path[1:], self._layers)
         if path.startswith(REFLECTION):
             return self._wrap(handler, path[1:], self._reflection_layers)
         return handler
 
-    def _refuse(self, method: str) -> Any:
+    def _refuse_full(self, method: str) -> Any:
         if method not in self._refusing:
-            # As a stream, so that gRPC does not wait for the request.
-            handler = grpc.stream_stream_rpc_method_handler(_full)
-            self._refusing[method] = self._wrap(handler, method, self._told)
+            self._refusing[method] = self._wrap(_refused(QueueFull()), method, self._told)
         return self._refusing[method]
 
     def _wrap(self, handler: Any, method: str, layers: Sequence[Layer]) -> Any:

@@ -28,15 +28,19 @@ class Admission:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    @asynccontextmanager
-    async def layer(self, _: Call) -> AsyncIterator[None]:
-        """Admit one call, or refuse it."""
+    def check(self) -> None:
+        """Raise what refuses a call that begins now."""
         if self.closed:
             raise Draining
         if not self.open:
             raise Starting(STARTING)
         if self._calls >= self._max_calls:
             raise TooManyCalls(f"{self._calls} calls are in progress; try later")
+
+    @asynccontextmanager
+    async def layer(self, _: Call) -> AsyncIterator[None]:
+        """Admit one call, or refuse it."""
+        self.check()
         self._calls += 1
         self._idle.clear()
         try:

@@ -185,6 +185,41 @@ async def test_one_token_may_hold_only_so_many_calls(open_gateway: Open) -> None
         assert (await call(alice)).norms
 
 
+@pytest.mark.parametrize(
+    ("presented", "code", "reason"),
+    [
+        (None, grpc.StatusCode.UNAUTHENTICATED, "TOKEN_MISSING"),
+        ("mf_unknown", grpc.StatusCode.UNAUTHENTICATED, "TOKEN_UNKNOWN"),
+        ("generate", grpc.StatusCode.PERMISSION_DENIED, "SCOPE_MISSING"),
+    ],
+)
+async def test_a_call_without_the_right_token_is_refused_before_its_request_is_read(
+    open_gateway: Open,
+    presented: str | None,
+    code: grpc.StatusCode,
+    reason: str,
+) -> None:
+    alice, line = new_token("alice", frozenset([Scope.GENERATE]), None)
+    metadata = [] if presented is None else [("authorization", f"Bearer {presented}")]
+    if presented == "generate":
+        metadata = [("authorization", f"Bearer {alice}")]
+    encode = "monofacet.v1.FeatureService/Encode"
+    async with open_gateway(tokens=line) as gateway:
+        with pytest.raises(aio.AioRpcError) as read:
+            await gateway.features.Encode(REQUEST, metadata=metadata)
+        # Its request never comes.
+        call = gateway.channel.stream_stream(f"/{encode}")(metadata=metadata, timeout=10)
+        with pytest.raises(aio.AioRpcError) as unread:
+            await call.read()
+        for caught in (read, unread):
+            assert caught.value.code() is code
+            assert error_details(caught.value)[0] == reason
+        assert read.value.details() == unread.value.details()
+        assert gateway.sample("monofacet_rejected_total", reason=reason) == 2
+        name = "monofacet_request_duration_seconds_count"
+        assert gateway.sample(name, method=encode, code=code.name) == 2
+
+
 async def test_one_token_may_begin_only_so_many_calls_and_is_told_when_the_next_fits(
     open_gateway: Open,
 ) -> None:
