@@ -47,7 +47,7 @@ class DiffusionSettings:
         Decay of the weights' moving average, a step.
     """
 
-    steps: int = 2250
+    steps: int = 3600
     batch: int = 96
     lr: float = 2e-3
     weight_decay: float = 0.01

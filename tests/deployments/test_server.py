@@ -18,6 +18,8 @@ from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import model_service_pb2, model_service_pb2_grpc
 
+from deployments.batching import QueueFull
+from deployments.gateway.interceptors.chain import refused
 from deployments.gateway.server import SERVICES
 from tests.deployments.conftest import Open, error_details
 
@@ -170,3 +172,20 @@ async def test_calls_that_come_while_nobody_looks_are_all_answered_with_a_reason
             codes = Counter(await asyncio.to_thread(lambda: [call.code() for call in flood]))
     assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
     assert codes.total() == 2_500
+
+
+async def test_what_refuses_call_after_call_keeps_none_of_them() -> None:
+    handler = refused(QueueFull())
+
+    async def traceback_of_a_call() -> Any:
+        with pytest.raises(QueueFull) as caught:
+            await anext(handler.stream_stream(None, None))
+        return caught.value.__traceback__
+
+    lengths = []
+    for _ in range(3):
+        traceback, length = await traceback_of_a_call(), 0
+        while traceback is not None:
+            traceback, length = traceback.tb_next, length + 1
+        lengths.append(length)
+    assert len(set(lengths)) == 1

@@ -102,11 +102,12 @@ async def _never(requests: Any, context: Any) -> AsyncIterator[bytes]:
     yield b""
 
 
-def _refused(error: Exception) -> Any:
+def refused(error: Exception) -> Any:
     """Return the handler of a call that is refused before its request is read."""
 
     async def refuse(requests: Any, context: Any) -> AsyncIterator[bytes]:
-        raise error
+        # Raised again and again, it would keep the frames of every call that it has ended.
+        raise error.with_traceback(None)
         yield b""
 
     # As a stream, so that gRPC does not wait for the request.
@@ -177,7 +178,7 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
             try:
                 self._check(path[1:], handler_call_details.invocation_metadata)
             except Exception as error:  # the doors meet it again, and word it
-                return self._wrap(_refused(error), path[1:], self._doors)
+                return self._wrap(refused(error), path[1:], self._doors)
             if self._shut(path[1:]):
                 return self._refuse_full(path[1:])
             return self._wrap(handler, path[1:], self._layers)
@@ -187,7 +188,7 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
 
     def _refuse_full(self, method: str) -> Any:
         if method not in self._refusing:
-            self._refusing[method] = self._wrap(_refused(QueueFull()), method, self._told)
+            self._refusing[method] = self._wrap(refused(QueueFull()), method, self._told)
         return self._refusing[method]
 
     def _wrap(self, handler: Any, method: str, layers: Sequence[Layer]) -> Any:
