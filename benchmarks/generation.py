@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.image_measures import Eye, kid, nearest
+from benchmarks.readme import UNET
 from services.bundle import Bundle
 from services.imaging.edits import ImageRequest
 from services.imaging.generator import Imaging
@@ -176,6 +177,8 @@ def main(
 
     result = {
         "bundle": loaded.id,
+        # The report that these figures go into changes the bundle's id, and not what was measured.
+        "unet": loaded.manifest.files[UNET].sha256 if UNET in loaded.manifest.files else "",
         "following": follow,
         "following_share_of_real": follow["generated"]["value"] / follow["real"]["value"],
         "combinations": {"count": len(names), "candidates": "captions with a profession", **combination},

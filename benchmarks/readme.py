@@ -34,6 +34,8 @@ BENCH, WORK = ROOT / "out" / "bench", ROOT / "work"
 BEGIN, END = "<!-- figures: written by `make figures` -->", "<!-- end of figures -->"
 
 Values = dict[str, Any]
+# What draws, in a bundle.
+UNET = "diffusion/unet/diffusion_pytorch_model.safetensors"
 # Beside a figure that a benchmark of the embedded bundle took on another one.
 ELSEWHERE = r"\*"
 # A feature is shown with at least so many.
@@ -66,7 +68,7 @@ FROM_WORK = {
 }
 FROM_BENCH = {
     "following": "generation.json:following/generated",
-    "following_bundle": "generation.json:bundle",
+    "following_unet": "generation.json:unet",
     "cores": "encode.json:machine/cores",
     "share_at_32": "encode.json:served/vit-b-32/served/32x1/of_batch_32",
     "share_of_batches": "encode.json:served/vit-b-32/served/4x32/of_batch_32",
@@ -106,7 +108,10 @@ def look_up(folder: Path, place: str, values: Mapping[str, Any]) -> Any:
 
 def collect(kept: Values, bundle: Path, work: Path | None, bench: Path | None) -> Values:
     """Return the figures that can be found now; the others as they were kept."""
-    values: Values = {"bundle": Bundle.load(bundle, verify=False).id}
+    loaded = Bundle.load(bundle, verify=False)
+    values: Values = {"bundle": loaded.id}
+    if UNET in loaded.manifest.files:
+        values["unet"] = loaded.manifest.files[UNET].sha256
     for folder, places in ((bundle, FROM_BUNDLE), (work, FROM_WORK), (bench, FROM_BENCH)):
         for name, place in places.items():
             found = None if folder is None else look_up(folder, place, values)
@@ -132,9 +137,9 @@ def change(figure: Any) -> str:
     return f"{before['value']:.2f} to {after['value']:.2f} (difference {interval})"
 
 
-def elsewhere(v: Values, name: str) -> str:
-    """Return the sign of another bundle, unless the one that `name` recorded is the one of the table."""
-    return "" if v.get(name) == v["bundle"] else f" {ELSEWHERE}"
+def elsewhere(v: Values, name: str, part: str = "bundle") -> str:
+    """Return the sign of another bundle, unless what `name` recorded (its id, or a hash) is that of the table's."""
+    return "" if v.get(name) == v.get(part) else f" {ELSEWHERE}"
 
 
 def rows(v: Values) -> list[tuple[str, str, str]]:
@@ -200,7 +205,7 @@ def rows(v: Values) -> list[tuple[str, str, str]]:
         ),
         (
             "generated drawings whose caption a judge finds among 100",
-            lambda: percent(v["following"]) + elsewhere(v, "following_bundle"),
+            lambda: percent(v["following"]) + elsewhere(v, "following_unet", "unet"),
             "`python -m benchmarks.generation`",
         ),
         (
