@@ -1,8 +1,8 @@
 """Hostile requests to a gateway with real towers: `python -m benchmarks.fuzz [--cases 10000] [--seed 0]`.
 
-Prints a table of statuses by service and writes out/bench/fuzz.json. A case that is answered with a status
-that no request may get is written to tests/fuzz/corpus/, where the tests send it for ever after. Exit code 1
-when there was one.
+Prints a table of statuses by service and writes out/bench/fuzz.json. A case that is answered with a status that no
+request may get, or with a number that is none, is written to tests/fuzz/corpus/, where the tests send it for ever
+after. Exit code 1 when there was one.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from rich.table import Table
 
 from deployments.gateway.server import DESCRIPTORS
 from services.bundle import Bundle
-from tests.fuzz.gateway import Findings, fuzz, fuzzed_gateway
+from tests.fuzz.gateway import Findings, calibrated, fuzz, fuzzed_gateway
 from tests.fuzz.messages import Maker
-from tests.support.tiny_bias import with_bias
 from tests.support.tiny_bundle import make_tiny_bundle
-from tests.support.tiny_defense import with_defense
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "out" / "bench"
@@ -43,17 +41,12 @@ def keep(findings: Findings) -> None:
         (CORPUS / name).write_bytes(data)
 
 
-def calibrated(folder: Path) -> Bundle:
-    """Return a tiny bundle that every call but Generate can be answered with; otherwise they would only be refused."""
-    biased = with_bias(make_tiny_bundle(folder / "tiny"), folder / "biased")
-    return with_defense(biased, folder / "calibrated")
-
-
 async def run(cases: int, seed: int, only: str, path: Path | None) -> dict[str, Any]:
     """Fuzz every service in turn; return what each answered."""
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
-        bundle = Bundle.load(path) if path else calibrated(Path(directory))
+        folder = Path(directory)
+        bundle = Bundle.load(path) if path else calibrated(make_tiny_bundle(folder / "tiny"), folder)
         for service in DESCRIPTORS:
             if only and service.name != only:
                 continue

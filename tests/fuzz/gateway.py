@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
+from google.protobuf import descriptor_pool, message_factory
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 from google.rpc import code_pb2, status_pb2
 from grpc import aio
 from monofacet.v1 import feature_service_pb2
@@ -16,6 +21,8 @@ from monofacet.v1 import feature_service_pb2
 from services.bundle import Bundle
 from tests.fuzz.messages import Case
 from tests.support.gateway import serve_here
+from tests.support.tiny_bias import with_bias
+from tests.support.tiny_defense import with_defense
 
 CODE = grpc.StatusCode
 # What a caller's request can be answered with. INTERNAL, UNKNOWN and UNAVAILABLE are never a request's fault.
@@ -34,6 +41,11 @@ _AT_ONCE = 8
 _LOST = "Internal error from Core"
 _TRIES = 3
 _TIMEOUT_S = 120.0
+
+
+def calibrated(tiny: Bundle, folder: Path) -> Bundle:
+    """Return a tiny bundle that every call but Generate can be answered with; otherwise they would only be refused."""
+    return with_defense(with_bias(tiny, folder / "biased"), folder / "calibrated")
 
 
 @asynccontextmanager
@@ -77,7 +89,7 @@ async def _send_once(channel: aio.Channel, case: Case) -> tuple[CODE, str, str]:
     call = channel.stream_stream(f"/{case.method}")(iter(case.messages), timeout=_TIMEOUT_S)
     try:
         async for answer in call:
-            wrong = _item_amiss(case.method, answer)
+            wrong = _item_amiss(case.method, answer) or _not_finite(_parsed(case.method, answer))
             if wrong:
                 return CODE.OK, "", wrong
     except aio.AioRpcError as error:
@@ -94,6 +106,26 @@ def _judge(error: aio.AioRpcError) -> tuple[CODE, str, str]:
     if error.code() not in MAPPED:
         return error.code(), reason, f"{error.code().name}: {status.message}"
     return error.code(), reason, ""
+
+
+def _parsed(method: str, answer: bytes) -> Message:
+    found = descriptor_pool.Default().FindMethodByName(method.replace("/", "."))
+    return message_factory.GetMessageClass(found.output_type).FromString(answer)
+
+
+def _not_finite(message: Message) -> str:
+    """Return the first field that holds no number: what is undefined is left unset in the contract."""
+    for described, value in message.ListFields():
+        if described.message_type is not None and described.message_type.GetOptions().map_entry:
+            continue
+        for one in value if described.is_repeated else [value]:
+            if described.cpp_type == FieldDescriptor.CPPTYPE_MESSAGE:
+                inner = _not_finite(one)
+                if inner:
+                    return f"{described.name}.{inner}"
+            elif isinstance(one, float) and not math.isfinite(one):
+                return f"{described.name} is {one}"
+    return ""
 
 
 def _item_amiss(method: str, answer: bytes) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from deployments.access.scopes import methods_of
 from deployments.gateway.server import DESCRIPTORS
 from services.bundle import Bundle
-from tests.fuzz.gateway import CODE, fuzz, fuzzed_gateway, send
+from tests.fuzz.gateway import CODE, calibrated, fuzz, fuzzed_gateway, send
 from tests.fuzz.messages import Case, Maker
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.bin"))
@@ -36,9 +36,10 @@ async def test_hostile_messages_get_mapped_statuses(service: object, tiny: Bundl
     assert findings.statuses["INVALID_ARGUMENT"] + findings.statuses["NOT_FOUND"] > 0
 
 
-async def test_what_was_found_once_is_not_found_again(tiny: Bundle) -> None:
+async def test_what_was_found_once_is_not_found_again(tiny: Bundle, tmp_path: Path) -> None:
+    assert CORPUS
     amiss = []
-    async with fuzzed_gateway(tiny) as channel:
+    async with fuzzed_gateway(calibrated(tiny, tmp_path)) as channel:
         for path in CORPUS:
             case = Case.from_bytes(path.read_bytes())
             if case.method in METHODS:
