@@ -31,8 +31,8 @@ def test_figures_of_a_benchmark_that_was_not_run_stay() -> None:
 
 
 def test_a_figure_of_another_bundle_is_marked_and_explained() -> None:
-    names = ("following_bundle", "start_bundle", "stopping_bundle")
-    here = {**VALUES, **dict.fromkeys(names, VALUES["bundle"])}
+    names = ("following_unet", "start_bundle", "stopping_bundle")
+    here = {**VALUES, **dict.fromkeys(names, VALUES["bundle"]), "following_unet": VALUES["unet"]}
     assert ELSEWHERE not in block(here)
     for name in names:
         marked = [what for what, figure, _ in rows({**here, name: "emoji@other"}) if ELSEWHERE in figure]
