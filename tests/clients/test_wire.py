@@ -7,12 +7,14 @@ import datetime
 import ipaddress
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import monofacet
 import numpy as np
+import PIL.Image
 import pytest
 from monofacet import TLS, AsyncClient, Client, Retry
 from monofacet.testing import FakeMonofacet, mock_client, run_server
@@ -172,6 +174,31 @@ async def test_the_iterables_own_error_reaches_an_asyncio_caller(target: str) ->
             [result async for result in client.stream_encode(broken())]
         with pytest.raises(monofacet.InputError, match=r"pairs\[0\]"):
             await client.score_modality([(b"", "nothing")])
+
+
+class Refusing(FakeMonofacet):
+    """Ends every stream before it has read any of it."""
+
+    def StreamEncode(self, request_iterator: Any, context: Any) -> Any:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you?")
+
+    def ScoreModality(self, request_iterator: Any, context: Any) -> Any:
+        context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you?")
+
+
+async def test_why_a_stream_was_refused_is_told_however_much_is_still_being_sent() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    pictures = [PIL.Image.fromarray(noise)] * 64
+    found: Counter[str] = Counter()
+    with run_server(Refusing()) as target:
+        async with AsyncClient(target) as client:
+            for _ in range(25):
+                with pytest.raises(monofacet.CallError) as streamed:
+                    [result async for result in client.stream_encode(pictures)]
+                with pytest.raises(monofacet.CallError) as uploaded:
+                    await client.score_modality((picture, "noise") for picture in pictures)
+                found.update([str(streamed.value), str(uploaded.value)])
+    assert found == {"UNAUTHENTICATED: who are you?": 50}
 
 
 def test_nothing_that_listens_is_unavailable() -> None:

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -130,12 +140,13 @@ class AsyncCore(BaseClient):
 
         upload = Upload(messages())
         call = method(aiter(upload), timeout=deadline.left(), metadata=self._metadata)
+        ending = Ending(call)
         try:
             response = await call
             upload.check()
         except grpc.RpcError as error:
             upload.check()
-            raise error_from_rpc(error) from error
+            raise await ending.explain(error) from error
         except asyncio.CancelledError:
             upload.check()
             raise
@@ -208,3 +219,69 @@ class Upload:
         """Raise what the iterable raised, if anything."""
         if self._failure is not None:
             raise self._failure
+
+
+# Seconds for the status to arrive after a write has failed because of it: they come from the same packet.
+_STATUS_FOLLOWS_S = 1.0
+
+
+class Ending:
+    """Keeps the status that the server ended a streaming call with.
+
+    If the server ends a call while the client still sends, a write fails, and grpc.aio then puts INTERNAL in the
+    place of the server's status (grpc/grpc#36066), whichever comes first: why the call was refused would be lost.
+
+    Parameters
+    ----------
+    call
+        Of grpc.aio, just begun.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._status: grpc.aio.AioRpcError | None = None
+        self._arrived = asyncio.Event()
+        call.add_done_callback(self._keep)
+
+    def _keep(self, call: Any) -> None:
+        # Called for each status that is set, the one that stands for a failed write too; nothing in it may wait.
+        code, trailing = _at_once(call.code()), _at_once(call.trailing_metadata())
+        if self._status is None and not _is_of_a_failed_write(code, trailing):
+            initial = _at_once(call.initial_metadata()) or grpc.aio.Metadata()
+            self._status = grpc.aio.AioRpcError(
+                code, initial, trailing or grpc.aio.Metadata(), _at_once(call.details())
+            )
+            self._arrived.set()
+
+    async def explain(self, error: grpc.RpcError) -> exceptions.CallError:
+        """Make the exception for a failed call.
+
+        Parameters
+        ----------
+        error
+            What gRPC raised.
+
+        Returns
+        -------
+        CallError
+            Of the server's status, if there is one.
+        """
+        call: Any = error
+        if _is_of_a_failed_write(call.code(), call.trailing_metadata()):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), _STATUS_FOLLOWS_S)
+            return error_from_rpc(self._status or error)
+        return error_from_rpc(error)
+
+
+def _is_of_a_failed_write(code: grpc.StatusCode, trailing: Any) -> bool:
+    return code is grpc.StatusCode.INTERNAL and not trailing
+
+
+def _at_once(value: Coroutine[Any, Any, Any]) -> Any:
+    """Return what a coroutine returns without waiting; None if it would wait."""
+    try:
+        value.send(None)
+    except StopIteration as end:
+        return end.value
+    value.close()
+    return None

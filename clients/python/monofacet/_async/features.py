@@ -10,10 +10,9 @@ import grpc
 from monofacet import _requests as requests
 from monofacet import _responses as responses
 from monofacet import _types as types
-from monofacet._async.core import AsyncCore, Upload, iterate
+from monofacet._async.core import AsyncCore, Ending, Upload, iterate
 from monofacet._base import Deadline
 from monofacet._inputs import Input
-from monofacet._status import error_from_rpc
 from monofacet._streaming import Ledger
 from monofacet.v1 import feature_service_pb2, feature_service_pb2_grpc
 
@@ -77,6 +76,7 @@ class FeatureCalls(AsyncCore):
         upload = Upload(messages())
         stub = self._stub(feature_service_pb2_grpc.FeatureServiceStub)
         call = stub.StreamEncode(aiter(upload), timeout=deadline.left(), metadata=self._metadata)
+        ending = Ending(call)
         try:
             async for response in call:
                 for result in ledger.answer(response):
@@ -86,7 +86,7 @@ class FeatureCalls(AsyncCore):
                 yield result
         except grpc.RpcError as error:
             upload.check()
-            raise error_from_rpc(error) from error
+            raise await ending.explain(error) from error
         except asyncio.CancelledError:
             upload.check()
             raise

@@ -129,6 +129,9 @@ class _AioStream:
     def cancel(self) -> None:
         """Do nothing: it runs only while it is awaited."""
 
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Do nothing: no write can fail here."""
+
 
 class _AioPending:
     def __init__(self, answer: Awaitable[Any]) -> None:
@@ -139,3 +142,6 @@ class _AioPending:
 
     def cancel(self) -> None:
         """Do nothing: it runs only while it is awaited."""
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Do nothing: no write can fail here."""
