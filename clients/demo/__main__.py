@@ -127,6 +127,41 @@ def describe_features(client: Client, model: monofacet.Model, console: Console) 
     return report.Features(default, tables, details)
 
 
+def call_everything(client: Client, samples: list[Sample], console: Console) -> report.Demo:
+    """Call every method, print what it answers, and return it for the report."""
+    model = describe_model(client, console)
+    retrieved = retrieve(client, samples, console)
+    refused = stream(client, samples, console)
+    classified = classify(client, samples, console)
+    features = describe_features(client, model, console)
+    scored = client.score_modality(
+        ((s.data, s.caption) for s in samples), ScoreSettings(bootstrap_samples=200, shuffles=200, seed=0)
+    )
+    console.print(f"scored {len(scored.cards)} features on {scored.pairs} pairs of our own")
+    bias = audit_bias(client, console)
+    filtered = filter_samples(client, samples, console)
+    reference = next(s for s in samples if s.caption == REFERENCE)
+    previewed = pictures.preview(client, reference, console)
+    generated, steered = None, None
+    if model.pipeline is not None:
+        generated = pictures.generate_sheet(client, console)
+        steered = pictures.steer_sheet(client, features.tables[features.default], reference, console)
+    return report.Demo(
+        model=model,
+        retrieved=retrieved,
+        classified=classified,
+        features=features,
+        scored=scored,
+        refused=refused,
+        bias=bias,
+        filtered=filtered,
+        previewed=previewed,
+        generated=generated,
+        steered=steered,
+        health=client.health(),
+    )
+
+
 def main() -> None:
     """Run the demonstration."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -137,51 +172,17 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     samples = load_samples(arguments.bundle)
     started = time.perf_counter()
-    with (
-        running_service(arguments.bundle, arguments.out / "service.log", console) as target,
-        Client(target) as client,
-    ):
-        model = describe_model(client, console)
-        retrieved = retrieve(client, samples, console)
-        refused = stream(client, samples, console)
-        classified = classify(client, samples, console)
-        features = describe_features(client, model, console)
-        scored = client.score_modality(
-            ((s.data, s.caption) for s in samples), ScoreSettings(bootstrap_samples=200, shuffles=200, seed=0)
-        )
-        console.print(f"scored {len(scored.cards)} features on {scored.pairs} pairs of our own")
-        bias = audit_bias(client, console)
-        filtered = filter_samples(client, samples, console)
-        reference = next(s for s in samples if s.caption == REFERENCE)
-        previewed = pictures.preview(client, reference, console)
-        generated, steered = None, None
-        if model.pipeline is not None:
-            generated = pictures.generate_sheet(client, console)
-            steered = pictures.steer_sheet(client, features.tables[features.default], reference, console)
-        health = client.health()
+    with running_service(arguments.bundle, arguments.out / "service.log", console) as service:
+        with Client(service.target) as client:
+            demo = call_everything(client, samples, console)
+        # The service drains while the report is written.
+        service.stop()
+        path = report.write(arguments.out, demo, seconds=time.perf_counter() - started)
     seconds = time.perf_counter() - started
-    path = report.write(
-        arguments.out,
-        report.Demo(
-            model,
-            retrieved,
-            classified,
-            features,
-            scored,
-            refused,
-            bias,
-            filtered,
-            previewed,
-            generated,
-            steered,
-            health,
-            seconds,
-        ),  # fmt: skip
-    )
     summary = {
-        "bundle": model.bundle,
-        "right": sum(r.right for r in retrieved),
-        "of": len(retrieved),
+        "bundle": demo.model.bundle,
+        "right": sum(r.right for r in demo.retrieved),
+        "of": len(demo.retrieved),
         "seconds": seconds,
     }
     (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -84,7 +84,6 @@ class Demo:
     generated: list[Image.Image] | None
     steered: Steering | None
     health: str
-    seconds: float
 
 
 def _picture(data: bytes, size: int = 96) -> np.ndarray:
@@ -186,8 +185,18 @@ def _short(text: str, limit: int = 26) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def write(folder: Path, demo: Demo) -> Path:
-    """Write the pictures and the page into a folder and return the page's path."""
+def write(folder: Path, demo: Demo, *, seconds: float) -> Path:
+    """Write the pictures and the page into a folder and return the page's path.
+
+    Parameters
+    ----------
+    folder : Path
+        There already.
+    demo : Demo
+        What was seen.
+    seconds : float
+        From the service's start to its last answer.
+    """
     draw_mds(demo.features, folder / "mds.png")
     draw_retrieval(demo.retrieved, folder / "retrieval.png")
     draw_cards(demo.features.details, folder / "cards.png")
@@ -206,7 +215,7 @@ def write(folder: Path, demo: Demo) -> Path:
         for name, cards in demo.features.tables.items()
     }
     page = environment.get_template("report.html.j2").render(
-        demo=demo, shares=shares, labels=list(ModalityLabel)
+        demo=demo, seconds=seconds, shares=shares, labels=list(ModalityLabel)
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")

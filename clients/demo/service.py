@@ -18,9 +18,27 @@ START_LIMIT_S = 180
 STOP_LIMIT_S = 60
 
 
+class Service:
+    """A service that runs.
+
+    Attributes
+    ----------
+    target : str
+        ``host:port`` of the gateway.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], target: str) -> None:
+        self._process, self.target = process, target
+
+    def stop(self) -> None:
+        """Ask it to drain and end, without waiting for that."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+
 @contextmanager
-def running_service(bundle: Path, log: Path, console: Console) -> Iterator[str]:
-    """Serve a bundle for the length of a block.
+def running_service(bundle: Path, log: Path, console: Console) -> Iterator[Service]:
+    """Serve a bundle for the length of a block, or until `Service.stop`; at the block's end it has ended.
 
     Parameters
     ----------
@@ -33,8 +51,8 @@ def running_service(bundle: Path, log: Path, console: Console) -> Iterator[str]:
 
     Yields
     ------
-    str
-        ``host:port`` of the gateway.
+    Service
+        Healthy.
 
     Raises
     ------
@@ -51,14 +69,14 @@ def running_service(bundle: Path, log: Path, console: Console) -> Iterator[str]:
     ]
     with log.open("w") as output:
         process = subprocess.Popen([*command, "--metrics-port", "0"], stdout=output, stderr=subprocess.STDOUT)
+    service = Service(process, "")
     try:
         with console.status("starting the service"):
-            target = _wait_until_ready(process, log)
-        console.print(f"serving {bundle.name} on {target}")
-        yield target
+            service.target = _wait_until_ready(process, log)
+        console.print(f"serving {bundle.name} on {service.target}")
+        yield service
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+        service.stop()
         try:
             code = process.wait(STOP_LIMIT_S)
         except subprocess.TimeoutExpired:

@@ -22,6 +22,8 @@ Send = Callable[[list[Work], list[float | None]], Awaitable[Reply]]
 DEPLOYMENT = "encoder"
 # Seconds after which a replica that has not answered is taken to be gone, or idle beside others that suffice.
 _FORGET_S = 10.0
+# Seconds after which a part of a stream that found the queue full asks again.
+_STREAM_RETRY_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,29 @@ class EncoderClient:
             raise
         finally:
             self._metrics.queue_items.labels(self._deployment).set(self._backlog.items)
+
+    async def encode_patiently(self, work: Work, remaining_s: float | None = None) -> Encoded:
+        """Encode a part of a stream, which waits where a unary call is refused.
+
+        Waiting is what a stream's flow control is for, and a corpus must not fail halfway because others are busy.
+
+        Parameters
+        ----------
+        work, remaining_s
+            As for `encode`.
+
+        Raises
+        ------
+        InvalidInput, EncoderUnavailable, DeadlineExpired
+            As `encode`.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = None if remaining_s is None else loop.time() + remaining_s
+        while True:
+            try:
+                return await self.encode(work, None if deadline is None else deadline - loop.time())
+            except QueueFull:
+                await asyncio.sleep(_STREAM_RETRY_S)
 
     async def _encode(self, work: Work, remaining_s: float | None) -> Encoded:
         loop = asyncio.get_running_loop()

@@ -32,7 +32,7 @@ from deployments.gateway.bundles import Backend, Bundles, Routed
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient, Send
-from deployments.gateway.interceptors.access import TokenLimits, access_layer, check_access
+from deployments.gateway.interceptors.access import TokenLimits, access_layer, admitted_token
 from deployments.gateway.interceptors.chain import Chain, decoded_layer
 from deployments.gateway.interceptors.deadlines import deadlines_layer
 from deployments.gateway.interceptors.errors import errors_layer
@@ -168,16 +168,17 @@ class GatewayServer:
         ]
         store = open_tokens(settings)
         access = access_layer(store)
+        token_limits = TokenLimits(settings.token_calls, settings.token_rate)
 
         def check(method: str, metadata: object) -> None:
-            check_access(store, method, metadata)
+            token_limits.check(admitted_token(store, method, metadata))
             self._admission.check()
 
         return Chain(
             [
                 *told,
                 access,
-                TokenLimits(settings.token_calls, settings.token_rate).layer,
+                token_limits.layer,
                 self._admission.layer,
             ],
             [

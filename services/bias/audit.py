@@ -37,6 +37,8 @@ from services.modalities import Modality
 
 LEVEL = 0.05
 CURVE_POINTS = 101
+# Scores that differ by less are the same, apart from how float32 rounds what an ablation has written back.
+ROUNDING = 1e-6
 # With figures of their own, the first by name: the contract answers no more, and each takes a bootstrap.
 MAX_PROFESSIONS = 1_000
 
@@ -138,6 +140,7 @@ def audit(
     check_items(cases)
     after = plan.apply(cases)
     before_scores, after_scores = gender_scores(cases.e, direction), gender_scores(after, direction)
+    after_scores = np.where(np.abs(after_scores - before_scores) < ROUNDING, before_scores, after_scores)
     return audit_scores(
         cases,
         before_scores,

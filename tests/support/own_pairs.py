@@ -1,11 +1,7 @@
-"""Folders of images with a CSV, as a user would bring them to `monofacet bundle build`.
-
-``python -m tests.support.own_pairs FOLDER --count 2000`` writes openmoji's drawings from ``work/corpus``.
-"""
+"""Folders of images with a CSV, as a user would bring them to `monofacet bundle build`."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,16 +66,3 @@ def from_corpus(corpus: Path, folder: Path, count: int, artist: str = "openmoji"
         written.append((path, *map(str, labels)))
     write_table(folder, written)
     return folder
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--corpus", type=Path, default=Path("work/corpus"))
-    parser.add_argument("--count", type=int, default=2000)
-    arguments = parser.parse_args()
-    print(from_corpus(arguments.corpus, arguments.folder, arguments.count))
-
-
-if __name__ == "__main__":
-    main()

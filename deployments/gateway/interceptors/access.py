@@ -43,10 +43,13 @@ def check_scope(token: Token, method: str) -> None:
         raise ScopeMissing(f"this token may not call {method}; it needs scope {needed}")
 
 
-def check_access(store: TokenStore | None, method: str, metadata: object) -> None:
-    """Raise what `access_layer` would, for a call of which no more than its metadata has come."""
-    if store is not None:
-        check_scope(store.find(presented_token(metadata)), method)
+def admitted_token(store: TokenStore | None, method: str, metadata: object) -> Token | None:
+    """Return who calls, or raise what `access_layer` would, when no more than a call's metadata has come."""
+    if store is None:
+        return None
+    token = store.find(presented_token(metadata))
+    check_scope(token, method)
+    return token
 
 
 def access_layer(store: TokenStore | None) -> Layer:
@@ -60,9 +63,7 @@ def access_layer(store: TokenStore | None) -> Layer:
 
     @asynccontextmanager
     async def around(call: Call) -> AsyncIterator[None]:
-        if store is not None:
-            call.token = store.find(presented_token(call.context.invocation_metadata()))
-            check_scope(call.token, call.method)
+        call.token = admitted_token(store, call.method, call.context.invocation_metadata())
         yield
 
     return around
@@ -86,6 +87,15 @@ class TokenLimits:
         # A moving window keeps one time a call. It is exact, so RetryInfo can say when the next call fits.
         self._limiter = limits.strategies.MovingWindowRateLimiter(limits.storage.MemoryStorage())
 
+    def check(self, token: Token | None) -> None:
+        """Raise what `layer` would, without counting a call."""
+        if token is None:
+            return
+        self._check_calls(token)
+        rate = token.rate or self._rate
+        if rate is not None and not self._limiter.test(rate, token.name):
+            raise self._too_often(token, rate)
+
     @asynccontextmanager
     async def layer(self, call: Call) -> AsyncIterator[None]:
         """Admit one call of a token, or refuse it; callers without tokens share the server's own limits."""
@@ -93,13 +103,10 @@ class TokenLimits:
         if token is None:
             yield
             return
-        most = token.calls or self._calls
-        if self._in_progress[token.name] >= most:
-            raise TokenBusy(f"{most} calls of this token are in progress; try later")
+        self._check_calls(token)
         rate = token.rate or self._rate
         if rate is not None and not self._limiter.hit(rate, token.name):
-            reset = self._limiter.get_window_stats(rate, token.name).reset_time
-            raise TokenRate(f"this token may begin {rate}; try later", max(0.001, reset - time.time()))
+            raise self._too_often(token, rate)
         self._in_progress[token.name] += 1
         try:
             yield
@@ -107,3 +114,12 @@ class TokenLimits:
             self._in_progress[token.name] -= 1
             if not self._in_progress[token.name]:
                 del self._in_progress[token.name]
+
+    def _check_calls(self, token: Token) -> None:
+        most = token.calls or self._calls
+        if self._in_progress[token.name] >= most:
+            raise TokenBusy(f"{most} calls of this token are in progress; try later")
+
+    def _too_often(self, token: Token, rate: limits.RateLimitItem) -> TokenRate:
+        reset = self._limiter.get_window_stats(rate, token.name).reset_time
+        return TokenRate(f"this token may begin {rate}; try later", max(0.001, reset - time.time()))

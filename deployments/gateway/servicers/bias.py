@@ -11,7 +11,6 @@ from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import bias_service_pb2_grpc
 
 from deployments.audit_request import AuditRequest
-from deployments.batching import QueueFull
 from deployments.gateway.ablations import Ablations
 from deployments.gateway.audits import AuditItems, audit_settings
 from deployments.gateway.catalogue import Catalogue
@@ -36,8 +35,6 @@ _CLASSIFY = "monofacet.v1.BiasService/ClassifyGender"
 _AUDIT = "monofacet.v1.BiasService/AuditGender"
 # Inputs that are worth a thread; fewer are done before a thread would have started.
 _THREAD_ITEMS = 64
-# Seconds before a stream's batch asks a full queue again.
-_STREAM_RETRY_S = 0.02
 _BAD_ITEM = re.compile(r"\[(\d+)\]")
 _MESSAGE_ITEM = re.compile(r"batch\.items\[(\d+)\](.*)")
 
@@ -202,12 +199,7 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
             stream=items.stream,
         )
         check_texts(work.items, self._settings.max_text_bytes)
-        # As in StreamEncode: a stream waits where a unary call would be refused.
-        while True:
-            try:
-                return await self._encoder.encode(work, context.time_remaining())
-            except QueueFull:
-                await asyncio.sleep(_STREAM_RETRY_S)
+        return await self._encoder.encode_patiently(work, context.time_remaining())
 
 
 async def lively(messages: AsyncIterator[Message], idle_s: float) -> AsyncIterator[Message]:

@@ -11,7 +11,6 @@ from typing import Any
 from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import feature_service_pb2_grpc
 
-from deployments.batching import QueueFull
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.errors import describe, reason_of
@@ -25,8 +24,6 @@ from services.errors import InvalidInput
 
 _ENCODE = "monofacet.v1.FeatureService/Encode"
 _STREAM = "monofacet.v1.FeatureService/StreamEncode"
-# Seconds before a stream's item asks a full queue again.
-_STREAM_RETRY_S = 0.02
 
 
 class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
@@ -153,7 +150,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         if sent:
             values = tuple(item.value for item in items if not isinstance(item.value, InvalidInput))
             work = replace(self._work(values, options, "options"), each=True, stream=stream)
-            encoded = await self._patiently(work, context)
+            encoded = await self._encoder.encode_patiently(work, context.time_remaining())
             bad |= {sent[place]: error for place, error in encoded.failed.items()}
             good = [i for place, i in enumerate(sent) if place not in encoded.failed]
             rows = {i: row for row, i in enumerate(good)}
@@ -185,15 +182,6 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
             timings=timings(encoded.queue_s, encoded.inference_s),
             bundle=self._bundle,
         )
-
-    async def _patiently(self, work: Work, context: Any) -> Encoded:
-        # A unary call is refused when the queue is full. A stream is made to wait: that is what its flow
-        # control is for, and a corpus must not fail halfway because others are busy.
-        while True:
-            try:
-                return await self._encoder.encode(work, context.time_remaining())
-            except QueueFull:
-                await asyncio.sleep(_STREAM_RETRY_S)
 
     def _work(self, items: tuple[bytes | str, ...], options: pb.EncodeOptions, where: str) -> Work:
         dictionary = None

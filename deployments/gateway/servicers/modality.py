@@ -10,7 +10,6 @@ from typing import Any
 from monofacet.v1 import modality_service_pb2 as pb
 from monofacet.v1 import modality_service_pb2_grpc
 
-from deployments.batching import QueueFull
 from deployments.gateway.cards import card, cards
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.classify import classify
@@ -21,7 +20,7 @@ from deployments.gateway.messages import check_texts, items_of, relocated, timin
 from deployments.gateway.pairs import PairScores, score_settings
 from deployments.metrics import Metrics
 from deployments.settings import Settings
-from deployments.work import Encoded, ScoreRequest, Work
+from deployments.work import ScoreRequest, Work
 from services.errors import InvalidInput
 from services.tables import ModalityTable
 
@@ -33,8 +32,6 @@ _DEFAULT_PAGE = 50
 _DEFAULT_TOP_FEATURES = 10
 # More examples than any bundle holds.
 _ALL_EXAMPLES = 1_000
-# Seconds before a stream's batch asks a full queue again.
-_STREAM_RETRY_S = 0.02
 
 
 class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
@@ -179,19 +176,11 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
                 stream=scores.stream,
             )
             check_texts(work.items, self._settings.max_text_bytes)
-            encoded = await self._patiently(work, context)
+            encoded = await self._encoder.encode_patiently(work, context.time_remaining())
         except InvalidInput as error:
             raise place.relocated(error, len(message.batch.pairs)) from error
         self._metrics.items.labels(_SCORE).inc(len(work.items))
         scores.add(encoded, [pair.group for pair in message.batch.pairs])
-
-    async def _patiently(self, work: Work, context: Any) -> Encoded:
-        # As in StreamEncode: a stream waits where a unary call would be refused.
-        while True:
-            try:
-                return await self._encoder.encode(work, context.time_remaining())
-            except QueueFull:
-                await asyncio.sleep(_STREAM_RETRY_S)
 
     def _answer(
         self, table: ModalityTable, known: ModalityTable | None, scores: PairScores

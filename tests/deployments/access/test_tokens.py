@@ -240,5 +240,12 @@ async def test_one_token_may_begin_only_so_many_calls_and_is_told_when_the_next_
         assert (caught.value.code(), reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOKEN_RATE")
         # The first of the two calls leaves the window an hour after it began, which was moments ago.
         assert seconds is not None and 3500 < seconds <= 3600
+        # Nor is a request read that is refused for it: this one never comes.
+        unread = gateway.channel.stream_stream("/monofacet.v1.FeatureService/Encode")(
+            metadata=[("authorization", f"Bearer {alice}")], timeout=10
+        )
+        with pytest.raises(aio.AioRpcError) as unheard:
+            await unread.read()
+        assert error_details(unheard.value)[0] == "TOKEN_RATE"
         for _ in range(5):
             await call(bob)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 import services.bias.audit
 from services.bias.ablation import Mode
@@ -21,6 +22,7 @@ from services.modalities import Modality
 from tests.services.bias.planted import (
     CONSTANT,
     MAN_FEATURE,
+    N_FEATURES,
     SETTINGS,
     STEREOTYPE,
     STEREOTYPED,
@@ -83,6 +85,16 @@ def test_removing_no_feature_changes_no_order_and_has_no_p_value(world: World) -
     found = audit_of(world, [])
     assert found.auc.difference.value == 0
     assert found.nulls == () and found.null_energy_ratio is None
+
+
+def test_removing_what_never_fires_is_no_effect_however_it_rounds(world: World) -> None:
+    silent = 7
+    fires = np.ones(N_FEATURES, np.float32)
+    fires[silent] = 0
+    cases = replace(world.cases, z=sp.csr_array(world.cases.z.multiply(fires)))
+    found = audit_of(replace(world, cases=cases), [silent])
+    assert found.verdict is Verdict.NO_EFFECT
+    assert found.raw["skew"].difference.value == 0
 
 
 def test_removing_the_stereotype_takes_the_skew_of_the_ungendered_and_leaves_gender_itself(
