@@ -84,6 +84,16 @@ def test_a_bad_input_does_not_stop_the_others(run: Run, picture: Path, tmp_path:
     assert "not a PNG, JPEG or WebP image" in run("encode", bad, picture).output
 
 
+def test_an_argument_that_is_no_utf_8_is_a_bad_input_like_any_other(run: Run) -> None:
+    # As Python takes the byte FF from the command line.
+    done = run("encode", "\udcff", "a square", "--json")
+    assert done.exit_code == 3
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert (first["id"], first["error"]["kind"]) == ("\udcff", "InputError")
+    assert "embedding" in second
+    assert "the text cannot be sent" in run("encode", "\udcff").output
+
+
 def test_a_misspelt_image_is_an_error_and_not_a_text(run: Run) -> None:
     done = run("encode", "missing.png")
     assert done.exit_code == 3

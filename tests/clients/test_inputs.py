@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-from monofacet import InputError
-from monofacet._inputs import MAX_IMAGE_BYTES, image_bytes, split, to_inputs
+from monofacet import InputError, _inputs
+from monofacet._base import SMALL_BYTES, is_small
+from monofacet._inputs import MAX_IMAGE_BYTES, image_bytes, split, to_input, to_inputs
 from monofacet.v1 import common_pb2
 
 PIXELS = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -81,6 +83,71 @@ def test_a_file_past_the_limit_is_not_read(tmp_path: Path) -> None:
         file.truncate(MAX_IMAGE_BYTES + 1)
     with pytest.raises(InputError, match="at most"):
         image_bytes(path)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (b"x" * 2000, "the image has 2,000 bytes; at most 1,000"),
+        (bytearray(2000), "the image has 2,000 bytes"),
+        (memoryview(b"x" * 2000), "the image has 2,000 bytes"),
+        # What is encoded here is larger than the file that it came from: the message says why.
+        (NOISE, "the image as PNG has"),
+        (PIL.Image.fromarray(NOISE), "the image as PNG has"),
+        ("x" * 2000, "the text has"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_no_input_past_the_limit_is_sent(
+    value: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_input(value)  # type: ignore[arg-type]
+    monkeypatch.setattr(_inputs, "MAX_IMAGE_BYTES", 1000)
+    with pytest.raises(InputError, match=message):
+        to_input(value)  # type: ignore[arg-type]
+
+
+def truncated() -> PIL.Image.Image:
+    file = io.BytesIO()
+    PIL.Image.fromarray(NOISE).save(file, "JPEG")
+    # Pillow decodes it when its pixels are asked for.
+    return PIL.Image.open(io.BytesIO(file.getvalue()[:1000]))
+
+
+def closed() -> PIL.Image.Image:
+    image = PIL.Image.new("RGB", (5, 5))
+    image.close()
+    return image
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (truncated, "truncated"),
+        (lambda: PIL.Image.new("RGB", (0, 0)), "empty"),
+        (lambda: PIL.Image.new("P", (0, 5)), "empty"),
+        (closed, "closed"),
+    ],
+)
+def test_an_image_that_pillow_cannot_read_is_refused_with_its_reason(
+    make: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        image_bytes(make())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["a\0b.png", "\ud800.png"])
+def test_a_path_that_no_file_can_have_is_refused(path: str) -> None:
+    with pytest.raises(InputError, match="cannot be sent"):
+        image_bytes(Path(path))
+
+
+def test_a_text_that_is_no_unicode_is_refused_in_its_place() -> None:
+    with pytest.raises(InputError, match=r"inputs\[1\]: the text cannot be sent: .*surrogates"):
+        to_inputs(["a", "\ud800"])
 
 
 def test_a_string_is_always_a_text() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import PIL.Image
 
 from monofacet import _exceptions as exceptions
+from monofacet._pictures import PICTURE_ERRORS
 from monofacet.v1 import common_pb2
 
 __all__ = ["Image", "Input", "Pair"]
@@ -29,6 +31,28 @@ Pair: TypeAlias = tuple[Image, str] | tuple[Image, str, str]
 MAX_INPUTS = 256
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
 MAX_IMAGE_BYTES = 16 * 1024 * 1024
+
+
+@contextlib.contextmanager
+def sendable(what: str) -> Iterator[None]:
+    """Say what cannot be sent where protobuf refuses a value; around a block, or as a decorator.
+
+    Parameters
+    ----------
+    what
+        What is made, for the message.
+
+    Raises
+    ------
+    InputError
+        If a value has a wrong type, is out of range, or is a text with a lone surrogate, which UTF-8 cannot carry.
+    """
+    try:
+        yield
+    except exceptions.InputError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise exceptions.InputError(f"{what} cannot be sent: {error}") from error
 
 
 def image_bytes(image: Image) -> bytes:
@@ -49,7 +73,7 @@ def image_bytes(image: Image) -> bytes:
     Raises
     ------
     InputError
-        If the file cannot be read, or the value is no image.
+        If the file or the picture cannot be read, it is larger than any server takes, or the value is no image.
     """
     if isinstance(image, bytes | bytearray | memoryview):
         data = bytes(image)
@@ -65,17 +89,21 @@ def image_bytes(image: Image) -> bytes:
         )
     if not data:
         raise exceptions.InputError("the image is empty")
+    _check_size("the image", len(data))
     return data
+
+
+def _check_size(what: str, size: int) -> None:
+    # Not left to the server: a message past its limit ends the whole stream, not the one item.
+    if size > MAX_IMAGE_BYTES:
+        raise exceptions.InputError(f"{what} has {size:,} bytes; at most {MAX_IMAGE_BYTES:,} can be sent")
 
 
 def _read(path: os.PathLike[str]) -> bytes:
     try:
         # Looked at before it is read: a film or a disk image would fill the memory first.
-        size = os.stat(path).st_size
-        if size > MAX_IMAGE_BYTES:
-            raise exceptions.InputError(
-                f"{path} has {size:,} bytes; an image has at most {MAX_IMAGE_BYTES:,}"
-            )
+        with sendable(str(path)):  # A null byte, say, is no OSError.
+            _check_size(str(path), os.stat(path).st_size)
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:
@@ -100,13 +128,19 @@ def _from_array(pixels: npt.NDArray[Any]) -> PIL.Image.Image:
 
 
 def _png(image: PIL.Image.Image) -> bytes:
-    if image.mode not in ("L", "RGB", "RGBA"):
-        transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
-        image = image.convert("RGBA" if transparent else "RGB")
     buffer = io.BytesIO()
-    # Level 1 is several times faster than the default, for a few per cent of size.
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    try:
+        if image.mode not in ("L", "RGB", "RGBA"):
+            transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
+            image = image.convert("RGBA" if transparent else "RGB")
+        # Level 1 is several times faster than the default, for a few per cent of size.
+        image.save(buffer, "PNG", compress_level=1)
+    except PICTURE_ERRORS as error:
+        # An opened file is decoded only now; an image may also be closed, or have no pixels.
+        raise exceptions.InputError(f"the image cannot be read: {error}") from error
+    data = buffer.getvalue()
+    _check_size("the image as PNG", len(data))
+    return data
 
 
 def to_input(value: Input) -> common_pb2.Input:
@@ -128,7 +162,10 @@ def to_input(value: Input) -> common_pb2.Input:
         If the value cannot be sent.
     """
     if isinstance(value, str):
-        return common_pb2.Input(text=value)
+        with sendable("the text"):
+            message = common_pb2.Input(text=value)
+        _check_size("the text", message.ByteSize())
+        return message
     return common_pb2.Input(image=common_pb2.Image(data=image_bytes(value)))
 
 
@@ -177,7 +214,8 @@ def split(
     max_inputs
         Inputs a request.
     max_bytes
-        Bytes a request. An input that is too large alone gets a part of its own, and the server's refusal.
+        Bytes a request, less what it carries besides its inputs. An input that is too large alone gets a part of
+        its own, and the server's refusal.
 
     Returns
     -------

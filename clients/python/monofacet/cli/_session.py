@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import io
 import json
 import logging
 import sys
@@ -120,6 +121,9 @@ def connected(command: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         # Retries are logged as warnings; here the outcome is what counts.
         logging.getLogger("stamina").setLevel(logging.ERROR)
+        # The name of a file may be no UTF-8; shown as an escape it is readable, and in JSON still itself.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         keys = TLS(ca=ca, certificate=cert, key=key) if (ca or cert or key) and tls is not False else tls
         limits = Timeout() if timeout is None else Timeout(call=timeout, stream=timeout)
         try:
