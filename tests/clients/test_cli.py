@@ -166,6 +166,24 @@ def test_modality_scores_pairs_from_a_file(run: Run, picture: Path, tmp_path: Pa
     assert "2 pairs" in run("modality", "--pairs", pairs).output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("modality", "--pairs", "pairs.csv", "--bootstrap", "-1"), "bootstrap_samples cannot be sent"),
+        (("gender", "audit", "--csv", "pairs.csv", "--seed", str(2**64)), "seed cannot be sent"),
+    ],
+)
+def test_a_setting_out_of_range_is_one_line_and_no_traceback(
+    run: Run, picture: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(picture.parent)
+    Path("pairs.csv").write_text("image,text,gender\nred.png,a red square,woman\n")
+    done = run(*arguments)
+    assert done.exit_code == 3
+    assert done.output.startswith(f"error: {message}")
+    assert done.output.count("\n") == 1
+
+
 def test_a_pair_file_without_a_column_is_refused(run: Run, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.csv"
     pairs.write_text("picture,text\n")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import io
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import monofacet
 import numpy as np
+import PIL.Image
 import pytest
 from monofacet import AsyncClient, Client
+from monofacet._inputs import MAX_IMAGE_BYTES
 from monofacet.testing import FakeMonofacet, mock_async_client
 
 from tests.clients.conftest import Call
@@ -98,6 +101,25 @@ def test_a_stream_answers_each_item_in_order(both: Call, picture: Path) -> None:
 def test_a_stream_of_unreadable_items_ends_well(both: Call, tmp_path: Path) -> None:
     results = both().stream_encode([tmp_path / "1.png", tmp_path / "2.png"])
     assert [result.ok for result in results] == [False, False]
+
+
+def test_an_item_that_cannot_be_sent_is_its_own_result_whatever_is_wrong_with_it(both: Call) -> None:
+    jpeg = io.BytesIO()
+    PIL.Image.effect_noise((64, 64), 50).save(jpeg, "JPEG")
+    bad: list[Any] = [
+        b"x" * (MAX_IMAGE_BYTES + 1),
+        PIL.Image.open(io.BytesIO(jpeg.getvalue()[:800])),
+        PIL.Image.new("RGB", (0, 0)),
+        "a lone \ud800 surrogate",
+        # As the name of a file that is no UTF-8 comes from the system.
+        ("\udcff.png", "a"),
+        ("no", "pair", "of id and input"),
+        (),
+    ]
+    results = both().stream_encode(["first", *bad, "last"])
+    assert [result.ok for result in results] == [True, *[False] * len(bad), True]
+    for result in results[1:-1]:
+        assert isinstance(result.error, monofacet.InputError), result
 
 
 def test_an_empty_stream_has_no_results(both: Call) -> None:
@@ -197,6 +219,42 @@ def test_a_bad_pair_is_named(both: Call, picture: Path) -> None:
     with pytest.raises(monofacet.InvalidInputError) as caught:
         both().score_modality([*[(picture, "red")] * 40, (b"nothing", "x")])
     assert caught.value.violations[0].field == "pairs[40].image.data"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: c.score_modality([], monofacet.ScoreSettings(seed=-1)), "seed cannot be sent"),
+        (lambda c: c.score_modality([], monofacet.ScoreSettings(delta="x")), "delta cannot be sent"),
+        (lambda c: c.score_modality([(b"x", "\ud800")]), r"pairs\[0\]"),
+        (lambda c: c.audit_gender([], monofacet.AuditSettings(bootstrap_samples=-1)), "bootstrap_samples"),
+        (lambda c: c.audit_gender([], monofacet.AuditSettings(seed=2**64)), "seed cannot be sent"),
+        (lambda c: c.audit_gender([monofacet.LabelledItem("a", id="\ud800")]), r"items\[0\]"),
+        (lambda c: c.features(min_mds="x"), "min_mds cannot be sent"),
+        (lambda c: c.features(labels=[3]), "3 is no label"),
+        (lambda c: c.features(labels=3), "the query cannot be sent"),
+        (lambda c: c.features(order_by=3), "cannot be ordered by 3"),
+        (lambda c: c.features(name_contains="\ud800"), "the query cannot be sent"),
+        (lambda c: c.features_page(page_size="x"), "page_size cannot be sent"),
+        (lambda c: c.feature(1.5), "the request cannot be sent"),
+        (lambda c: c.encode("a", dictionary="\ud800"), "the options cannot be sent"),
+        (lambda c: c.classify_modality("a", top_features="x"), "top_features cannot be sent"),
+        (
+            lambda c: c.classify_gender("a", ablation=monofacet.Ablation(top_gender_features=2**32)),
+            "the ablation cannot be sent",
+        ),
+        (lambda c: c.filter_adversarial(b"x", mode=3), "3 is no filter mode"),
+        (lambda c: c.filter_adversarial(b"x", labels=["a", "\ud800"]), "the request cannot be sent"),
+        (
+            lambda c: c.preview_steering("a", monofacet.SteeringEdit(1, scale="x")),
+            r"edits\[0\]: the edit cannot be sent",
+        ),
+        (lambda c: c.generate("\ud800"), "the request cannot be sent"),
+    ],
+)
+def test_a_value_that_no_request_can_hold_is_an_input_error(both: Call, call: Any, message: str) -> None:
+    with pytest.raises(monofacet.InputError, match=message):
+        call(both())
 
 
 def test_models_say_what_is_served(both: Call) -> None:

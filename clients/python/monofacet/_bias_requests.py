@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from monofacet import _exceptions as exceptions
-from monofacet._inputs import MAX_REQUEST_BYTES, Input, to_input
-from monofacet._requests import label_value
+from monofacet._inputs import MAX_REQUEST_BYTES, Input, sendable, to_input
+from monofacet._requests import label_value, set_given
 from monofacet._types import Ablation, AblationMode, AuditSettings, Gender
 from monofacet.v1 import bias_service_pb2, common_pb2
 
@@ -39,6 +39,7 @@ class LabelledItem:
     id: str = ""
 
 
+@sendable("the ablation")
 def ablation_message(ablation: Ablation) -> bias_service_pb2.Ablation:
     """Make the contract's ablation.
 
@@ -55,7 +56,7 @@ def ablation_message(ablation: Ablation) -> bias_service_pb2.Ablation:
     Raises
     ------
     InputError
-        If mode or label is unknown, or not exactly one selection is made.
+        If mode or label is unknown, not exactly one selection is made, or it cannot be sent.
     """
     try:
         mode = AblationMode(str(ablation.mode).upper())
@@ -89,6 +90,7 @@ def ablation_message(ablation: Ablation) -> bias_service_pb2.Ablation:
     return message
 
 
+@sendable("the request")
 def classify_gender(
     inputs: Sequence[common_pb2.Input], ablation: Ablation | None, truncate: bool
 ) -> bias_service_pb2.ClassifyGenderRequest:
@@ -107,6 +109,11 @@ def classify_gender(
     -------
     ClassifyGenderRequest
         For one call.
+
+    Raises
+    ------
+    InputError
+        If the ablation cannot be sent.
     """
     return bias_service_pb2.ClassifyGenderRequest(
         inputs=inputs,
@@ -115,6 +122,7 @@ def classify_gender(
     )
 
 
+@sendable("the settings")
 def audit_settings(settings: AuditSettings) -> bias_service_pb2.AuditGenderRequest:
     """Make the first message of AuditGender.
 
@@ -127,6 +135,11 @@ def audit_settings(settings: AuditSettings) -> bias_service_pb2.AuditGenderReque
     -------
     AuditGenderRequest
         With the settings set.
+
+    Raises
+    ------
+    InputError
+        If a setting cannot be sent; the message says which.
     """
     message = bias_service_pb2.AuditSettings(
         ablations=[ablation_message(ablation) for ablation in settings.ablations],
@@ -135,10 +148,8 @@ def audit_settings(settings: AuditSettings) -> bias_service_pb2.AuditGenderReque
         else bias_service_pb2.BAD_ITEM_POLICY_FAIL,
         truncate_text=settings.truncate_text,
     )
-    for field in ("bootstrap_samples", "null_sets", "min_group", "seed"):
-        value = getattr(settings, field)
-        if value is not None:
-            setattr(message, field, value)
+    numbers = ("bootstrap_samples", "null_sets", "min_group", "seed")
+    set_given(message, {field: getattr(settings, field) for field in numbers})
     return bias_service_pb2.AuditGenderRequest(settings=message)
 
 
@@ -179,17 +190,20 @@ class ItemBatcher:
             If the item cannot be sent; the message says which.
         """
         try:
-            message = to_input(item.input)
-            gender = gender_value(item.gender)
-        except exceptions.InputError as error:
+            message = bias_service_pb2.LabelledItem(
+                id=item.id,
+                input=to_input(item.input),
+                gender=gender_value(item.gender),
+                profession=item.profession,
+                cluster=item.cluster,
+            )
+        except (TypeError, ValueError) as error:
             raise exceptions.InputError(f"items[{self._taken}]: {error}") from error
         self._taken += 1
         size = message.ByteSize()
         full = len(self._batch.items) == self._batch_size or self._bytes + size > self._max_bytes
         messages = self.rest() if full else []
-        self._batch.items.add(
-            id=item.id, input=message, gender=gender, profession=item.profession, cluster=item.cluster
-        )
+        self._batch.items.append(message)
         self._bytes += size
         return messages
 

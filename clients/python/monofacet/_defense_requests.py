@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from monofacet import _exceptions as exceptions
+from monofacet._inputs import sendable
 from monofacet._types import FilterMode
 from monofacet.v1 import common_pb2, defense_service_pb2
 
 
+@sendable("the options")
 def filter_options(
     mode: FilterMode | str | None,
     keep_residual: bool | None,
@@ -48,7 +50,7 @@ def filter_options(
         options.keep_residual = keep_residual
     if mode is not None:
         try:
-            name = FilterMode(mode.upper()).value
+            name = FilterMode(str(mode).upper()).value
         except ValueError as error:
             raise exceptions.InputError(
                 f"{mode!r} is no filter mode: choose from {', '.join(FilterMode)}"
@@ -81,6 +83,7 @@ def label_texts(labels: Iterable[str]) -> list[str]:
     return texts
 
 
+@sendable("the request")
 def filter_adversarial(
     images: Sequence[common_pb2.Input],
     labels: Sequence[str],
@@ -108,7 +111,7 @@ def filter_adversarial(
     Raises
     ------
     InputError
-        If one of the inputs is a text.
+        If one of the inputs is a text, or a label cannot be sent.
     """
     texts = [item.text for item in images if item.WhichOneof("input") == "text"]
     if texts:

@@ -9,7 +9,8 @@ import PIL.Image
 from google.protobuf import json_format
 
 from monofacet import _exceptions as exceptions
-from monofacet._inputs import Image, Input, image_bytes, to_input
+from monofacet._inputs import Image, Input, image_bytes, sendable, to_input
+from monofacet._pictures import PICTURE_ERRORS
 from monofacet._requests import label_value
 from monofacet._types import GenerateOptions, SteeringEdit
 from monofacet.v1 import common_pb2, imaging_service_pb2
@@ -25,6 +26,7 @@ PATHS = {
 FORMATS = {"png": imaging_service_pb2.IMAGE_FORMAT_PNG, "webp": imaging_service_pb2.IMAGE_FORMAT_WEBP}
 
 
+@sendable("the edit")
 def edit(value: SteeringEdit) -> imaging_service_pb2.SteeringEdit:
     """Make the contract's edit.
 
@@ -64,6 +66,7 @@ def edit(value: SteeringEdit) -> imaging_service_pb2.SteeringEdit:
     return message
 
 
+@sendable("the steering")
 def steering(
     edits: Sequence[SteeringEdit],
     dictionary: str = "",
@@ -111,6 +114,7 @@ def steering(
     return message
 
 
+@sendable("the request")
 def generate(prompt: str, options: GenerateOptions) -> imaging_service_pb2.GenerateRequest:
     """Make a Generate request.
 
@@ -137,26 +141,23 @@ def generate(prompt: str, options: GenerateOptions) -> imaging_service_pb2.Gener
     image_format = options.get("format", "png")
     if image_format not in FORMATS:
         raise exceptions.InputError(f"{image_format!r} is no format: choose png or webp")
-    try:
-        request = imaging_service_pb2.GenerateRequest(
-            prompt=prompt,
-            negative_prompt=options.get("negative_prompt", ""),
-            num_images=options.get("num_images") or 0,
-            seeds=_seeds(options.get("seeds")),
-            height=options.get("height") or 0,
-            width=options.get("width") or 0,
-            preview_every=options.get("preview_every", 0),
-            include_unsteered=options.get("unsteered", False),
-            format=FORMATS[image_format],
-            truncate_text=options.get("truncate", False),
-        )
-        steps, guidance = options.get("steps"), options.get("guidance")
-        if steps is not None:
-            request.num_inference_steps = steps
-        if guidance is not None:
-            request.guidance_scale = guidance
-    except (ValueError, TypeError) as error:
-        raise exceptions.InputError(f"an option cannot be sent: {error}") from error
+    request = imaging_service_pb2.GenerateRequest(
+        prompt=prompt,
+        negative_prompt=options.get("negative_prompt", ""),
+        num_images=options.get("num_images") or 0,
+        seeds=_seeds(options.get("seeds")),
+        height=options.get("height") or 0,
+        width=options.get("width") or 0,
+        preview_every=options.get("preview_every", 0),
+        include_unsteered=options.get("unsteered", False),
+        format=FORMATS[image_format],
+        truncate_text=options.get("truncate", False),
+    )
+    steps, guidance = options.get("steps"), options.get("guidance")
+    if steps is not None:
+        request.num_inference_steps = steps
+    if guidance is not None:
+        request.guidance_scale = guidance
     picture = options.get("image")
     if picture is not None:
         request.image.data = image_bytes(picture)
@@ -196,15 +197,16 @@ def request_of(image: Image) -> imaging_service_pb2.GenerateRequest:
     Raises
     ------
     InputError
-        If it carries none, or one whose reference pictures were too large to carry.
+        If it cannot be read, or carries no request, or one whose reference pictures were too large to carry.
     """
+    data = image_bytes(image)
     try:
-        with PIL.Image.open(io.BytesIO(image_bytes(image))) as opened:
+        with PIL.Image.open(io.BytesIO(data)) as opened:
             # The chunks may lie behind the pixels.
             opened.load()
             chunks = dict(getattr(opened, "text", {}))
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise exceptions.InputError("the image cannot be read") from error
+    except PICTURE_ERRORS as error:
+        raise exceptions.InputError(f"the image cannot be read: {error}") from error
     if REQUEST_CHUNK not in chunks:
         raise exceptions.InputError(
             "the image does not say how it was made: it was changed, or made elsewhere"
@@ -217,6 +219,7 @@ def request_of(image: Image) -> imaging_service_pb2.GenerateRequest:
         raise exceptions.InputError("the image's request cannot be read") from error
 
 
+@sendable("the preview")
 def preview_steering(
     value: Input,
     message: imaging_service_pb2.Steering,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from google.protobuf.message import Message
 
 from monofacet import _exceptions as exceptions
-from monofacet._inputs import MAX_REQUEST_BYTES, Input, Pair, image_bytes, to_input
+from monofacet._inputs import MAX_REQUEST_BYTES, Input, Pair, image_bytes, sendable, to_input
 from monofacet._types import FeatureQuery, ModalityLabel, ScoreSettings
 from monofacet.v1 import common_pb2, feature_service_pb2, modality_service_pb2
 
 DEFAULT_PAGE_SIZE = 200
 
 
+@sendable("the options")
 def encode_options(
     dictionary: str | None, max_features: int | None, truncate: bool, embeddings: bool
 ) -> feature_service_pb2.EncodeOptions:
@@ -32,6 +35,11 @@ def encode_options(
     -------
     EncodeOptions
         What is None stays unset.
+
+    Raises
+    ------
+    InputError
+        If an option cannot be sent.
     """
     options = feature_service_pb2.EncodeOptions(truncate_text=truncate)
     if dictionary is not None:
@@ -78,12 +86,14 @@ def stream_item(position: int, value: Input | tuple[str, Input]) -> tuple[str, I
     tuple
         Id and input.
     """
-    if isinstance(value, tuple):
+    # A tuple of another length is no pair, and as an input it is refused in its place.
+    if isinstance(value, tuple) and len(value) == 2:
         name, item = value
         return str(name), item
     return str(position), value
 
 
+@sendable("the item")
 def stream_encode(name: str, value: Input) -> feature_service_pb2.StreamEncodeRequest:
     """Make the message for one item of a stream.
 
@@ -102,13 +112,14 @@ def stream_encode(name: str, value: Input) -> feature_service_pb2.StreamEncodeRe
     Raises
     ------
     InputError
-        If the value cannot be sent.
+        If the id or the value cannot be sent.
     """
     return feature_service_pb2.StreamEncodeRequest(
         item=feature_service_pb2.StreamItem(id=name, input=to_input(value))
     )
 
 
+@sendable("the query")
 def list_features(
     query: FeatureQuery, page_size: int, page_token: str
 ) -> modality_service_pb2.ListFeaturesRequest:
@@ -131,7 +142,7 @@ def list_features(
     Raises
     ------
     InputError
-        If a label, the order or a condition is none of the contract's.
+        If a label, the order or a condition is none of the contract's, or cannot be sent.
     """
     unknown = set(query) - FeatureQuery.__annotations__.keys()
     if unknown:
@@ -140,13 +151,11 @@ def list_features(
     labels = query.get("labels", ())
     for label in [labels] if isinstance(labels, str) else labels:
         feature_filter.labels.append(label_value(label))
-    for field in ("min_mds", "max_mds", "min_firing_rate", "max_firing_rate", "coactivation_significant"):
-        value = query.get(field)
-        if value is not None:
-            setattr(feature_filter, field, value)
+    conditions = ("min_mds", "max_mds", "min_firing_rate", "max_firing_rate", "coactivation_significant")
+    set_given(feature_filter, {field: query.get(field) for field in conditions})
     order_by = query.get("order_by", "feature")
     try:
-        order = modality_service_pb2.FeatureOrder.Value(f"FEATURE_ORDER_{order_by.upper()}")
+        order = modality_service_pb2.FeatureOrder.Value(f"FEATURE_ORDER_{str(order_by).upper()}")
     except ValueError as error:
         raise exceptions.InputError(f"features cannot be ordered by {order_by!r}") from error
     return modality_service_pb2.ListFeaturesRequest(
@@ -159,6 +168,7 @@ def list_features(
     )
 
 
+@sendable("the request")
 def get_feature(
     feature: int, dictionary: str, max_images: int | None, max_texts: int | None
 ) -> modality_service_pb2.GetFeatureRequest:
@@ -177,6 +187,11 @@ def get_feature(
     -------
     GetFeatureRequest
         For one call.
+
+    Raises
+    ------
+    InputError
+        If a number or the name cannot be sent.
     """
     request = modality_service_pb2.GetFeatureRequest(
         dictionary=dictionary, feature=_unsigned("feature", feature)
@@ -188,6 +203,7 @@ def get_feature(
     return request
 
 
+@sendable("the request")
 def classify_modality(
     inputs: Sequence[common_pb2.Input], dictionary: str, truncate: bool, top_features: int
 ) -> modality_service_pb2.ClassifyModalityRequest:
@@ -208,6 +224,11 @@ def classify_modality(
     -------
     ClassifyModalityRequest
         For one call.
+
+    Raises
+    ------
+    InputError
+        If the number or the name cannot be sent.
     """
     return modality_service_pb2.ClassifyModalityRequest(
         inputs=inputs,
@@ -217,6 +238,7 @@ def classify_modality(
     )
 
 
+@sendable("the settings")
 def score_settings(settings: ScoreSettings) -> modality_service_pb2.ScoreModalityRequest:
     """Make the first message of ScoreModality.
 
@@ -229,14 +251,17 @@ def score_settings(settings: ScoreSettings) -> modality_service_pb2.ScoreModalit
     -------
     ScoreModalityRequest
         With the settings set.
+
+    Raises
+    ------
+    InputError
+        If a setting cannot be sent; the message says which.
     """
     message = modality_service_pb2.ScoreSettings(
         dictionary=settings.dictionary, truncate_text=settings.truncate_text
     )
-    for field in ("delta", "bootstrap_samples", "shuffles", "false_discovery_rate", "seed"):
-        value = getattr(settings, field)
-        if value is not None:
-            setattr(message, field, value)
+    numbers = ("delta", "bootstrap_samples", "shuffles", "false_discovery_rate", "seed")
+    set_given(message, {field: getattr(settings, field) for field in numbers})
     return modality_service_pb2.ScoreModalityRequest(settings=message)
 
 
@@ -281,14 +306,17 @@ class PairBatcher:
             group = str(rest.pop()) if rest else ""
             if rest:
                 raise exceptions.InputError("a pair is an image, a text and optionally a group")
-            data = image_bytes(image)
-        except (exceptions.InputError, TypeError, ValueError) as error:
+            message = modality_service_pb2.ImageTextPair(
+                image=common_pb2.Image(data=image_bytes(image)), text=text, group=group
+            )
+        except (TypeError, ValueError) as error:
             raise exceptions.InputError(f"pairs[{self._taken}]: {error}") from error
         self._taken += 1
-        full = len(self._batch.pairs) == self._batch_size or self._bytes + len(data) > self._max_bytes
+        size = message.ByteSize()
+        full = len(self._batch.pairs) == self._batch_size or self._bytes + size > self._max_bytes
         messages = self.rest() if full else []
-        self._batch.pairs.add(image=common_pb2.Image(data=data), text=text, group=group)
-        self._bytes += len(data) + len(text)
+        self._batch.pairs.append(message)
+        self._bytes += size
         return messages
 
     def rest(self) -> list[modality_service_pb2.ScoreModalityRequest]:
@@ -322,14 +350,36 @@ def label_value(label: ModalityLabel | str) -> common_pb2.ModalityLabel.ValueTyp
         If there is no such label.
     """
     try:
-        return common_pb2.ModalityLabel.Value(f"MODALITY_LABEL_{ModalityLabel(label.upper()).value}")
+        return common_pb2.ModalityLabel.Value(f"MODALITY_LABEL_{ModalityLabel(str(label).upper()).value}")
     except ValueError as error:
         raise exceptions.InputError(
             f"{label!r} is no label: choose from {', '.join(ModalityLabel)}"
         ) from error
 
 
+def set_given(message: Message, values: Mapping[str, object]) -> None:
+    """Set the fields that were given.
+
+    Parameters
+    ----------
+    message
+        To be changed.
+    values
+        By field; what is None stays unset.
+
+    Raises
+    ------
+    InputError
+        If a value does not fit its field; the message says which.
+    """
+    for field, value in values.items():
+        if value is not None:
+            with sendable(field):
+                setattr(message, field, value)
+
+
 def _unsigned(name: str, value: int) -> int:
-    if not 0 <= value < 2**32:
-        raise exceptions.InputError(f"{name} is a number from 0 to {2**32 - 1}, not {value}")
+    with sendable(name):
+        if not 0 <= value < 2**32:
+            raise exceptions.InputError(f"{name} is a number from 0 to {2**32 - 1}, not {value}")
     return value

@@ -67,7 +67,7 @@ class FeatureCalls(AsyncCore):
             yield self._addressed(feature_service_pb2.StreamEncodeRequest(options=options))
             async for item in iterate(items):
                 # Files are read and pictures encoded in a thread; a hop for each text would cost more than the text.
-                value = item[1] if isinstance(item, tuple) else item
+                _, value = requests.stream_item(0, item)
                 cheap = isinstance(value, str | bytes)
                 message = ledger.take(item) if cheap else await asyncio.to_thread(ledger.take, item)
                 if message is not None:
