@@ -12,6 +12,7 @@ import grpc
 import monofacet
 import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 from monofacet import GeneratedImage, GenerationPreview, GenerationProgress, SteeringEdit
 from monofacet._imaging_requests import generate, request_of
@@ -80,6 +81,49 @@ def test_an_image_that_does_not_carry_its_request_is_refused(tmp_path: Path) -> 
         request_of(tmp_path / "plain.png")
     with pytest.raises(monofacet.InputError, match="cannot be read"):
         request_of(b"no picture")
+
+
+def over_long() -> bytes:
+    """A PNG with more text than Pillow takes."""
+    file, chunks = io.BytesIO(), PIL.PngImagePlugin.PngInfo()
+    chunks.add_itxt("monofacet.request", "x" * 2 * 1024 * 1024, zip=True)
+    PIL.Image.fromarray(PIXELS).save(file, "PNG", pnginfo=chunks)
+    return file.getvalue()
+
+
+def cut() -> bytes:
+    file = io.BytesIO()
+    PIL.Image.effect_noise((64, 64), 50).save(file, "PNG")
+    return file.getvalue()[:1000]
+
+
+class Damaged(FakeMonofacet):
+    """Gives the same file for every image."""
+
+    def __init__(self, file: bytes) -> None:
+        self.file = file
+
+    def _file(self, *_: Any) -> bytes:
+        return self.file
+
+
+@pytest.mark.parametrize("make", [over_long, cut, lambda: b"no picture"])
+def test_an_image_that_cannot_be_decoded_is_an_error_of_this_client(
+    both: Callable[..., Both], make: Callable[[], bytes]
+) -> None:
+    clients = both(service=Damaged(make()))
+    (image,) = clients.generate("a cat", seeds=1).images
+    with pytest.raises(monofacet.ResponseError, match="image 0 cannot be decoded"):
+        _ = image.image
+    with pytest.raises(monofacet.ResponseError, match="the preview of image 0"):
+        clients.generate("a cat", seeds=1, preview_every=1)
+    with pytest.raises(monofacet.InputError, match="cannot be read"):
+        clients.generate_like(image.data)
+
+
+def test_a_missing_file_to_make_again_is_named(both: Callable[..., Both], tmp_path: Path) -> None:
+    with pytest.raises(monofacet.InputError, match=r"gone\.png: No such file"):
+        both().generate_like(tmp_path / "gone.png")
 
 
 def test_a_generation_is_tried_again_until_its_first_event(both: Callable[..., Both]) -> None:
@@ -226,6 +270,17 @@ def test_the_command_puts_twins_below_their_images(command: Any, tmp_path: Path)
     assert edit.label == common_pb2.MODALITY_LABEL_IMAGE
     assert round(edit.strength, 6) == 0.6
     assert PIL.Image.open(io.BytesIO(edit.reference.image.data)).size == (8, 8)
+
+
+def test_the_command_says_which_image_cannot_be_decoded(tmp_path: Path) -> None:
+    with run_server(Damaged(over_long())) as target:
+        arguments = ["generate", "a cat", "-n", "2", "--out", str(tmp_path / "x.png"), "--target", target]
+        shown = CliRunner().invoke(app, arguments)
+        as_json = CliRunner().invoke(app, [*arguments, "--json"])
+    assert (shown.exit_code, as_json.exit_code) == (1, 1)
+    assert "error: image 0 cannot be decoded" in shown.output
+    assert "Traceback" not in shown.output
+    assert json.loads(as_json.stderr)["error"]["kind"] == "ResponseError"
 
 
 def test_the_command_prints_json_for_programs(command: Any, tmp_path: Path) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
-
-import PIL.Image
 
 from monofacet import _exceptions as exceptions
 from monofacet import _types as types
+from monofacet._pictures import decode
 from monofacet._responses.encoding import array, sparse, timings
 from monofacet._status import error_from_status
 from monofacet.v1 import imaging_service_pb2
@@ -30,7 +28,7 @@ def generation_event(response: imaging_service_pb2.GenerateResponse) -> types.Ge
     Raises
     ------
     ResponseError
-        If it holds none that this client knows.
+        If it holds none that this client knows, or a preview that cannot be decoded.
     """
     match response.WhichOneof("event"):
         case "progress":
@@ -41,7 +39,10 @@ def generation_event(response: imaging_service_pb2.GenerateResponse) -> types.Ge
         case "preview":
             preview = response.preview
             return types.GenerationPreview(
-                preview.index, preview.unsteered, preview.step, _picture(preview.image.data)
+                preview.index,
+                preview.unsteered,
+                preview.step,
+                decode(preview.image.data, f"the preview of image {preview.index}"),
             )
         case "image":
             image = response.image
@@ -112,12 +113,3 @@ def steering_preview(response: imaging_service_pb2.PreviewSteeringResponse) -> t
         timings=timings(response.timings),
         bundle=response.bundle,
     )
-
-
-def _picture(data: bytes) -> PIL.Image.Image:
-    try:
-        image = PIL.Image.open(io.BytesIO(data))
-        image.load()
-    except (OSError, SyntaxError) as error:
-        raise exceptions.ResponseError("the answer holds a picture that cannot be read") from error
-    return image

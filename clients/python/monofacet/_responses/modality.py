@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import PIL.Image
 
 from monofacet import _exceptions as exceptions
 from monofacet import _types as types
+from monofacet._pictures import decode
 from monofacet._responses.encoding import join_timings, one_bundle, timings
 from monofacet.v1 import common_pb2, modality_service_pb2
 
@@ -107,12 +107,7 @@ def feature_detail(response: modality_service_pb2.GetFeatureResponse) -> types.F
 def _picture(example: modality_service_pb2.ImageExample) -> PIL.Image.Image | None:
     if not example.HasField("thumbnail"):
         return None
-    try:
-        image = PIL.Image.open(io.BytesIO(example.thumbnail.data), formats=("PNG", "JPEG", "WEBP"))
-        image.load()
-    except (OSError, PIL.Image.DecompressionBombError) as error:
-        raise exceptions.ResponseError(f"the thumbnail of {example.sample!r} cannot be decoded") from error
-    return image
+    return decode(example.thumbnail.data, f"the thumbnail of {example.sample!r}")
 
 
 def classification(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypedDict
@@ -11,6 +10,7 @@ import PIL.Image
 
 from monofacet import _exceptions as exceptions
 from monofacet._inputs import Image, Input
+from monofacet._pictures import decode
 from monofacet._types.encoding import Floats, SparseFeatures, Timings
 from monofacet._types.modality import ModalityLabel
 
@@ -194,12 +194,10 @@ class GeneratedImage:
 
     @property
     def image(self) -> PIL.Image.Image:
-        """The picture; raises `error` if there is none."""
+        """The picture; raises `error` if there is none, and a ResponseError if it cannot be decoded."""
         if self.error is not None:
             raise self.error
-        image = PIL.Image.open(io.BytesIO(self.data))
-        image.load()
-        return image
+        return decode(self.data, f"image {self.index}")
 
 
 GenerationEvent: TypeAlias = GenerationProgress | GenerationPreview | GeneratedImage
