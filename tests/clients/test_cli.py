@@ -138,6 +138,8 @@ def test_one_feature_is_shown_with_its_pictures(run: Run, tmp_path: Path) -> Non
         (["modality", "a", "--pairs", "p.csv"], "either inputs or --pairs"),
         (["modality", "--pairs", "gone.csv"], "cannot read gone.csv"),
         (["encode", "a", "--out", "/nowhere/at/all.npz"], "no folder"),
+        (["health", "--timeout", "inf"], "timeouts are positive"),
+        (["models", "--token", "two words"], "printable ASCII"),
     ],
 )
 def test_a_bad_name_or_value_ends_with_3_and_a_reason(run: Run, arguments: list[str], message: str) -> None:

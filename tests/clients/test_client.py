@@ -302,5 +302,20 @@ def test_a_token_may_stay_on_this_machine_unencrypted(target: str) -> None:
     Client(target, token="secret").close()
 
 
+def test_a_token_from_a_file_is_sent_without_its_line_break(both: Call, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\r\n")
+    client = both(token=(tmp_path / "token").read_text())
+    client.encode("a")
+    assert client.channel.metadata == [(("authorization", "Bearer secret"),)]
+
+
+@pytest.mark.parametrize("token", ["two words", "two\nlines", "gehe\u00edm", "gone\x7f"])
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_token_that_no_header_can_hold_is_refused_and_stays_secret(kind: type[Any], token: str) -> None:
+    with pytest.raises(monofacet.InputError, match="printable ASCII") as caught:
+        kind(token=token)
+    assert token not in str(caught.value)
+
+
 def test_a_token_may_go_unencrypted_over_a_network_that_is_said_to_be_private() -> None:
     Client("example.org:9000", token="secret", tls=False).close()

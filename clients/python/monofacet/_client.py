@@ -20,8 +20,8 @@ class Client(FeatureCalls, ModalityCalls, BiasCalls, DefenseCalls, ImagingCalls,
     target
         ``host:port`` of the server.
     token
-        Sent with each call, if the server asks for one. Over plain text only to this machine, unless
-        ``tls=False`` says that the network is private.
+        Sent with each call, if the server asks for one, without the whitespace around it. Over plain text only to
+        this machine, unless ``tls=False`` says that the network is private.
     tls
         True to encrypt with the system's certificates, a `TLS` for others. Default plain text.
     timeout

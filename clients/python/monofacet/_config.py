@@ -154,7 +154,7 @@ class Connection:
     target
         ``host:port`` or a gRPC URI.
     token
-        Sent as ``authorization: Bearer ...`` with each call.
+        Sent as ``authorization: Bearer ...`` with each call, without the whitespace around it.
     tls
         True for TLS with the system's certificates, a `TLS` for others. False and None are plain text.
     """
@@ -168,6 +168,12 @@ class Connection:
             raise exceptions.InputError(f"the target is host:port without a scheme, not {self.target!r}")
         if not self.target:
             raise exceptions.InputError("the target is empty; it is host:port")
+        if self.token:
+            # A token that was read from a file ends with the file's last line break, which no header may hold.
+            object.__setattr__(self, "token", self.token.strip())
+        if self.token and not all("!" <= character <= "~" for character in self.token):
+            # It stays out of the message: messages end up in logs.
+            raise exceptions.InputError("a token is printable ASCII without spaces, which this one is not")
         if self.token and self.tls is None and not is_loopback(self.target):
             raise exceptions.InputError(
                 "a token would travel unencrypted: pass tls=True or a TLS, or tls=False on a private network"
