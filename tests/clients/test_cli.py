@@ -105,6 +105,19 @@ def test_a_text_may_be_longer_than_a_file_name_or_an_id(run: Run) -> None:
     assert run("encode", "word " * 1000).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("encode", ""), ("encode", "a", ""), ("modality", ""), ("gender", "classify", ""), ("filter", "")],
+)
+def test_a_variable_that_is_not_set_does_not_mean_all_images_here(
+    run: Run, picture: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(picture.parent)
+    done = run(*arguments)
+    assert done.exit_code == 3
+    assert done.output == "error: an input is empty\n"
+
+
 def test_nothing_to_encode_is_said(run: Run) -> None:
     assert "nothing to do" in run("encode").output
 

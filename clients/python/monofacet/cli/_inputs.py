@@ -41,10 +41,13 @@ def read_inputs(arguments: Iterable[str], texts: Iterable[str]) -> list[tuple[st
     Raises
     ------
     InputError
-        If a file is missing, a folder holds no images, or there is nothing at all.
+        If an argument is empty, a file is missing, a folder holds no images, or there is nothing at all.
     """
     inputs: list[tuple[str, Input]] = []
     for argument in arguments:
+        # As a path it would be the working directory, with all images below it: a variable that is not set.
+        if not argument:
+            raise exceptions.InputError("an input is empty")
         path = Path(argument)
         if argument == "-":
             lines = (line.rstrip("\r\n") for line in sys.stdin)
