@@ -235,6 +235,22 @@ def test_health_is_0_when_all_services_serve_and_4_when_one_does_not(run: Run) -
     assert "SERVICE_UNKNOWN" in done.output
 
 
+def test_health_waits_for_as_long_as_it_was_asked_to(run: Run) -> None:
+    class Watched(FakeMonofacet):
+        left: float = 0.0
+
+        def Check(self, request: Any, context: Any) -> Any:
+            self.left = context.time_remaining()
+            return super().Check(request, context)
+
+    service = Watched()
+    with run_server(service) as target:
+        assert run("health", where=target).exit_code == 0
+        assert 0 < service.left < 10
+        assert run("health", "--timeout", "60", where=target).exit_code == 0
+        assert 10 < service.left < 70
+
+
 def test_no_server_ends_with_4_and_says_what_to_do(run: Run) -> None:
     done = run("health", where="localhost:1")
     assert done.exit_code == 4

@@ -87,7 +87,8 @@ def health(
     ] = None,
 ) -> None:
     """Ask whether the server is ready. The exit code is 0 if all services serve, else 4."""
-    states = {name: session.client.health(name) for name in service or SERVICES}
+    asked = {} if session.timeout is None else {"timeout": session.timeout}
+    states = {name: session.client.health(name, **asked) for name in service or SERVICES}
     if session.as_json:
         print_json(states)
     else:

@@ -64,7 +64,9 @@ Bundle = Annotated[
 ]
 Seconds = Annotated[
     float | None,
-    typer.Option("--timeout", min=0.001, help="Seconds for each call. Default: 60; for a stream 3600."),
+    typer.Option(
+        "--timeout", min=0.001, help="Seconds for each call. Default: 60; for a stream 3600, for health 5."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for programs.")]
 
@@ -77,6 +79,8 @@ class Session:
     ----------
     client
         Connected when it is first used.
+    timeout
+        Seconds that were asked for; the client has them already, and `health`, which has its own, asks here.
     as_json
         Whether the output is for programs.
     console
@@ -86,6 +90,7 @@ class Session:
     """
 
     client: Client
+    timeout: float | None
     as_json: bool
     console: rich.console.Console
     progress: rich.console.Console
@@ -125,11 +130,11 @@ def connected(command: Callable[..., None]) -> Callable[..., None]:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         keys = TLS(ca=ca, certificate=cert, key=key) if (ca or cert or key) and tls is not False else tls
-        limits = Timeout() if timeout is None else Timeout(call=timeout, stream=timeout)
         try:
+            limits = Timeout() if timeout is None else Timeout(call=timeout, stream=timeout)
             with Client(target, token=token, tls=keys, timeout=limits, bundle=served_bundle) as client:
-                session = Session(client, as_json, rich.console.Console(), rich.console.Console(stderr=True))
-                command(session, **own)
+                out, err = rich.console.Console(), rich.console.Console(stderr=True)
+                command(Session(client, timeout, as_json, out, err), **own)
         except exceptions.MonofacetError as error:
             fail(error, as_json, target)
         except KeyboardInterrupt:
