@@ -75,6 +75,40 @@ def test_a_server_with_lower_limits_is_asked_once_and_obeyed(both: Call) -> None
     assert [len(r.inputs) for m, r in client.channel.calls if m.endswith("/Encode")] == [40, 40, 20, 40, 10]
 
 
+class Narrow(FakeMonofacet):
+    """Takes small requests only."""
+
+    MAX_REQUEST_BYTES = 300_000
+
+    def model(self) -> Any:
+        model = super().model()
+        model.limits.max_request_bytes = self.MAX_REQUEST_BYTES
+        return model
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client, texts, pictures: client.encode(texts),
+        lambda client, texts, pictures: client.classify_modality(texts),
+        # 65,536 ids are 180 kB, and go with each part.
+        lambda client, texts, pictures: client.classify_gender(
+            texts, ablation=monofacet.Ablation(features=range(65_536))
+        ),
+        lambda client, texts, pictures: client.filter_adversarial(pictures, labels=["a" * 10_000] * 20),
+    ],
+    ids=["encode", "classify_modality", "classify_gender", "filter_adversarial"],
+)
+def test_every_part_of_a_batch_fits_with_all_that_it_carries(both: Call, call: Any) -> None:
+    client = both(Narrow())
+    result = call(client, ["x" * 5000] * 100, [b"\x89PNG" + b"x" * 5000] * 100)
+    assert len(result) == 100
+    sizes = [r.ByteSize() for method, r in client.channel.calls if not method.endswith("/GetModel")]
+    assert max(sizes) <= Narrow.MAX_REQUEST_BYTES
+    # And is filled, but for one input and some room.
+    assert min(sizes[:-1]) > Narrow.MAX_REQUEST_BYTES - 10_000
+
+
 def test_every_bad_input_is_named_and_counted_from_the_start(both: Call) -> None:
     inputs: list[Any] = ["x"] * 300
     inputs[258] = inputs[299] = b"not an image"

@@ -190,5 +190,10 @@ def test_a_batch_is_split_by_bytes_and_each_part_fits() -> None:
     assert all(sum(item.ByteSize() for item in part) <= 10_000 for part in parts)
 
 
+def test_what_a_request_carries_besides_its_inputs_counts_too() -> None:
+    assert is_small(texts(10), reserved_bytes=SMALL_BYTES // 2)
+    assert not is_small(texts(10), reserved_bytes=SMALL_BYTES)
+
+
 def test_an_input_too_large_for_any_request_gets_one_of_its_own() -> None:
     assert [len(part) for part in split(texts(10, 50_000, 10), max_bytes=10_000)] == [1, 1, 1]

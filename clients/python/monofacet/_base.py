@@ -190,7 +190,7 @@ class BaseClient:
         }
 
 
-def is_small(inputs: Sequence[common_pb2.Input], reserved: int = 0) -> bool:
+def is_small(inputs: Sequence[common_pb2.Input], reserved: int = 0, reserved_bytes: int = 0) -> bool:
     """Tell whether a batch fits any server.
 
     Parameters
@@ -199,17 +199,20 @@ def is_small(inputs: Sequence[common_pb2.Input], reserved: int = 0) -> bool:
         The whole batch.
     reserved
         Texts that every part brings besides.
+    reserved_bytes
+        Bytes of the request without its inputs, which every part brings too.
 
     Returns
     -------
     bool
         True if it can be sent without knowing the server's limits.
     """
-    return len(inputs) + reserved <= SMALL_INPUTS and sum(item.ByteSize() for item in inputs) <= SMALL_BYTES
+    size = reserved_bytes + sum(item.ByteSize() for item in inputs)
+    return len(inputs) + reserved <= SMALL_INPUTS and size <= SMALL_BYTES
 
 
 def split_within(
-    inputs: Sequence[common_pb2.Input], limits: Limits | None, reserved: int = 0
+    inputs: Sequence[common_pb2.Input], limits: Limits | None, reserved: int = 0, reserved_bytes: int = 0
 ) -> list[Sequence[common_pb2.Input]]:
     """Split a batch within the server's limits.
 
@@ -221,6 +224,8 @@ def split_within(
         Of the server, or None for the contract's ceilings.
     reserved
         Texts that every part brings besides.
+    reserved_bytes
+        Bytes of the request without its inputs, which every part brings too.
 
     Returns
     -------
@@ -228,11 +233,11 @@ def split_within(
         Parts, in order.
     """
     if limits is None:
-        return split(inputs, MAX_INPUTS - reserved)
+        return split(inputs, MAX_INPUTS - reserved, MAX_REQUEST_BYTES - reserved_bytes)
     # 0 is a field that the server did not set.
     return split(
         inputs,
         # A server that takes no image beside so many texts says so itself.
         max(1, min(limits.max_inputs or MAX_INPUTS, MAX_INPUTS) - reserved),
-        min(limits.max_request_bytes or MAX_REQUEST_BYTES, MAX_REQUEST_BYTES),
+        min(limits.max_request_bytes or MAX_REQUEST_BYTES, MAX_REQUEST_BYTES) - reserved_bytes,
     )

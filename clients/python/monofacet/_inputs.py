@@ -222,7 +222,7 @@ def split(
     list of sequences
         The parts, in order; one if everything fits.
     """
-    # Room for the options, and for what frames each input.
+    # Room for what frames the inputs.
     budget = max_bytes - 4096
     parts: list[Sequence[common_pb2.Input]] = []
     start = size = 0

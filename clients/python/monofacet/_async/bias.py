@@ -24,12 +24,11 @@ class BiasCalls(AsyncCore):
         timeout: float | None = None,
     ) -> types.GenderResult:
         """Tell how gendered each input is, before and after an ablation; see `Client.classify_gender`."""
-        stub = self._stub(bias_service_pb2_grpc.BiasServiceStub)
         answers, sizes = await self._in_parts(
             inputs,
-            lambda part: self._call(
-                stub.ClassifyGender, requests.classify_gender(part, ablation, truncate), timeout
-            ),
+            self._stub(bias_service_pb2_grpc.BiasServiceStub).ClassifyGender,
+            lambda part: requests.classify_gender(part, ablation, truncate),
+            timeout,
         )
         return responses.gender(answers, sizes)
 

@@ -31,7 +31,6 @@ from monofacet._status import error_from_rpc, shift_violations
 from monofacet.v1 import common_pb2, model_service_pb2, model_service_pb2_grpc
 
 Item = TypeVar("Item")
-Response = TypeVar("Response")
 
 
 class AsyncCore(BaseClient):
@@ -100,20 +99,25 @@ class AsyncCore(BaseClient):
     async def _in_parts(
         self,
         inputs: Input | Iterable[Input],
-        call: Callable[[Sequence[common_pb2.Input]], Awaitable[Response]],
+        method: Callable[..., Awaitable[Any]],
+        request: Callable[[Sequence[common_pb2.Input]], Message],
+        timeout: float | None,
         *,
         field: str = "inputs",
         reserved: int = 0,
-    ) -> tuple[list[Response], list[int]]:
+    ) -> tuple[list[Any], list[int]]:
+        """Send a batch as one request or several; return the answers, and how many inputs each is for."""
+        # Labels, or the features of an ablation: every part repeats them.
+        besides = self._addressed(request([])).ByteSize()
         # Files are read and images encoded in a thread: both would hold up the loop.
         batch = await asyncio.to_thread(to_inputs, inputs)
-        small = is_small(batch, reserved)
-        parts = [batch] if small else split_within(batch, await self._server_limits(), reserved)
+        small = is_small(batch, reserved, besides)
+        parts = [batch] if small else split_within(batch, await self._server_limits(), reserved, besides)
         answers = []
         offset = 0
         for part in parts:
             try:
-                answers.append(await call(part))
+                answers.append(await self._call(method, request(part), timeout))
             except exceptions.CallError as error:
                 raise shift_violations(error, field, offset) from error.__cause__
             offset += len(part)

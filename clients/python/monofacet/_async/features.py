@@ -32,9 +32,11 @@ class FeatureCalls(AsyncCore):
     ) -> types.EncodeResult:
         """Encode a batch of images and texts; see `Client.encode`."""
         options = requests.encode_options(dictionary, max_features, truncate, embeddings)
-        stub = self._stub(feature_service_pb2_grpc.FeatureServiceStub)
         answers, sizes = await self._in_parts(
-            inputs, lambda part: self._call(stub.Encode, requests.encode(part, options), timeout)
+            inputs,
+            self._stub(feature_service_pb2_grpc.FeatureServiceStub).Encode,
+            lambda part: requests.encode(part, options),
+            timeout,
         )
         return responses.encode(answers, sizes, embeddings)
 

@@ -66,14 +66,11 @@ class ModalityCalls(AsyncCore):
         timeout: float | None = None,
     ) -> types.ClassificationResult:
         """Tell how the energy of each input is spread over the labels; see `Client.classify_modality`."""
-        stub = self._stub(modality_service_pb2_grpc.ModalityServiceStub)
         answers, sizes = await self._in_parts(
             inputs,
-            lambda part: self._call(
-                stub.ClassifyModality,
-                requests.classify_modality(part, dictionary, truncate, top_features),
-                timeout,
-            ),
+            self._stub(modality_service_pb2_grpc.ModalityServiceStub).ClassifyModality,
+            lambda part: requests.classify_modality(part, dictionary, truncate, top_features),
+            timeout,
         )
         return responses.classification(answers, sizes)
 

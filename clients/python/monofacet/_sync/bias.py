@@ -48,11 +48,9 @@ class BiasCalls(SyncCore):
         """
         answers, sizes = self._in_parts(
             inputs,
-            lambda part: self._call(
-                self._stub(bias_service_pb2_grpc.BiasServiceStub).ClassifyGender,
-                requests.classify_gender(part, ablation, truncate),
-                timeout,
-            ),
+            self._stub(bias_service_pb2_grpc.BiasServiceStub).ClassifyGender,
+            lambda part: requests.classify_gender(part, ablation, truncate),
+            timeout,
         )
         return responses.gender(answers, sizes)
 

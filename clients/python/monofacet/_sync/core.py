@@ -78,19 +78,24 @@ class SyncCore(BaseClient):
     def _in_parts(
         self,
         inputs: Input | Iterable[Input],
-        call: Callable[[Sequence[common_pb2.Input]], Response],
+        method: Callable[..., Response],
+        request: Callable[[Sequence[common_pb2.Input]], Message],
+        timeout: float | None,
         *,
         field: str = "inputs",
         reserved: int = 0,
     ) -> tuple[list[Response], list[int]]:
+        """Send a batch as one request or several; return the answers, and how many inputs each is for."""
+        # Labels, or the features of an ablation: every part repeats them.
+        besides = self._addressed(request([])).ByteSize()
         batch = to_inputs(inputs)
-        small = is_small(batch, reserved)
-        parts = [batch] if small else split_within(batch, self._server_limits(), reserved)
+        small = is_small(batch, reserved, besides)
+        parts = [batch] if small else split_within(batch, self._server_limits(), reserved, besides)
         answers = []
         offset = 0
         for part in parts:
             try:
-                answers.append(call(part))
+                answers.append(self._call(method, request(part), timeout))
             except exceptions.CallError as error:
                 raise shift_violations(error, field, offset) from error.__cause__
             offset += len(part)

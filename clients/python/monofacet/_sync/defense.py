@@ -59,12 +59,11 @@ class DefenseCalls(SyncCore):
         """
         texts = requests.label_texts(labels)
         options = requests.filter_options(mode, keep_residual, second_look, filter_all, max_features)
-        stub = self._stub(defense_service_pb2_grpc.DefenseServiceStub)
         answers, sizes = self._in_parts(
             images,
-            lambda part: self._call(
-                stub.FilterAdversarial, requests.filter_adversarial(part, texts, options, truncate), timeout
-            ),
+            self._stub(defense_service_pb2_grpc.DefenseServiceStub).FilterAdversarial,
+            lambda part: requests.filter_adversarial(part, texts, options, truncate),
+            timeout,
             field="images",
             reserved=len(texts),
         )

@@ -68,11 +68,9 @@ class FeatureCalls(SyncCore):
         options = requests.encode_options(dictionary, max_features, truncate, embeddings)
         answers, sizes = self._in_parts(
             inputs,
-            lambda part: self._call(
-                self._stub(feature_service_pb2_grpc.FeatureServiceStub).Encode,
-                requests.encode(part, options),
-                timeout,
-            ),
+            self._stub(feature_service_pb2_grpc.FeatureServiceStub).Encode,
+            lambda part: requests.encode(part, options),
+            timeout,
         )
         return responses.encode(answers, sizes, embeddings)
 

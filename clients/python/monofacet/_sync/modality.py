@@ -142,11 +142,9 @@ class ModalityCalls(SyncCore):
         """
         answers, sizes = self._in_parts(
             inputs,
-            lambda part: self._call(
-                self._stub(modality_service_pb2_grpc.ModalityServiceStub).ClassifyModality,
-                requests.classify_modality(part, dictionary, truncate, top_features),
-                timeout,
-            ),
+            self._stub(modality_service_pb2_grpc.ModalityServiceStub).ClassifyModality,
+            lambda part: requests.classify_modality(part, dictionary, truncate, top_features),
+            timeout,
         )
         return responses.classification(answers, sizes)
 
