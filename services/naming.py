@@ -21,6 +21,10 @@ from scipy.stats import rankdata
 
 from services.modality.scores import Activations, Floats
 
+# Features are scored so many at once that words x features and samples x features are at most this: 32 MB an array of
+# doubles, and `npmi` makes a few of them.
+CELLS = 4_000_000
+
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 
 # Words that hold a caption together and would name nothing.
@@ -109,6 +113,27 @@ def auc(score: Floats, positive: NDArray[np.bool_]) -> float:
     return float((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
 
 
+def best_words(present: sp.csr_array, fires: Activations, count: int) -> tuple[NDArray[np.int64], Floats]:
+    """Return the words with the highest npmi of each feature, best first, and their npmi, shapes (count, n).
+
+    Features are taken in blocks: all words with all features would be gigabytes where there are many of both.
+
+    Parameters
+    ----------
+    present, fires
+        As for `npmi`; slices of columns are taken of `fires`.
+    count : int
+        At most V.
+    """
+    width = max(1, CELLS // max(present.shape))
+    words, scores = [], []
+    for first in range(0, fires.shape[1], width):
+        block = np.nan_to_num(npmi(present, fires[:, first : first + width]), nan=-1.0)
+        words.append(np.argsort(-block, axis=0, kind="stable")[:count])
+        scores.append(np.take_along_axis(block, words[-1], axis=0))
+    return np.concatenate(words, axis=1), np.concatenate(scores, axis=1)
+
+
 @dataclass(frozen=True)
 class Names:
     """Names of all features.
@@ -161,18 +186,22 @@ def name_features(
     best, areas = np.full(n_features, np.nan), np.full(n_features, np.nan)
     if not found.vocabulary:
         return Names(names.astype(np.str_), best, areas)
-    scores = np.nan_to_num(npmi(found.present, z), nan=-1.0)
-    order = np.argsort(-scores, axis=0, kind="stable")[:words]
+    order, scores = best_words(found.present, _by_column(z), words)
     held_out = Words.with_vocabulary([caption_words(text) for text in captions_held_out], found.vocabulary)
     present = held_out.present.tocsc()
-    columns = z_held_out.tocsc() if sp.issparse(z_held_out) else z_held_out
+    columns = _by_column(z_held_out)
     for j in range(n_features):
-        chosen = [w for w in order[:, j] if scores[w, j] >= min_npmi]
-        if not chosen:
+        chosen = order[scores[:, j] >= min_npmi, j]
+        if not len(chosen):
             continue
         names[j] = ", ".join(found.vocabulary[w] for w in chosen)
-        best[j] = scores[chosen[0], j]
+        best[j] = scores[0, j]
         column = columns[:, [j]]
         activation = np.asarray(column.toarray() if sp.issparse(column) else column, np.float64).ravel()
         areas[j] = auc(activation, np.asarray(present[:, chosen].sum(axis=1)).ravel() > 0)
     return Names(names.astype(np.str_), best, areas)
+
+
+def _by_column(z: Activations) -> Activations:
+    """Return activations in a form that gives columns fast."""
+    return z.tocsc() if sp.issparse(z) else z

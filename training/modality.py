@@ -41,6 +41,8 @@ HELD_OUT = ("pool", "validation")
 TOP = (10, 20, 30, 50)
 # The m whose scores are stored with each feature.
 STORED_TOP = 10
+# Inputs encoded at once.
+CHUNK = 2048
 # Beyond this a feature is named by the texts it fires on, not by the images.
 NAMED_BY_TEXT = 0.25
 
@@ -86,10 +88,19 @@ class HeldOutPairs:
 
 @torch.no_grad()
 def activations(dictionary: Dictionary, e: torch.Tensor, modality: Modality) -> sp.csr_array | np.ndarray:
-    """Return z [n, features], sparse where at most an eighth of it is not zero."""
-    parts = [dictionary.encode(chunk, modality).numpy() for chunk in e.split(2048)]
-    sparse = np.count_nonzero(parts[0]) * 8 <= parts[0].size
-    return sp.vstack([sp.csr_array(p) for p in parts], format="csr") if sparse else np.concatenate(parts)
+    """Return z [n, features], sparse where at most an eighth of its first `CHUNK` rows is not zero."""
+    chunks = e.split(CHUNK)
+    first = dictionary.encode(chunks[0], modality).numpy()
+    if np.count_nonzero(first) * 8 > first.size:
+        z = np.empty((len(e), first.shape[1]), first.dtype)
+        z[: len(first)] = first
+        for number, chunk in enumerate(chunks[1:], 1):
+            z[number * CHUNK : number * CHUNK + len(chunk)] = dictionary.encode(chunk, modality).numpy()
+        return z
+    # Made sparse one by one: all of them dense would be n x features floats, gigabytes for what takes megabytes.
+    parts = [sp.csr_array(first)]
+    parts += [sp.csr_array(dictionary.encode(chunk, modality).numpy()) for chunk in chunks[1:]]
+    return sp.vstack(parts, format="csr")
 
 
 def name_by_side(

@@ -28,7 +28,7 @@ from services.encoding.text_tower import TextTower
 from services.encoding.texts import Tokeniser
 from services.errors import MonofacetError
 from training.defense.adaptive import Defended, adaptive, evasion
-from training.defense.attacks import apgd, feature_matching, pgd, untargeted
+from training.defense.attacks import Loss, apgd, feature_matching, pgd, untargeted
 from training.defense.calibrate import answered
 from training.defense.corruptions import typographic
 from training.defense.observe import Decoder, observe
@@ -36,6 +36,8 @@ from training.defense.victim import Victim, to_images, to_pixels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 ATTACKS = ("pgd", "apgd", "match", "typographic", "adaptive")
+# Pictures that gradients are held for at once: more would take memory by the size of the folder.
+BATCH = 32
 EMBEDDED_BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "emoji"
 
 
@@ -194,25 +196,31 @@ class Subject:
 
     def attack(self, name: str, budget: int, *, steps: int, target: str | None, seed: int) -> torch.Tensor:
         """Return the attacked pictures, as 8 bits a channel hold them."""
-        generator = torch.Generator().manual_seed(seed)
-        budget_share = budget / 255
         if name == "typographic":
             return typographic(self.pictures, self.targets(target, seed)[0])
+        methods: dict[str, Callable[..., torch.Tensor]] = {"apgd": apgd, "adaptive": adaptive}
+        run = methods.get(name, pgd)
+        aims = self.targets(target, seed)[1] if name == "match" else None
+        # One for all pieces, and drawn from in order: a picture's start does not depend on how they are split.
+        generator = torch.Generator().manual_seed(seed)
+        pieces = []
+        for start in range(0, len(self.pictures), BATCH):
+            some = slice(start, start + BATCH)
+            loss = self._loss(name, self.truth[some], None if aims is None else aims[some])
+            moved = run(loss, self.pictures[some], budget / 255, steps=steps, generator=generator)
+            pieces.append(to_images(to_pixels(moved)))
+        return torch.cat(pieces)
+
+    def _loss(self, name: str, truth: torch.Tensor, aims: torch.Tensor | None) -> Loss:
+        """Return what an attack makes large, for the pictures that `truth` and `aims` are of."""
+        if aims is not None:
+            return feature_matching(self.victim, aims)
         if name == "adaptive":
             defended = Defended(
                 self.victim, self.dictionary, self.calibration, self.second_look, self.false_positive_rate
             )
-            loss = evasion(defended, self.texts, self.truth, weight=1.0)
-            moved = adaptive(loss, self.pictures, budget_share, steps=steps, generator=generator)
-        else:
-            loss = (
-                feature_matching(self.victim, self.targets(target, seed)[1])
-                if name == "match"
-                else untargeted(self.victim, self.texts, self.truth, self.victim.logit_scale)
-            )
-            run: Callable[..., torch.Tensor] = apgd if name == "apgd" else pgd
-            moved = run(loss, self.pictures, budget_share, steps=steps, generator=generator)
-        return to_images(to_pixels(moved))
+            return evasion(defended, self.texts, truth, weight=1.0)
+        return untargeted(self.victim, self.texts, truth, self.victim.logit_scale)
 
     def report(self, name: str, budget: int, pictures: torch.Tensor) -> dict[str, Any]:
         """Return what the towers and the defence make of pictures, in all and one by one."""

@@ -192,7 +192,9 @@ def _read(folder: Path) -> _Parts:
         # The k largest are chosen by what they add to the reconstruction: as with rows of length 1.
         norms = decoder.norm(dim=-1)
         encoder, bias, decoder = encoder * norms, bias * norms, decoder / norms[:, None]
-        threshold = None if threshold is None else threshold * norms
+        # A checkpoint learnt its topk_threshold on activations that were rescaled already.
+        if threshold is not None and "topk_threshold" not in state:
+            threshold = threshold * norms
     return _Parts(pre_bias, encoder, bias, decoder, threshold, k or n)
 
 

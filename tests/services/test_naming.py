@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from sklearn.metrics import roc_auc_score
 
+from services import naming
 from services.naming import Words, auc, caption_words, name_features, npmi
 
 COLOURS, THINGS = ["red", "green", "blue", "black"], ["cat", "dog", "car", "tree", "hat"]
@@ -80,6 +81,24 @@ def test_features_get_the_words_they_fire_for_and_random_ones_none(form):
     assert names.npmi[:6] == pytest.approx(1.0, abs=1e-5)
     assert names.auc[:6].tolist() == [1.0] * 6
     assert np.isnan(names.auc[6:]).all()
+
+
+@pytest.mark.parametrize("form", [np.asarray, csr_array], ids=["dense", "sparse"])
+def test_names_are_the_same_in_blocks_and_no_block_is_larger_than_allowed(form, monkeypatch):
+    captions, z = world(600, 0)
+    expected = name_features(form(z), captions, form(z), captions)
+    sizes = []
+
+    def spy(present, fires):
+        sizes.append(fires.shape)
+        return npmi(present, fires)
+
+    monkeypatch.setattr(naming, "CELLS", 3 * 600 + 1)
+    monkeypatch.setattr(naming, "npmi", spy)
+    names = name_features(form(z), captions, form(z), captions)
+    assert sizes == [(600, 3), (600, 3), (600, 2)]
+    for column in ("name", "npmi", "auc"):
+        np.testing.assert_array_equal(getattr(names, column), getattr(expected, column))
 
 
 def test_the_held_out_auc_exposes_a_name_that_does_not_generalise():

@@ -91,14 +91,16 @@ def reference(
     pre = inner @ w["W_enc"] + w["b_enc"]
     norms = w["W_dec"].norm(dim=-1) if config.get("rescale_acts_by_decoder_norm") else torch.ones(N).double()
     scaled = pre * norms
-    if "k" in config:
+    if config["architecture"] == "topk":
         top = scaled.topk(config["k"], dim=-1)
         z = torch.zeros_like(scaled).scatter(-1, top.indices, top.values.relu())
     else:
         threshold = w.get("threshold", w.get("log_threshold", torch.zeros(N).double() - torch.inf))
         if "log_threshold" in w:
             threshold = threshold.exp()
-        z = torch.where(scaled > threshold * norms, scaled, 0.0).relu()
+        # SAELens learns topk_threshold on what was scaled, and saves it as the threshold of weights that are.
+        threshold = w.get("topk_threshold", threshold * norms)
+        z = torch.where(scaled > threshold, scaled, 0.0).relu()
     return z, ((z / norms) @ w["W_dec"] + w["b_dec"]) / factor
 
 
@@ -115,6 +117,16 @@ def reference(
         (
             {"architecture": "jumprelu", "apply_b_dec_to_input": False},
             {"threshold": torch.full((N,), 0.3)},
+        ),
+        (
+            {"architecture": "jumprelu", "rescale_acts_by_decoder_norm": True},
+            {"threshold": torch.linspace(0.01, 0.8, N)},
+        ),
+        ({"architecture": "batchtopk", "k": 4.5}, {"topk_threshold": torch.tensor(0.8).double()}),
+        (
+            # The norms of the decoder's rows are about sqrt(12): scaled by them the threshold lets less through.
+            {"architecture": "batchtopk", "k": 4.5, "rescale_acts_by_decoder_norm": True},
+            {"topk_threshold": torch.tensor(2.5).double()},
         ),
     ],
 )

@@ -102,6 +102,26 @@ def test_a_digest_changes_with_a_caption_and_with_the_size_of_an_image(tmp_path:
     assert len({first, second, digest()}) == 3
 
 
+@pytest.mark.parametrize("suffix", ["txt", "caption", "json"])
+def test_a_shards_digest_changes_with_what_is_said_in_as_many_bytes(tmp_path: Path, suffix: str) -> None:
+    def digests(said: str) -> list[str]:
+        members = {"1.png": png(), f"1.{suffix}": f'{{"caption": "{said}"}}'.encode(), "2.png": png()}
+        (source,) = open_sources([shard(tmp_path / "0.tar", members)])
+        return [source.digest(row, row + 1) for row in range(2)]
+
+    first, other = digests("one"), digests("two")
+    assert digests("one") == first
+    assert first[0] != other[0]
+    assert first[1] == other[1]
+
+
+def test_a_row_has_its_images_key_without_reading_it(tmp_path: Path) -> None:
+    (source,) = open_sources([table(tmp_path, "caption,path\nx, a.png \ny,\n")])
+    assert [source.key(row) for row in range(2)] == ["a.png", ""]
+    (source,) = open_sources([shard(tmp_path / "0.tar", {"x/1.png": b"", "2.txt": b""})])
+    assert [source.key(row) for row in range(2)] == ["x/1", "2"]
+
+
 @pytest.mark.parametrize("text", ["caption\nx\n", "path\na.png\n"])
 def test_a_table_without_a_needed_column_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(BuildError, match="has no column"):

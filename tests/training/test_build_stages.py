@@ -68,6 +68,14 @@ def test_a_shard_without_its_json_is_not_there(tmp_path: Path) -> None:
     assert not store.has("000-000000", "d")
 
 
+def test_a_finished_store_holds_nothing_of_runs_that_were_killed(tmp_path: Path) -> None:
+    store = written(tmp_path)
+    (tmp_path / "000-000000.images.npy.123.part").write_bytes(b"half")
+    store.finish(["000-000000"])
+    assert not list(tmp_path.glob("*.part"))
+    assert Store.open(tmp_path).shards()
+
+
 def test_a_store_that_was_not_finished_cannot_be_opened(tmp_path: Path) -> None:
     written(tmp_path)
     with pytest.raises(BuildError, match="no finished embeddings"):

@@ -18,7 +18,9 @@ from services.bundle import Bundle
 from services.defense import DefenseCalibration, FilterChoice, FilterMode
 from services.defense.smoothing import noise
 from services.modalities import Modality
+from training import redteam as redteam_module
 from training.defense.adaptive import Defended, adaptive, evasion, loud, straight_through
+from training.defense.attacks import random_start
 from training.defense.baselines import counterattack, noise_averaging, pca, principal_directions
 from training.defense.calibrate import answered
 from training.defense.data import Drawings, StudyData, split_by_concept
@@ -26,7 +28,7 @@ from training.defense.measure import auroc, mean
 from training.defense.observe import Decoder, observe, scores
 from training.defense.tables import BEGIN, END, markdown, put_into
 from training.defense_study import Study, StudySettings, write
-from training.redteam import redteam
+from training.redteam import ATTACKS, Subject, find_images, redteam
 
 
 def drawings(count: int, seed: int, side: int) -> torch.Tensor:
@@ -266,6 +268,43 @@ def test_redteam_attacks_files_on_disk_and_writes_a_report(studied, tmp_path: Pa
     assert attacked.shape == (32, 32, 3)
     refused = CliRunner().invoke(app, [str(tmp_path / "missing.png"), "--bundle", str(folder)])
     assert refused.exit_code == 3
+
+
+@pytest.fixture(scope="module")
+def subject(studied, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    pictures = tmp_path_factory.mktemp("pictures")
+    for i in range(7):
+        pixels = (drawings(1, i, 32)[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{i}.png")
+    return Subject.open(studied[3], find_images([pictures]), [], True, 0.05)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"typographic"}))
+def test_redteam_attacks_a_few_pictures_at_a_time_from_the_same_starts_to_the_same_aims(
+    subject: Subject, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attack(batch: int) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+        sizes, values = [], []
+
+        def start_only(loss, images, epsilon, *, steps, generator):
+            sizes.append(len(images))
+            values.append(loss(images).detach())
+            return random_start(images, epsilon, generator)
+
+        monkeypatch.setattr(redteam_module, "BATCH", batch)
+        for method in ("pgd", "apgd", "adaptive"):
+            monkeypatch.setattr(redteam_module, method, start_only)
+        moved = subject.attack(name, 8, steps=1, target=None, seed=3)
+        return sizes, torch.cat(values), moved
+
+    sizes, values, moved = attack(32)
+    sizes_in_pieces, values_in_pieces, moved_in_pieces = attack(3)
+    assert (sizes, sizes_in_pieces) == ([7], [3, 3, 1])
+    # A product of another shape may add in another order; the detector's logit takes logarithms of small scores.
+    torch.testing.assert_close(values_in_pieces, values, atol=1e-2, rtol=0)
+    assert torch.equal(moved_in_pieces, moved)
+    assert not torch.equal(moved, subject.pictures)
 
 
 def test_redteam_says_that_a_bundle_has_no_calibration(tiny: Bundle, tmp_path: Path) -> None:

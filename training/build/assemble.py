@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,9 @@ from training.probe import PROBE_FILE, probe_of_folder
 # Folders of a build that go into a bundle as they are, and which of their files.
 TABLES = ((DICTIONARIES, (".json", ".safetensors")), (MODALITY, (".parquet",)), (CARDS, (".parquet",)))
 QUANTILES = ((STEERING, (".safetensors",)),)
+# In the folder that a bundle is made in, with the bundle's own name: only what holds it is ours to delete.
+MARKER = "monofacet-build"
+NEW, OLD = "new", "old"
 
 
 def copy_towers(clip: Path, bundle: Path, link: bool = False) -> None:
@@ -97,22 +101,50 @@ def copy_folders(
 def in_place_of(out: Path) -> Iterator[Path]:
     """Give a folder to make a bundle in; verify the bundle, and only then put it where the old one is.
 
+    The folder lies beside `out`, hidden. What a run that was killed left of it is cleared here; nothing else that lies
+    there is touched, whatever it is called.
+
     Raises
     ------
     BuildError
         Where `out` is there and is not a bundle.
     """
     check_replaceable(out)
-    part, old = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part.mkdir(parents=True)
-    yield part
-    Bundle.load(part)
-    if out.exists():
-        out.rename(old)
-    part.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for folder in list(out.parent.iterdir()):
+        if _is_ours(folder, out):
+            _clear(folder, out)
+    ours = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        (ours / MARKER).write_text(out.name, encoding="utf-8")
+        part = ours / NEW
+        part.mkdir()
+        yield part
+        Bundle.load(part)
+        # Hours may have passed.
+        check_replaceable(out)
+        if out.exists():
+            out.rename(ours / OLD)
+        part.rename(out)
+    finally:
+        _clear(ours, out)
+
+
+def _is_ours(folder: Path, out: Path) -> bool:
+    """Return whether a folder is one that a bundle for `out` was made in."""
+    marker = folder / MARKER
+    try:
+        # By its name first: what else lies beside a bundle need not be readable.
+        return folder.name.startswith(f".{out.name}.") and marker.read_text(encoding="utf-8") == out.name
+    except (OSError, ValueError):
+        return False
+
+
+def _clear(ours: Path, out: Path) -> None:
+    """Delete a folder of ours; a bundle that was moved into it, and has no successor yet, goes back to its place."""
+    if (ours / OLD).exists() and not out.exists():
+        (ours / OLD).rename(out)
+    shutil.rmtree(ours, ignore_errors=True)
 
 
 def check_replaceable(out: Path) -> None:

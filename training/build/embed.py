@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -168,12 +169,39 @@ def missing(store: Store, opened: Sequence[Source], tasks: Sequence[Task]) -> li
     return [t for t in tasks if not store.has(t.name, opened[t.source].digest(t.start, t.stop))]
 
 
+def fitting(paths: tuple[Path, ...], columns: Mapping[str, Sequence[Any]]) -> np.ndarray:
+    """Return which rows of a store are still where they were embedded from, bool [n].
+
+    Parameters
+    ----------
+    paths : tuple of Path
+        The sources.
+    columns : mapping of str to sequence
+        "source", "row" and "key" of the store's rows. The key is what tells: a table that was sorted anew has other
+        images in its rows.
+    """
+    by_name = {source.name: source for source in sources(paths)}
+
+    def fits(name: str, row: int, key: str) -> bool:
+        source = by_name.get(name)
+        return source is not None and row < len(source) and source.key(row) == key
+
+    places = zip(columns["source"], columns["row"], columns["key"], strict=True)
+    return np.array([fits(*place) for place in places], bool)
+
+
 def read_images(paths: tuple[Path, ...], wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], bytes]:
-    """Read encoded images again, by source name and row; those that cannot be read any more are left out."""
+    """Read encoded images again, by source name and row; those that cannot be read any more are left out.
+
+    Whether a row is still the same one `fitting` says.
+    """
     by_name = {source.name: source for source in sources(paths)}
     found = {}
     for name, row in wanted:
-        for item in by_name[name].read(row, row + 1):
+        source = by_name.get(name)
+        if source is None or row >= len(source):
+            continue
+        for item in source.read(row, row + 1):
             if isinstance(item, Pair):
                 found[name, row] = item.image
     return found

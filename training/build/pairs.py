@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import pyarrow.parquet as pq
 
@@ -22,6 +22,8 @@ from training.build.errors import BuildError
 
 TABLES = (".csv", ".parquet")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
+# What a shard says of an image.
+TEXTS = (".txt", ".caption", ".json")
 # Names that data sets in the wild give the same thing; the first is ours.
 PATH_NAMES = ("path", "image", "file", "filepath", "file_name", "filename")
 CAPTION_NAMES = ("caption", "text", "title")
@@ -90,6 +92,9 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Return the number of rows, bad ones included."""
 
+    def key(self, row: int) -> str:
+        """Return what names the image of a row, as `Pair.key`."""
+
     def digest(self, start: int, stop: int) -> str:
         """Return a hash over what the rows say and how large their images are; no image is read."""
 
@@ -137,8 +142,12 @@ class Table:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def key(self, row: int) -> str:
+        """See `Source`."""
+        return _text(self._rows[row].get(self._path_column))
+
     def _file(self, row: int) -> tuple[str, Path]:
-        key = _text(self._rows[row].get(self._path_column))
+        key = self.key(row)
         file = (self._folder / key).resolve()
         if not key or not file.is_relative_to(self._folder):
             raise _Unusable("the path is empty or leads out of the table's folder")
@@ -159,8 +168,7 @@ class Table:
     def read(self, start: int, stop: int) -> Iterator[Pair | BadRow]:
         """See `Source`."""
         for row in range(start, stop):
-            fields = self._rows[row]
-            key = _text(fields.get(self._path_column))
+            fields, key = self._rows[row], self.key(row)
             try:
                 labels = checked_labels(fields)
                 caption = _text(fields.get(self._caption_column))
@@ -216,28 +224,41 @@ class Shard:
     def __len__(self) -> int:
         return len(self._samples)
 
+    def key(self, row: int) -> str:
+        """See `Source`."""
+        return self._samples[row][0]
+
     def digest(self, start: int, stop: int) -> str:
         """See `Source`."""
+        samples = self._samples[start:stop]
         listed = [
-            [key, {suffix: [m.offset, m.size] for suffix, m in members.items()}]
-            for key, members in self._samples[start:stop]
+            [key, {suffix: [m.offset, m.size] for suffix, m in members.items()}] for key, members in samples
         ]
-        return hashlib.sha256(canonical_json([self._path.stat().st_size, listed])).hexdigest()
+        digest = hashlib.sha256(canonical_json([self._path.stat().st_size, listed]))
+        # Places and sizes stay where a caption is replaced by one as long.
+        with self._path.open("rb") as file:
+            for _, members in samples:
+                for suffix in TEXTS:
+                    if suffix in members:
+                        digest.update(_content(file, members[suffix]))
+        return digest.hexdigest()
 
     def read(self, start: int, stop: int) -> Iterator[Pair | BadRow]:
         """See `Source`."""
         with self._path.open("rb") as file:
-
-            def content(member: _Member) -> bytes:
-                file.seek(member.offset)
-                return file.read(member.size)
-
             for row in range(start, stop):
                 key, members = self._samples[row]
                 try:
-                    yield _sample(row, key, {name: content(member) for name, member in members.items()})
+                    yield _sample(
+                        row, key, {name: _content(file, member) for name, member in members.items()}
+                    )
                 except _Unusable as error:
                     yield BadRow(row, key, str(error))
+
+
+def _content(file: BinaryIO, member: _Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)
 
 
 def _sample(row: int, key: str, parts: Mapping[str, bytes]) -> Pair:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,22 @@ from training.build.describe import (
     write_json,
 )
 from training.build.dictionaries import recipe, train_one, units
-from training.build.embed import Task, embedder, make_shard, missing, plan, read_images, sources, store_key
+from training.build.embed import (
+    Task,
+    embedder,
+    fitting,
+    make_shard,
+    missing,
+    plan,
+    read_images,
+    sources,
+    store_key,
+)
 from training.build.errors import BuildError
 from training.build.page import render
 from training.build.pipeline import locate, pipeline_entry
 from training.build.progress import Reporter
-from training.build.selection import PEOPLE, PEOPLE_FILE, PROMPTS, select
+from training.build.selection import PEOPLE, PEOPLE_FILE, PROMPTS, Selection, select
 from training.build.settings import BuildSettings
 from training.build.stages import Stages
 from training.build.store import Store
@@ -90,7 +102,7 @@ class Build:
         store = embed(settings, self.reporter)
         with_people(store, self.work / "clip", settings.device)
         self.store = store.folder
-        self.selection = select(self.store, settings)
+        self.selection, self.readable = only_readable(select(self.store, settings), settings)
         self.pairs = {"store": store.digest(), "limits": self._limits()}
         self._dictionaries()
         self._tables()
@@ -196,7 +208,11 @@ class Build:
             path.unlink(missing_ok=True)
             self.skips.append("Cards show no pictures: " + ("not asked for." if s.pairs else "no --pairs."))
             return
-        inputs = {**self.pairs, "cards": [self.stages.outputs(f"tables-{name}") for name in s.kinds]}
+        inputs = {
+            **self.pairs,
+            "cards": [self.stages.outputs(f"tables-{name}") for name in s.kinds],
+            **({} if self.readable is True else {"readable": self.readable}),
+        }
 
         def make() -> list[Path]:
             wanted = card_samples(self.work, s.kinds, self.selection)
@@ -222,6 +238,9 @@ class Build:
                 file.unlink(missing_ok=True)
             self.skips.append(f"{title}: not asked for.")
             return
+        if wanted:
+            # Who insists is not answered by what an earlier run was content with: it is tried again.
+            why.unlink(missing_ok=True)
 
         def study() -> list[Path]:
             for file in (figures, why, *files.glob("*")):
@@ -261,7 +280,7 @@ class Build:
         s = self.settings
         inputs = {
             **self._trained(s.kinds), "images": s.attack_images, "steps": s.attack_steps, "seed": s.seed,
-            "default": self._default(), "readable": bool(s.pairs),
+            "default": self._default(), "readable": self.readable,
         }  # fmt: skip
 
         def make(tell: Callable[[float], None]) -> tuple[list[Path], dict[str, Any]]:
@@ -301,7 +320,7 @@ def embed(settings: BuildSettings, reporter: Reporter) -> Store:
     Raises
     ------
     BuildError
-        Where no pair can be used, or finished embeddings are of other towers.
+        Where no pair can be used, or finished embeddings are of other towers or of other pairs.
     """
     clip = settings.work / "clip"
     key = store_key(clip, settings.templates, settings.dtype, settings.device)
@@ -309,6 +328,8 @@ def embed(settings: BuildSettings, reporter: Reporter) -> Store:
         store = Store.open(settings.embeddings)
         if store.key.fingerprint != key.fingerprint:
             raise BuildError(f"{settings.embeddings} holds embeddings of other towers than {settings.model}")
+        if settings.pairs:
+            check_pairs(store, settings, reporter)
         return store
     opened = sources(settings.pairs)
     store = Store(settings.work / "embeddings" / key.digest(), key)
@@ -328,6 +349,47 @@ def embed(settings: BuildSettings, reporter: Reporter) -> Store:
     if not good:
         raise BuildError(f"no row of the pairs can be used; {settings.work / BAD_ROWS} says why")
     return store
+
+
+def check_pairs(store: Store, settings: BuildSettings, reporter: Reporter) -> None:
+    """Tell how many pairs of finished embeddings have no picture in `--pairs`.
+
+    Raises
+    ------
+    BuildError
+        Where none has: hours of training would come before anyone sees it.
+    """
+    rows = store.rows()
+    fits = fitting(settings.pairs, {name: rows[name].to_pylist() for name in ("source", "row", "key")})
+    if not fits.any():
+        raise BuildError(
+            f"{settings.embeddings} was not made from these --pairs: none of its {len(fits)} rows is in a file of the "
+            "same name, at the same place, with the same path or key"
+        )
+    if not fits.all():
+        reporter.say(
+            f"{(~fits).sum()} of {len(fits)} pairs of {settings.embeddings} are not where they were in --pairs: "
+            "they go without a picture"
+        )
+
+
+def only_readable(selection: Selection, settings: BuildSettings) -> tuple[Selection, bool | str]:
+    """Take the source from pairs that are no longer there, so that no picture of another pair is read for theirs.
+
+    Returns
+    -------
+    selection : Selection
+        Its column "source" is "" for those.
+    readable : bool or str
+        What stages that read pictures hang on: whether there are any, or where some are not, a hash of which.
+    """
+    if settings.embeddings is None or not settings.pairs:
+        return selection, bool(settings.pairs)
+    fits = fitting(settings.pairs, selection.columns)
+    if fits.all():
+        return selection, True
+    columns = {**selection.columns, "source": np.where(fits, selection.columns["source"], "")}
+    return replace(selection, columns=columns), hashlib.sha256(fits.tobytes()).hexdigest()
 
 
 def _make_shard(

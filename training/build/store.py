@@ -1,8 +1,8 @@
 """Embeddings of pairs on disk: shards of .npy that are memory-mapped, beside a manifest that says whose they are.
 
-A shard is finished when its JSON is there, which is written last; whatever else a killed run left is overwritten.
-The folder's name holds the key: the towers with their preprocessing, the wordings of captions, and how they were
-computed. Embeddings of other towers never mix.
+A shard is finished when its JSON is there, which is written last; whatever else a killed run left is overwritten or
+deleted. The folder's name holds the key: the towers with their preprocessing, the wordings of captions, and how they
+were computed. Embeddings of other towers never mix.
 """
 
 from __future__ import annotations
@@ -162,7 +162,10 @@ class Store:
             part.write(json.dumps(asdict(entry), ensure_ascii=False).encode())
 
     def finish(self, names: Sequence[str]) -> None:
-        """Write the manifest: the shards in order."""
+        """Write the manifest, the shards in order, when nobody writes any more."""
+        for part in self.folder.glob("*.part"):
+            # Of runs that were killed: it bears their process's number, so that nobody would overwrite it.
+            part.unlink(missing_ok=True)
         document = {"version": VERSION, "key": asdict(self.key), "shards": list(names)}
         self.folder.mkdir(parents=True, exist_ok=True)
         with _replacing(self.folder / MANIFEST) as part:

@@ -1,0 +1,180 @@
+"""Which pictures a build takes for its pairs, and what it does where somebody insists on a calibration."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle
+from training.build.embed import fitting, read_images, store_key
+from training.build.errors import BuildError
+from training.build.progress import Reporter
+from training.build.run import Build, embed, only_readable
+from training.build.selection import Selection
+from training.build.settings import BuildSettings
+from training.build.store import ShardEntry, Store
+from training.build.studies import Skipped
+from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
+
+NAMES = ("a.png", "b.png", "c.png", "d.png")
+
+
+def table(folder: Path, names: tuple[str, ...], file: str = "pairs.csv") -> tuple[Path, ...]:
+    """Write a table whose images are their own names, and return it as `--pairs`."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(name)
+    lines = ["path,caption", *(f"{name},{name}" for name in names)]
+    (folder / file).write_text("\n".join(lines) + "\n")
+    return (folder / file,)
+
+
+@pytest.fixture
+def settings(tiny: Bundle, tmp_path: Path) -> BuildSettings:
+    """Of a build from embeddings of four pairs, with the towers fetched."""
+    clip = tmp_path / "work" / "clip"
+    clip.mkdir(parents=True)
+    shutil.copyfile(tiny.path / CLIP_CONFIG, clip / CONFIG_FILE)
+    shutil.copyfile(tiny.path / CLIP_WEIGHTS, clip / WEIGHTS_FILE)
+    store = Store(tmp_path / "store", store_key(clip, ("{}",), "float16", "cpu"))
+    size = len(NAMES), store.key.embed_dim
+    empty = dict.fromkeys(("gender", "profession", "label", "group", "split"), [""] * len(NAMES))
+    columns = empty | {
+        "source": ["pairs.csv"] * len(NAMES), "row": range(len(NAMES)), "key": NAMES, "caption": NAMES,
+        "image_norm": [1.0] * len(NAMES),
+    }  # fmt: skip
+    store.write(ShardEntry("000-000000", "d", len(NAMES), []), np.ones(size), np.ones((1, *size)), columns)
+    store.finish(["000-000000"])
+    return BuildSettings(
+        out=tmp_path / "out", work=tmp_path / "work", model="m", embeddings=tmp_path / "store"
+    )
+
+
+@pytest.fixture
+def said() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def reporter(said: io.StringIO) -> Reporter:
+    return Reporter(Console(file=said, width=300))
+
+
+def selected() -> Selection:
+    source = np.full(len(NAMES), "pairs.csv", dtype=object)
+    columns = {"source": source, "row": np.arange(len(NAMES)), "key": np.array(NAMES, dtype=object)}
+    return Selection(None, {**columns, "set": source}, {})  # type: ignore[arg-type]
+
+
+def pictures(paths: tuple[Path, ...], settings: BuildSettings) -> list[str | None]:
+    """Return which image each pair gets."""
+    columns = only_readable(selected(), replace(settings, pairs=paths))[0].columns
+    places = [(columns["source"][i], int(columns["row"][i])) for i in range(len(NAMES))]
+    found = read_images(paths, places)
+    return [found[place].decode() if place in found else None for place in places]
+
+
+def test_pairs_that_were_embedded_are_taken_as_they_are(
+    settings: BuildSettings, reporter: Reporter, said: io.StringIO, tmp_path: Path
+) -> None:
+    paths = table(tmp_path / "pairs", NAMES)
+    assert pictures(paths, settings) == list(NAMES)
+    embed(replace(settings, pairs=paths), reporter)
+    assert said.getvalue() == ""
+    selection = selected()
+    assert only_readable(selection, replace(settings, pairs=paths)) == (selection, True)
+    assert only_readable(selection, settings) == (selection, False)
+
+
+def test_rows_that_were_sorted_anew_get_no_other_pairs_picture(
+    settings: BuildSettings, reporter: Reporter, said: io.StringIO, tmp_path: Path
+) -> None:
+    paths = table(tmp_path / "pairs", ("a.png", "c.png", "b.png"))
+    assert pictures(paths, settings) == ["a.png", None, None, None]
+    embed(replace(settings, pairs=paths), reporter)
+    assert "3 of 4 pairs" in said.getvalue()
+
+
+def test_stages_that_read_pictures_run_again_when_other_pairs_have_them(
+    settings: BuildSettings, tmp_path: Path
+) -> None:
+    found = {
+        only_readable(selected(), replace(settings, pairs=table(tmp_path / str(number), names)))[1]
+        for number, names in enumerate([NAMES, NAMES[:2], NAMES[:3], ("z.png", *NAMES[1:])])
+    }
+    assert len(found) == 4
+    assert True in found
+
+
+@pytest.mark.parametrize(
+    ("names", "file"),
+    [(NAMES, "renamed.csv"), (("z.png", *NAMES[:3]), "pairs.csv")],
+    ids=["renamed", "shifted"],
+)
+def test_embeddings_of_other_pairs_are_refused_before_anything_is_trained(
+    settings: BuildSettings, reporter: Reporter, tmp_path: Path, names: tuple[str, ...], file: str
+) -> None:
+    paths = table(tmp_path / "pairs", names, file)
+    with pytest.raises(BuildError, match="was not made from these --pairs"):
+        embed(replace(settings, pairs=paths), reporter)
+
+
+def test_a_picture_of_a_source_that_is_gone_or_shorter_is_left_out(tmp_path: Path) -> None:
+    paths = table(tmp_path / "pairs", NAMES[:1])
+    assert read_images(paths, [("gone.csv", 0), ("pairs.csv", 5), ("pairs.csv", 0)]) == {
+        ("pairs.csv", 0): b"a.png"
+    }
+    columns = {"source": ["gone.csv", "pairs.csv", "pairs.csv"], "row": [0, 5, 0], "key": ["a.png"] * 3}
+    assert fitting(paths, columns).tolist() == [False, False, True]
+
+
+Make = Callable[[Callable[[float], None]], tuple[list[Path], dict[str, Any]]]
+
+
+def study(settings: BuildSettings, reporter: Reporter, wanted: bool | None, make: Make) -> list[str]:
+    """Run one calibration as a run of its own, and return what it notes as left out."""
+    build = Build(settings, reporter)
+    build._study("bias", "Gender bias", wanted, {"pairs": "the same"}, 1, make)
+    return build.skips
+
+
+def test_who_insists_is_told_why_a_calibration_was_skipped_on_every_run(
+    settings: BuildSettings, reporter: Reporter
+) -> None:
+    runs = []
+
+    def few(tell: Callable[[float], None]) -> tuple[list[Path], dict[str, Any]]:
+        runs.append(1)
+        raise Skipped("3 pairs are of a woman")
+
+    for _ in range(2):
+        assert study(settings, reporter, None, few) == ["Gender bias: 3 pairs are of a woman."]
+    assert len(runs) == 1
+    for _ in range(2):
+        with pytest.raises(BuildError, match="Gender bias: 3 pairs are of a woman"):
+            study(settings, reporter, True, few)
+    assert study(settings, reporter, None, few) == ["Gender bias: 3 pairs are of a woman."]
+
+
+def test_who_insists_has_a_skipped_calibration_tried_again(
+    settings: BuildSettings, reporter: Reporter
+) -> None:
+    def unreadable(tell: Callable[[float], None]) -> tuple[list[Path], dict[str, Any]]:
+        raise Skipped("the images cannot be read again")
+
+    def good(tell: Callable[[float], None]) -> tuple[list[Path], dict[str, Any]]:
+        return [], {"figure": 1}
+
+    assert study(settings, reporter, None, unreadable)
+    assert study(settings, reporter, True, good) == []
+    assert (settings.work / "bias.json").exists()
+    # And what is done is not done again.
+    assert study(settings, reporter, True, unreadable) == []
