@@ -54,7 +54,7 @@ def run_audit(request: AuditRequest, dictionary: Dictionary, check: Check) -> tu
     Raises
     ------
     NotEnoughItems
-        With fewer than two items of either gender.
+        With items of either gender of too few clusters.
     """
     with torch.inference_mode():
         sides = {

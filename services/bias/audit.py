@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from services.bias.ablation import Side, kept
-from services.bias.cases import MIN_ITEMS, UNGENDERED, WOMAN, Cases
+from services.bias.cases import MAN, MIN_CLUSTERS, UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_scores, probability, unit
 from services.bias.measures import (
     Change,
@@ -41,6 +41,8 @@ CURVE_POINTS = 101
 ROUNDING = 1e-6
 # With figures of their own, the first by name: the contract answers no more, and each takes a bootstrap.
 MAX_PROFESSIONS = 1_000
+# Whose items each figure of a profession is over.
+PROFESSION_ITEMS = {"accuracy": (WOMAN, MAN), "auc": (WOMAN, MAN), "p_woman": (UNGENDERED,)}
 
 
 class Verdict(StrEnum):
@@ -135,7 +137,7 @@ def audit(
     Raises
     ------
     NotEnoughItems
-        With fewer than two items of either gender.
+        With items of either gender of fewer than `MIN_CLUSTERS` clusters.
     """
     check_items(cases)
     after = plan.apply(cases)
@@ -202,6 +204,9 @@ def audit_scores(
         raise NotEnoughItems("there is nothing to audit")
     raw_changes = changes([b for b, _ in raw], [a for _, a in raw])
     recalibrated_changes = changes([b for b, _ in recalibrated], [a for _, a in recalibrated])
+    if cases.clusters(UNGENDERED) < MIN_CLUSTERS:
+        for found in (raw_changes, recalibrated_changes):
+            found["skew"] = found["skew"].without_intervals()
     auc_change = changes([b for b, _ in auc], [a for _, a in auc])["auc"]
     tests, ratio = nulls()
     return Audit(
@@ -222,11 +227,13 @@ def audit_scores(
 
 
 def check_items(cases: Cases) -> None:
-    """Raise NotEnoughItems unless there are two women and two men."""
-    women = int((cases.gender == WOMAN).sum())
-    men = int((cases.gender != UNGENDERED).sum()) - women
-    if min(women, men) < MIN_ITEMS:
-        raise NotEnoughItems(f"{women} items of women and {men} of men; an audit needs {MIN_ITEMS} of each")
+    """Raise NotEnoughItems unless the women are of `MIN_CLUSTERS` clusters, and the men."""
+    women, men = cases.clusters(WOMAN), cases.clusters(MAN)
+    if min(women, men) < MIN_CLUSTERS:
+        raise NotEnoughItems(
+            f"{women} independent items of women and {men} of men; an audit needs {MIN_CLUSTERS} of each, where items "
+            "of one cluster count as one"
+        )
 
 
 def judge(
@@ -287,7 +294,12 @@ def _professions(
                     }
                 )
         women, men = int(labels.woman.sum()), int(labels.man.sum())
-        found = changes(figures[0], figures[1])
+        found = {
+            name: change
+            if inside.clusters(*PROFESSION_ITEMS[name]) >= MIN_CLUSTERS
+            else change.without_intervals()
+            for name, change in changes(figures[0], figures[1]).items()
+        }
         result.append(Profession(str(name), women, men, int(ungendered.sum()), **found))
     return tuple(result)
 

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     import scipy.sparse as sp
 
 WOMAN, MAN, UNGENDERED = 1, 0, -1
-# Of each gender; with one there is nothing to resample.
+# Of each gender; with one there is nothing to compare.
 MIN_ITEMS = 2
+# Clusters that an interval needs. Of one every resample is the sample itself, so that the interval has no width and any
+# change leaves 0 out; of four, one resample in 64 is still one cluster over and over.
+MIN_CLUSTERS = 5
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class Cases:
             self.profession[index],
             self.cluster[index],
         )
+
+    def clusters(self, *genders: int) -> int:
+        """Return how many clusters the items of any of `genders` are of: what an interval of theirs rests on."""
+        return len(np.unique(self.cluster[np.isin(self.gender, genders)]))
 
     def groups(self) -> tuple[np.ndarray, Int[np.ndarray, " n"]]:
         """Return the professions by name, and each item's position among them; -1 where it has none."""

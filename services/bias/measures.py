@@ -58,6 +58,11 @@ class Change:
         """Summarise two figures taken on the same resamples."""
         return cls(Estimate.of(before), Estimate.of(after), Estimate.of(after - before))
 
+    def without_intervals(self) -> Change:
+        """Return the figures alone, for items of too few clusters to draw from."""
+        nan = float("nan")
+        return Change(*(Estimate(e.value, nan, nan) for e in (self.before, self.after, self.difference)))
+
 
 @dataclass(frozen=True)
 class Labels:

@@ -11,23 +11,39 @@ from numpy.typing import NDArray
 from services.modality.scores import Activations, Floats
 from services.tables import Label
 
+# Of fewer pairs that fire, a bootstrap at 95% misses all in more than 2.5% of its resamples, about exp(-units): its
+# interval is then of what silence counts as.
+MIN_UNITS = 4
+
 
 def label_features(
     mds_low: Floats,
     mds_high: Floats,
     significant: NDArray[np.bool_],
-    alive: NDArray[np.bool_],
+    units: NDArray[np.int64],
     delta: float = 0.25,
 ) -> NDArray[np.str_]:
     """Label features by the interval of their energy MDS and the significance of their co-activation.
 
     ========== =====================================================================
+    DEAD       never active
+    UNRESOLVED active in fewer than `MIN_UNITS` pairs, or in groups of them
     IMAGE      the interval lies above 0.5 + delta
     TEXT       the interval lies below 0.5 - delta
     CROSS      the interval lies within 0.5 +- delta, and co-activation is significant
-    DEAD       never active
     UNRESOLVED anything else
     ========== =====================================================================
+
+    Parameters
+    ----------
+    mds_low, mds_high : float64 arrays, shape (n,)
+        The interval.
+    significant : bool array, shape (n,)
+        Whether both sides of a pair fire together more than by chance.
+    units : int array, shape (n,)
+        See `services.modality.scores.active_units`.
+    delta : float
+        In (0, 0.5).
 
     Returns
     -------
@@ -35,11 +51,15 @@ def label_features(
         Values of `Label`.
     """
     within = (mds_low >= 0.5 - delta) & (mds_high <= 0.5 + delta)
-    return np.select(
-        [~alive, mds_low > 0.5 + delta, mds_high < 0.5 - delta, within & significant],
-        [Label.DEAD.value, Label.IMAGE.value, Label.TEXT.value, Label.CROSS.value],
-        Label.UNRESOLVED.value,
-    )
+    rules = {
+        Label.DEAD: units == 0,
+        Label.UNRESOLVED: units < MIN_UNITS,
+        Label.IMAGE: mds_low > 0.5 + delta,
+        Label.TEXT: mds_high < 0.5 - delta,
+        Label.CROSS: within & significant,
+    }
+    # The first that holds.
+    return np.select(list(rules.values()), [label.value for label in rules], Label.UNRESOLVED.value)
 
 
 def paper_labels(mds: Floats) -> NDArray[np.str_]:

@@ -57,9 +57,14 @@ def column_sums(x: Activations) -> Floats:
 
 def firing_rates(z: Activations) -> Floats:
     """Return the share of samples in which each feature is not zero."""
-    counts = z.tocsc().count_nonzero(axis=0) if sp.issparse(z) else np.count_nonzero(z, axis=0)
-    rates: Floats = np.asarray(counts) / z.shape[0]
+    rates: Floats = nonzero_rows(z) / z.shape[0]
     return rates
+
+
+def nonzero_rows(x: Activations) -> NDArray[np.int64]:
+    """Return in how many rows each column is not zero."""
+    counts = x.tocsc().count_nonzero(axis=0) if sp.issparse(x) else np.count_nonzero(x, axis=0)
+    return np.asarray(counts, dtype=np.int64)
 
 
 def energies(z: Activations) -> Floats:
@@ -133,6 +138,14 @@ def group_sums(x: Activations, groups: NDArray[np.int64] | None) -> Activations:
     return sums
 
 
+def active_units(
+    z_image: Activations, z_text: Activations, groups: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """Return in how many pairs, or groups of pairs, each feature has energy on either side, shape (n,)."""
+    image, text = (group_sums(z * z, groups) for z in (z_image, z_text))
+    return nonzero_rows(image + text)
+
+
 def bootstrap_mds(
     z_image: Activations,
     z_text: Activations,
@@ -150,8 +163,8 @@ def bootstrap_mds(
     where all replicates at once would be more than REPLICATES; the means over features are then taken beforehand.
 
     A resample in which a feature does not fire says nothing of it and counts as 0.5. A feature that fires in
-    three pairs or fewer is missed by more than 2.5% of resamples, so its interval reaches 0.5 and it gets no
-    label from such thin evidence.
+    three pairs or fewer is missed by more than 2.5% of resamples, so its interval reaches 0.5; so that it is not
+    CROSS for that, `label_features` counts the pairs.
 
     Parameters
     ----------

@@ -13,6 +13,7 @@ from services.modality.coactivation import benjamini_hochberg, coactivation
 from services.modality.labels import Agreement, label_agreement, label_features, paper_labels
 from services.modality.scores import (
     Activations,
+    active_units,
     bootstrap_mds,
     compact,
     energies,
@@ -112,7 +113,9 @@ def score_pairs(
     paper, pairs = paper_mds(image, text)
     return ModalityTable.from_columns(
         {
-            "label": label_features(low, high, significant, ~np.isnan(mds), settings.delta),
+            "label": label_features(
+                low, high, significant, active_units(image, text, groups), settings.delta
+            ),
             "mds_energy": mds,
             "mds_energy_low": low,
             "mds_energy_high": high,

@@ -182,6 +182,21 @@ def test_a_feature_that_fires_in_three_pairs_gets_no_label_and_in_many_it_does()
     assert table.label[5:].tolist() == ["UNRESOLVED", "IMAGE"]
 
 
+@pytest.mark.parametrize("copies", [1, 3], ids=["pairs", "groups"])
+def test_a_feature_that_fires_on_both_sides_of_three_pairs_is_not_cross_for_what_silence_counts_as(copies):
+    z_image, z_text = synthetic([Label.CROSS] * 5)
+    rare = np.zeros((N_PAIRS // copies, 4), np.float32)
+    for column, pairs in enumerate((1, 2, 3, 30)):
+        rare[:pairs, column] = 1
+    rare = np.repeat(rare, copies, axis=0)
+    groups = np.arange(N_PAIRS) // copies if copies > 1 else None
+    # Texts activate everything three times as strongly.
+    table = score_pairs(np.hstack([z_image, rare]), np.hstack([z_text, 3 * rare]), FAST, groups)
+    # Together far beyond chance, and the interval holds only one half: still no evidence.
+    assert table.coactivation_significant[6:].all()
+    assert table.label[5:].tolist() == ["UNRESOLVED"] * 3 + ["CROSS"]
+
+
 def test_pairs_that_repeat_a_concept_are_not_taken_for_independent_ones():
     """Ten copies of each of 60 unrelated pairs look significant by the pair and are not by the group."""
     rng = np.random.default_rng(3)

@@ -30,7 +30,7 @@ from services.modality import (
     stack_rows,
 )
 from services.modality.coactivation import permutation_p_values, standardise
-from services.modality.scores import resampling_weights
+from services.modality.scores import active_units, resampling_weights
 
 LABELS = np.array([label.value for label in Label])
 
@@ -298,8 +298,27 @@ def test_shares_of_energy_add_up_to_one_and_ignore_scale(form, seed):
     ],
 )
 def test_labels_follow_the_table(low, high, significant, alive, expected):
-    label = label_features(np.array([low]), np.array([high]), np.array([significant]), np.array([alive]))
+    units = np.array([100 * alive])
+    label = label_features(np.array([low]), np.array([high]), np.array([significant]), units)
     assert label.tolist() == [expected]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.76, 0.99), (0.01, 0.24), (0.25, 0.75)])
+def test_no_label_rests_on_fewer_than_four_pairs(low, high):
+    interval = np.full(5, low), np.full(5, high)
+    labels = label_features(*interval, np.ones(5, bool), np.arange(5))
+    assert labels[:4].tolist() == ["DEAD", "UNRESOLVED", "UNRESOLVED", "UNRESOLVED"]
+    assert labels[4] in {"IMAGE", "TEXT", "CROSS"}
+
+
+@pytest.mark.parametrize("text_form", [np.asarray, csr_array], ids=["dense texts", "sparse texts"])
+@pytest.mark.parametrize("image_form", [np.asarray, csr_array], ids=["dense images", "sparse images"])
+def test_active_units_are_the_pairs_or_groups_with_an_activation_on_either_side(image_form, text_form):
+    image = np.array([[1, 0, 0], [0, 0, 0], [0, 0, -2], [0, 0, 1]], np.float32)
+    text = np.array([[0, 0, 0], [3, 0, 0], [0, 0, 1], [0, 0, 0]], np.float32)
+    assert active_units(image_form(image), text_form(text)).tolist() == [2, 0, 2]
+    groups = np.array([7, 7, 4, 4])
+    assert active_units(image_form(image), text_form(text), groups).tolist() == [1, 0, 1]
 
 
 @forms

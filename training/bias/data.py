@@ -55,6 +55,25 @@ MAX_CODES = 4096
 
 
 @dataclass(frozen=True)
+class Captions:
+    """The captions that the study looks at.
+
+    Attributes
+    ----------
+    row : int array, shape (n,)
+        Their rows of `EmbeddingSet.captions`, ascending.
+    pair : int array, shape (n,)
+        The first pair that has each.
+    gender : int array, shape (n,)
+        WOMAN or MAN where all pairs that have it are; else UNGENDERED.
+    """
+
+    row: np.ndarray
+    pair: np.ndarray
+    gender: np.ndarray
+
+
+@dataclass(frozen=True)
 class StudyData:
     """The corpus as the study sees it.
 
@@ -85,7 +104,12 @@ class StudyData:
     @property
     def gender(self) -> np.ndarray:
         """Of each drawing: WOMAN, MAN or UNGENDERED."""
-        return np.array([GENDER[g] for g in self.columns["gender"]])
+        return genders(self.columns["gender"])
+
+    @property
+    def said(self) -> dict[str, np.ndarray]:
+        """The columns that say what a caption is of."""
+        return self.columns
 
     def people(self, *parts: str) -> np.ndarray:
         """Return the gendered drawings of `parts`."""
@@ -117,8 +141,18 @@ class StudyData:
         )
         return np.unique(keys, axis=1, return_inverse=True)[1].ravel()
 
+    def text_subjects(self) -> np.ndarray:
+        """Return a number for each gendered text of `texts`, shared by those of one activity; templates average out."""
+        found = self.captions()
+        pair = found.pair[found.gender != UNGENDERED]
+        return np.tile(clusters(self.columns["concept"][pair]), len(self.embeddings.texts))
+
+    def cluster(self, index: np.ndarray) -> np.ndarray:
+        """Return a number for each drawing, shared by those of one activity or profession, whoever drew it."""
+        return clusters(self.columns["concept"][index])
+
     def drawings(self, dictionary: Dictionary, index: np.ndarray) -> Cases:
-        """Return drawings as cases; items of one activity or profession, whoever drew it, are one cluster."""
+        """Return drawings as cases."""
         e = self.embeddings.images[index]
         return Cases(
             e,
@@ -126,26 +160,59 @@ class StudyData:
             np.zeros(len(index), bool),
             self.gender[index],
             self.columns["profession"][index].astype(str),
-            clusters(self.columns["concept"][index]),
+            self.cluster(index),
         )
 
+    def captions(self) -> Captions:
+        """Return the captions of gendered people and of professions, those of test drawings alone left out."""
+        wanted, voting = (
+            ((columns["gender"] != "") | (columns["profession"] != ""))
+            & (columns["tone"] == "")
+            & (self.embeddings.part != "test")
+            for columns in (self.columns, self.said)
+        )
+        row, first = np.unique(self.embeddings.caption[wanted], return_index=True)
+        gender = agreed(self.embeddings.caption[voting], genders(self.said["gender"][voting]), row)
+        return Captions(row, np.flatnonzero(wanted)[first], gender)
+
     def texts(self, dictionary: Dictionary) -> Cases:
-        """Return captions of gendered people and of ungendered professions, in every template, as cases."""
-        wanted = (self.columns["gender"] != "") | (self.columns["profession"] != "")
-        wanted &= (self.columns["tone"] == "") & (self.embeddings.part != "test")
-        caption, first = np.unique(self.embeddings.caption[wanted], return_index=True)
-        row = np.flatnonzero(wanted)[first]
+        """Return the captions, in every template, as cases; a caption is of the cluster of its first pair."""
+        found = self.captions()
         templates = len(self.embeddings.texts)
-        e = self.embeddings.texts[:, caption].reshape(templates * len(caption), -1)
-        row = np.tile(row, templates)
+        e = self.embeddings.texts[:, found.row].reshape(templates * len(found.row), -1)
+        pair = np.tile(found.pair, templates)
         return Cases(
             e,
             codes(dictionary, e, Modality.TEXT),
-            np.ones(len(row), bool),
-            self.gender[row],
-            self.columns["profession"][row].astype(str),
-            clusters(self.columns["concept"][row]),
+            np.ones(len(pair), bool),
+            np.tile(found.gender, templates),
+            self.columns["profession"][pair].astype(str),
+            self.cluster(pair),
         )
+
+
+def genders(names: np.ndarray) -> np.ndarray:
+    """Return WOMAN, MAN or UNGENDERED for each of "woman", "man" and ""."""
+    return np.array([GENDER[name] for name in names], np.int64)
+
+
+def agreed(caption: np.ndarray, gender: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the gender of some captions: that of all pairs that have it, UNGENDERED where they differ.
+
+    "a doctor" of a woman and of a man is of neither.
+
+    Parameters
+    ----------
+    caption, gender : int arrays, shape (pairs,)
+        Of pairs.
+    wanted : int array, shape (n,)
+        Captions that some pair has.
+    """
+    size = int(caption.max(initial=-1)) + 1
+    least, most = np.full(size, max(GENDER.values())), np.full(size, min(GENDER.values()))
+    np.minimum.at(least, caption, gender)
+    np.maximum.at(most, caption, gender)
+    return np.where(least == most, least, UNGENDERED)[wanted]
 
 
 def activity(concept: str) -> str:

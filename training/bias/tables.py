@@ -12,6 +12,13 @@ PARTS = {
     "test": "openmoji, an artist never seen (reported only)",
     "texts": "Captions, in every template",
 }
+# What the ablation was chosen by; see `training.bias_study.Choice`.
+CHOSEN_BY = {
+    "skew_recalibrated": "the least skew of ungendered professions",
+    "auc": "the AUC nearest to 0.5, for want of ungendered professions",
+    "r1_kept": "the retrieval kept, for none keeps enough",
+}
+SIDES = {"image": "pictures", "text": "captions"}
 # Below it a classifier of two classes is of no use.
 WEAK_AUC = 0.7
 HEAD = ("method", "features", "R@1 kept", "AUC", "skew", "skew recal.", "gap", "worst group", "probe")
@@ -22,8 +29,8 @@ def summary(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> str:
     rows = {row["method"]: row for row in figures["validation"]["methods"]}
     nothing, chosen = rows["nothing"], rows[figures["chosen"]]
     parts = [
-        f"Ablations of {figures['dictionary']}; chosen on held-out pairs: {figures['chosen']}, which keeps "
-        f"{chosen['r1_kept']:.0%} of the retrieval of pictures that show no people."
+        f"Ablations of {figures['dictionary']}; chosen on held-out pairs by {chosen_by(figures)}: "
+        f"{figures['chosen']}, which keeps {chosen['r1_kept']:.0%} of the retrieval of pictures that show no people."
     ]
     for part, title in titles.items():
         if part not in figures:
@@ -42,6 +49,14 @@ def summary(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> str:
             "little to remove, and little to conclude."
         )
     return " ".join(parts)
+
+
+def chosen_by(figures: dict[str, Any]) -> str:
+    """Return in words what the ablation was chosen by."""
+    # A work folder from before this was recorded has no such key.
+    found = figures.get("chosen_by", {"figure": "skew_recalibrated", "sides": []})
+    words = CHOSEN_BY[found["figure"]]
+    return words + "".join(f" ({SIDES[side]} alone)" for side in found["sides"] if len(found["sides"]) == 1)
 
 
 def tables(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> list[FigureTable]:

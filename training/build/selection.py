@@ -8,6 +8,7 @@ dictionaries (`POOL`). Choices are made on validation; test is reported on.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -59,6 +60,11 @@ def hashed(names: np.ndarray) -> np.ndarray:
     # 53 bits are all that a double holds.
     numbers = np.frombuffer(digests, ">u8").reshape(-1, 3) >> np.uint64(11)
     return (numbers / 2.0**53)[where]
+
+
+def group_names(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the name of each pair's group, or of its image: pairs that share it are not independent."""
+    return np.where(columns["group"] != "", columns["group"], columns["key"])
 
 
 def parts_of(names: np.ndarray, split: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,8 +127,7 @@ def select(folder: Path, settings: BuildSettings) -> Selection:
     store = Store.open(folder)
     rows = store.rows()
     column = {name: np.array(rows[name].to_pylist(), dtype=object) for name in rows.column_names}
-    names = np.where(column["group"] != "", column["group"], column["key"])
-    part, order = parts_of(names, column["split"])
+    part, order = parts_of(group_names(column), column["split"])
     counts = {name: int((part == name).sum()) for name in ("fit", "pool", "validation", "test")}
     held_out = min(counts["validation"], settings.evaluation_limit)
     limits = {

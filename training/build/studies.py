@@ -12,17 +12,19 @@ import torch
 
 from services.bias.audit import AuditSettings
 from services.bias.calibration import BiasCalibration
+from services.bias.cases import MIN_CLUSTERS
 from services.bias.gender import gender_direction
 from services.bundle import BIAS, DEFENSE, Bundle
 from services.defense import DefenseCalibration
 from services.encoding.images import ImagePreprocess, decode_image
 from services.errors import ImageError, NotEnoughItems
+from training.bias.data import GENDER
 from training.bias.data import StudyData as BiasData
 from training.bias_study import MIN_GROUP, run
 from training.bias_study import Study as BiasStudy
 from training.build.assemble import without_nan
 from training.build.embed import embedder, read_images
-from training.build.selection import PEOPLE, PROMPTS, Selection
+from training.build.selection import PEOPLE, PROMPTS, Selection, group_names
 from training.build.settings import BuildSettings
 from training.defense.calibrate import answered
 from training.defense.data import Drawings, split_by_concept
@@ -30,7 +32,7 @@ from training.defense.data import StudyData as DefenseData
 from training.defense.measure import correct, mean
 from training.defense.observe import Decoder
 from training.defense.victim import to_images
-from training.defense_study import EPSILONS, Study, StudySettings
+from training.defense_study import EPSILONS, Attacker, Study, StudySettings
 
 # Gendered pairs that the bias study looks at, of each part: its time grows with them, its intervals hardly shrink.
 BIAS_LIMIT = 2_000
@@ -49,7 +51,29 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class OwnBiasData(BiasData):
-    """Pairs of one's own; of things without people there may be none."""
+    """Pairs of one's own; of things without people there may be none.
+
+    Attributes
+    ----------
+    unlimited : dict of str to array
+        The columns before `limited`, by which a caption is of a gender.
+    """
+
+    unlimited: dict[str, np.ndarray]
+
+    @property
+    def said(self) -> dict[str, np.ndarray]:
+        """The columns that say what a caption is of."""
+        return self.unlimited
+
+    def cluster(self, index: np.ndarray) -> np.ndarray:
+        """Return a number for each pair, shared by those of one group, or else of one image.
+
+        What a caption says besides the gender, which is how the corpus is clustered, may be the same for all:
+        "a photo of a woman", "a photo of a man".
+        """
+        names = group_names(self.columns)[index].astype(str)
+        return np.unique(names, return_inverse=True)[1]
 
     def things(self, part: str) -> np.ndarray:
         """Return the pairs of a part without a gender; all of them where those are few."""
@@ -92,20 +116,11 @@ def calibrate_bias(
     Raises
     ------
     Skipped
-        Where too few pairs say a gender.
+        Where too few pairs say a gender, or too few groups or captions.
     """
     columns = limited(selection)
-    for parts, least in (
-        (("fit", "pool"), MIN_FITTED),
-        (("validation",), MIN_JUDGED),
-        (("test",), MIN_JUDGED),
-    ):
-        gender = columns["gender"][selection.where(*parts)]
-        for who in PEOPLE:
-            found = int((gender == who).sum())
-            if found < least:
-                raise Skipped(f"{found} pairs of {' and '.join(parts)} are of a {who}; {least} are needed")
-    data = OwnBiasData(selection.embeddings, columns, gender_direction(*people))
+    data = OwnBiasData(selection.embeddings, columns, gender_direction(*people), selection.columns)
+    check_people(data)
     audit = AuditSettings(
         data.embeddings.logit_scale, settings.resamples, settings.resamples, MIN_GROUP, settings.seed
     )
@@ -116,6 +131,33 @@ def calibrate_bias(
         raise Skipped(str(error)) from error
     prompts = {who: tuple(prompt.format(who) for prompt in PROMPTS) for who in PEOPLE}
     return replace(calibration, prompts=prompts), figures
+
+
+def check_people(data: OwnBiasData) -> None:
+    """Raise Skipped unless pairs and captions of either gender are enough, and of enough groups for intervals."""
+    for parts, least in (
+        (("fit", "pool"), MIN_FITTED),
+        (("validation",), MIN_JUDGED),
+        (("test",), MIN_JUDGED),
+    ):
+        index = data.people(*parts)
+        for who in PEOPLE:
+            pairs = index[data.gender[index] == GENDER[who]]
+            where = " and ".join(parts)
+            if len(pairs) < least:
+                raise Skipped(f"{len(pairs)} pairs of {where} are of a {who}; {least} are needed")
+            check_groups(data, pairs, f"the pairs of {where} that are of a {who}")
+    captions = data.captions()
+    for who in PEOPLE:
+        pairs = captions.pair[captions.gender == GENDER[who]]
+        check_groups(data, pairs, f"the captions that only pairs of a {who} have")
+
+
+def check_groups(data: OwnBiasData, pairs: np.ndarray, what: str) -> None:
+    """Raise Skipped where pairs are of too few groups or images for an interval."""
+    found = len(np.unique(data.cluster(pairs)))
+    if found < MIN_CLUSTERS:
+        raise Skipped(f"{what} are of {found} groups or images; {MIN_CLUSTERS} are needed")
 
 
 def nothing(line: str) -> None:
@@ -161,10 +203,16 @@ class Pictures:
         return to_images(np.stack(pixels)), np.array(found)
 
 
-def defense_data(selection: Selection, settings: BuildSettings) -> DefenseData:
-    """Return what the defence is calibrated and judged on: halves of validation, and test.
+def defense_data(selection: Selection, settings: BuildSettings) -> tuple[DefenseData, DefenseData]:
+    """Return what the defence is calibrated on, and the same among the labels of test images too, to report on.
 
-    An image's label is its column `label`, or its caption.
+    Halves of validation calibrate it. A label that only test images have is no target of the attacks that calibrate
+    it, and no wrong answer of the filters that are chosen. An image's label is its column `label`, or its caption.
+
+    Raises
+    ------
+    Skipped
+        Where images cannot be read again, or validation has a single label.
     """
     embeddings, columns = selection.embeddings, selection.columns
     captions = columns["caption"].astype(str)
@@ -172,31 +220,39 @@ def defense_data(selection: Selection, settings: BuildSettings) -> DefenseData:
     rng = np.random.default_rng(settings.seed)
     validation = rng.permutation(selection.where("validation"))
     validation = validation[label[validation] != ""]
+    if len(np.unique(label[validation])) < 2:
+        raise Skipped("validation images of two labels are needed")
     first = split_by_concept(label[validation], settings.seed)
     pictures = Pictures(selection, settings)
     halves = [pictures.read(validation[half][:CLEAN_LIMIT]) for half in (first, ~first)]
     test = rng.permutation(selection.where("test"))
     tested = pictures.read(test[label[test] != ""][: settings.attack_images])
-    labels = np.unique(label[np.concatenate([index for _, index in (*halves, tested)])])
+    known = np.unique(label[np.concatenate([index for _, index in halves])])
     names, count = np.unique(label[selection.where("fit", "pool", "validation")], return_counts=True)
     bundled = np.sort(names[names != ""][np.argsort(-count[names != ""], kind="stable")[:LABEL_LIMIT]])
     towers = embedder(settings.work / "clip", settings.device)
+    bundled_units = towers.texts(bundled.tolist())
 
-    def drawings(found: tuple[torch.Tensor, np.ndarray]) -> Drawings:
-        return Drawings(found[0], np.searchsorted(labels, label[found[1]]))
+    def among(labels: np.ndarray) -> DefenseData:
+        def drawings(found: tuple[torch.Tensor, np.ndarray]) -> Drawings:
+            of = label[found[1]]
+            inside = np.isin(of, labels)
+            return Drawings(found[0][torch.from_numpy(inside)], np.searchsorted(labels, of[inside]))
 
-    return DefenseData(
-        clean_units=embeddings.images[selection.where("fit", "pool")],
-        calibration=drawings(halves[0]),
-        evaluation=drawings(halves[1]),
-        calibration_clean=halves[0][0],
-        evaluation_clean=halves[1][0],
-        test=drawings(tested),
-        labels=tuple(labels.tolist()),
-        texts=torch.from_numpy(towers.texts(labels.tolist())),
-        bundled=tuple(bundled.tolist()),
-        bundled_units=towers.texts(bundled.tolist()),
-    )
+        return DefenseData(
+            clean_units=embeddings.images[selection.where("fit", "pool")],
+            calibration=drawings(halves[0]),
+            evaluation=drawings(halves[1]),
+            calibration_clean=halves[0][0],
+            evaluation_clean=halves[1][0],
+            test=drawings(tested),
+            labels=tuple(labels.tolist()),
+            texts=torch.from_numpy(towers.texts(labels.tolist())),
+            bundled=tuple(bundled.tolist()),
+            bundled_units=bundled_units,
+        )
+
+    return among(known), among(np.union1d(known, label[tested[1]]))
 
 
 def calibrate_defense(
@@ -207,9 +263,9 @@ def calibrate_defense(
     Raises
     ------
     Skipped
-        Where the images cannot be read again.
+        Where the images cannot be read again, or have too few labels.
     """
-    data = defense_data(selection, settings)
+    data, reported = defense_data(selection, settings)
     sizes = StudySettings(
         images=2 * min(settings.attack_images, len(data.calibration.truth)),
         steps=settings.attack_steps,
@@ -224,20 +280,22 @@ def calibrate_defense(
             "steps": sizes.steps,
             "false_positive_rate": FALSE_POSITIVES,
         },
-        "labels": len(data.labels),
-        "test": test_figures(study, calibration, data.test, tell),
+        "labels": len(reported.labels),
+        "test": test_figures(study, calibration, reported, tell),
     }
     return replace(calibration, figures=figures), figures
 
 
 def test_figures(
-    study: Study, calibration: DefenseCalibration, drawings: Drawings, tell: Callable[[float], None]
+    study: Study, calibration: DefenseCalibration, reported: DefenseData, tell: Callable[[float], None]
 ) -> list[dict[str, Any]]:
     """Return, for clean and for attacked test images, the share called adversarial and accuracy before and after."""
-    decoder, texts, truth = Decoder.of(study.dictionary), study.data.texts.numpy(), drawings.truth
+    decoder, drawings = Decoder.of(study.dictionary), reported.test
+    texts, truth = reported.texts.numpy(), drawings.truth
+    attacker = Attacker(study.victim, reported, study.settings.steps, study.kept)
     rows = []
     for epsilon in (0, *EPSILONS):
-        images = study.attacker.attack("pgd", epsilon, drawings) if epsilon else drawings.images
+        images = attacker.attack("pgd", epsilon, drawings) if epsilon else drawings.images
         observed = study.observe(images)
         row: dict[str, Any] = {"attack": f"PGD, {epsilon} / 255" if epsilon else "none", "images": len(truth)}
         row["accuracy"] = mean(correct(observed.unit, texts, truth))

@@ -91,7 +91,7 @@ async def test_a_bad_item_fails_the_stream_and_is_named_by_its_place(opened: Ope
 
 
 async def test_bad_items_are_skipped_and_named_when_the_caller_says_so(opened: Open) -> None:
-    items = people(12)
+    items = people(18)
     broken = common_pb2.Input(image=common_pb2.Image(data=b"no picture"))
     items[3] = pb.LabelledItem(id="broken", input=broken, gender=pb.GENDER_MAN)
     items[5] = pb.LabelledItem(id="empty")
@@ -103,7 +103,7 @@ async def test_bad_items_are_skipped_and_named_when_the_caller_says_so(opened: O
     skipped = {item.index: (item.id, item.reason) for item in answer.skipped_items}
     assert skipped == {3: ("broken", "IMAGE_FORMAT_UNSUPPORTED"), 5: ("empty", "INVALID_INPUT")}
     assert answer.skipped_items[0].message == "input: value is required"
-    assert answer.women + answer.men + answer.ungendered == 10
+    assert answer.women + answer.men + answer.ungendered == 16
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ async def test_skipping_bad_items_lets_no_bad_message_through(
     skip = settings_message(on_bad_item=pb.BAD_ITEM_POLICY_SKIP)
     async with opened() as service:
         with pytest.raises(aio.AioRpcError) as caught:
-            await service.bias.AuditGender(iter([skip, batch(people(12)), message]))
+            await service.bias.AuditGender(iter([skip, batch(people(15)), message]))
     assert caught.value.code() is CODE.INVALID_ARGUMENT
     assert error_details(caught.value)[:2] == ("INVALID_INPUT", [field])
 
@@ -138,6 +138,7 @@ NO_FEATURE = pb.Ablation(label=common_pb2.MODALITY_LABEL_TEXT, dictionary="neuro
         ([settings_message(), settings_message()], "INVALID_INPUT", ["settings"]),
         ([settings_message()], "NOT_ENOUGH_ITEMS", []),
         ([settings_message(), batch(people(3))], "NOT_ENOUGH_ITEMS", []),
+        ([settings_message(), batch(people(8))], "NOT_ENOUGH_ITEMS", []),
         ([settings_message(), batch(people(9))], "TOO_MANY_ITEMS", ["items[8]"]),
         (
             [settings_message(ablations=[pb.Ablation(top_gender_features=1), NEURONS])],
@@ -163,14 +164,14 @@ async def test_only_so_many_audits_run_at_once(opened: Open) -> None:
     async with opened(max_concurrent_audits=1) as service:
         first = service.bias.AuditGender()
         await first.write(settings_message())
-        await first.write(batch(people(12)))
+        await first.write(batch(people(15)))
         while not service.model.items:
             await asyncio.sleep(0.01)
         with pytest.raises(aio.AioRpcError) as caught:
-            await service.bias.AuditGender(iter([settings_message(), batch(people(12))]))
+            await service.bias.AuditGender(iter([settings_message(), batch(people(15))]))
         await first.done_writing()
-        assert (await first).women == 4
-        assert (await service.bias.AuditGender(iter([settings_message(), batch(people(12))]))).women == 4
+        assert (await first).women == 5
+        assert (await service.bias.AuditGender(iter([settings_message(), batch(people(15))]))).women == 5
     assert caught.value.code() is CODE.RESOURCE_EXHAUSTED
     assert error_details(caught.value)[2] is not None
 
@@ -181,10 +182,10 @@ async def test_an_idle_audit_gives_up_its_place(opened: Open) -> None:
         await idle.write(settings_message())
         with pytest.raises(aio.AioRpcError) as caught:
             await idle
-        answer = await service.bias.AuditGender(iter([settings_message(), batch(people(12))]))
+        answer = await service.bias.AuditGender(iter([settings_message(), batch(people(15))]))
     assert caught.value.code() is CODE.ABORTED
     assert error_details(caught.value)[0] == "STREAM_IDLE"
-    assert answer.women == 4
+    assert answer.women == 5
 
 
 async def test_an_audit_ends_at_its_deadline_and_frees_its_place(opened: Open) -> None:
@@ -194,8 +195,8 @@ async def test_an_audit_ends_at_its_deadline_and_frees_its_place(opened: Open) -
             await service.bias.AuditGender(iter([long, batch(people(120))]), timeout=1.5)
         assert caught.value.code() is CODE.DEADLINE_EXCEEDED
         # The thread that computes is one: the next audit is answered once the first has felt that its caller is gone.
-        answer = await service.bias.AuditGender(iter([settings_message(), batch(people(12))]), timeout=60)
-    assert answer.women == 4
+        answer = await service.bias.AuditGender(iter([settings_message(), batch(people(15))]), timeout=60)
+    assert answer.women == 5
 
 
 async def test_an_audit_that_waits_for_the_encoder_is_no_refused_call(opened: Open) -> None:
@@ -203,12 +204,12 @@ async def test_an_audit_that_waits_for_the_encoder_is_no_refused_call(opened: Op
         backlog = service.server._encoders[0]._backlog
         with backlog.admitted(12):
             audit = asyncio.ensure_future(
-                service.bias.AuditGender(iter([settings_message(), batch(people(12))]))
+                service.bias.AuditGender(iter([settings_message(), batch(people(15))]))
             )
             # As long as ten of its questions whether there is room.
             await asyncio.sleep(0.2)
             assert not service.model.items and not backlog.overloaded
-        assert (await audit).women == 4
+        assert (await audit).women == 5
 
 
 def test_ten_thousand_items_take_the_memory_that_the_settings_say() -> None:

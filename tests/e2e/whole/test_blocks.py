@@ -109,10 +109,11 @@ def write_labels(path: Path) -> None:
 
 
 def write_pairs(path: Path, captions: list[str]) -> None:
-    """The table of the quickstart: every picture three times, with and without a gender."""
+    """The table of the quickstart: every picture of two people, three times each, with and without a gender."""
     rows = [
-        f"pictures/{i}.png,{caption} {gender},{i},{gender},cook"
+        f"pictures/{i}.png,{caption} {gender},{i}-{person},{gender},cook"
         for i, caption in enumerate(captions)
+        for person in range(2)
         for gender in ("woman", "man", "")
     ]
     path.write_text("\n".join(["image,text,group,gender,profession", *rows]))

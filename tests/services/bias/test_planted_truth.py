@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from services.bias.cases import UNGENDERED, WOMAN
 from services.bias.gender import gender_scores
 from services.bias.leace import Leace
 from services.bias.plan import Plan
+from services.errors import NotEnoughItems
 from services.modalities import Modality
 from tests.services.bias.planted import (
     CONSTANT,
@@ -73,12 +75,58 @@ def test_removing_the_gender_features_is_an_effect_that_random_features_do_not_h
     assert found.probe.before.value > 0.9
 
 
-def test_a_probe_that_no_fold_can_train_is_undefined_and_no_erasure() -> None:
+def test_a_probe_that_no_fold_can_train_is_undefined_and_no_erasure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # So few clusters that every one of the women can be in one fold.
+    monkeypatch.setattr(services.bias.audit, "MIN_CLUSTERS", 1)
     world = make_world(items=60)
     women_in_one = np.where(world.cases.gender == WOMAN, 0, np.arange(1, 61))
     cases = replace(world.cases, cluster=women_in_one)
     found = audit_of(replace(world, cases=cases), [WOMAN_FEATURE])
     assert np.isnan([found.probe.before.value, found.probe.after.value, found.probe.difference.value]).all()
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [
+        lambda gender: np.zeros(len(gender), np.int64),
+        lambda gender: np.arange(len(gender)) % 4,
+        lambda gender: np.where(gender == WOMAN, 0, np.arange(len(gender))),
+    ],
+    ids=["one", "four", "one of women"],
+)
+def test_items_of_too_few_clusters_are_refused_for_their_intervals_would_have_no_width(
+    world: World, cluster: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    cases = replace(world.cases, cluster=cluster(world.cases.gender))
+    with pytest.raises(NotEnoughItems, match="independent items"):
+        audit_of(replace(world, cases=cases), [WOMAN_FEATURE])
+
+
+def test_a_skew_of_one_cluster_has_no_interval_and_is_no_effect(world: World) -> None:
+    ungendered = world.cases.gender == UNGENDERED
+    one = np.where(ungendered, -1, np.arange(len(world.cases)))
+    before = gender_scores(world.cases.e, world.direction)
+    # All of them are now called women, for certain.
+    after = before + 2.0 * ungendered
+    found = audit_scores(replace(world.cases, cluster=one), before, after, SETTINGS)
+    skew = found.recalibrated["skew"]
+    assert skew.difference.value != 0
+    assert np.isnan([e.low for e in (skew.before, skew.after, skew.difference)]).all()
+    assert found.verdict is Verdict.NO_EFFECT
+    assert audit_scores(world.cases, before, after, SETTINGS).verdict is Verdict.EFFECT
+
+
+def test_the_figures_of_a_profession_of_one_cluster_have_no_intervals(world: World) -> None:
+    guard = world.cases.profession == "guard"
+    cases = replace(world.cases, cluster=np.where(guard, -1, np.arange(len(world.cases))))
+    of_guard, *others = sorted(
+        audit_of(replace(world, cases=cases), [WOMAN_FEATURE]).professions, key=lambda p: p.name != "guard"
+    )
+    for change in (of_guard.accuracy, of_guard.auc, of_guard.p_woman):
+        assert not np.isnan(change.difference.value) and np.isnan(change.difference.low)
+    assert not np.isnan([p.p_woman.difference.low for p in others]).any()
 
 
 def test_removing_no_feature_changes_no_order_and_has_no_p_value(world: World) -> None:
