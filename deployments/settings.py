@@ -202,14 +202,17 @@ class Settings(BaseSettings):
     max_concurrent_calls: int = Field(
         512, ge=1, description="RPCs in progress at once; one more is refused, so that memory is bounded."
     )
-    max_concurrent_audits: int = Field(
-        2, ge=1, description="AuditGender streams at once on one gateway; bounds the memory of all of them."
+    max_client_streams: int = Field(
+        4,
+        ge=1,
+        description="AuditGender and ScoreModality streams at once on one gateway. What they keep stays until they are "
+        "answered, so this bounds the memory of all of them; one more is refused.",
     )
-    audit_idle_s: float = Field(
+    client_stream_idle_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds that an AuditGender stream may send nothing before it is ended: what it keeps takes one "
-        "of `max_concurrent_audits` places, which others wait for.",
+        description="Seconds that an AuditGender or ScoreModality stream may send nothing before it is ended: it has "
+        "one of `max_client_streams` places, which others wait for.",
     )
     max_queued_items: int = Field(
         1_024,

@@ -103,11 +103,13 @@ class Backlog:
     @property
     def overloaded(self) -> bool:
         """Whether a good part of the last requests had to be refused."""
+        # Refusals fade also while no request comes.
+        self._pass_time()
         return self._refused.value > max(1.0, _OVERLOADED * self._asked.value)
 
     @property
     def full(self) -> bool:
-        """Whether a request of one item would be refused now, and so any but a large one."""
+        """Whether a request of one item would be refused now; a larger one may wait for more."""
         return bool(self._callers) and not self._fits(1, False)
 
     def before(self, items: int) -> int:

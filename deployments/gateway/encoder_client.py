@@ -88,9 +88,13 @@ class EncoderClient:
         )
 
     @property
-    def full(self) -> bool:
-        """Whether a request of one item would be refused now; not while no encoder is left, when calls wait for one."""
-        return self._alive() and self._backlog.full
+    def shut(self) -> bool:
+        """Whether requests are refused before their size is known.
+
+        Only under overload, when reading what will be refused takes the time of the others. A burst is let in to be
+        read: a large request may wait for longer than a single item. While no encoder is left, calls wait for one.
+        """
+        return self._alive() and self._backlog.overloaded and self._backlog.full
 
     @property
     def replicas(self) -> int:
@@ -99,7 +103,7 @@ class EncoderClient:
         return max(1, len(self._heard_since(began))) if self._alive() else 0
 
     def refuse(self) -> None:
-        """Count a call that was refused at the door because all encoders are full."""
+        """Count a call that was refused at the door because all encoders are overloaded."""
         self._backlog.refuse()
 
     async def encode(self, work: Work, remaining_s: float | None = None) -> Encoded:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -28,11 +29,22 @@ from services.errors import (
     SteeringUnsupported,
     UnknownDictionary,
     UnknownFeature,
+    Violation,
 )
 
 DOMAIN = "monofacet"
 STARTING = "the models are being loaded; try later"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
+# Bytes of a serialised status. It travels in the trailing metadata, of which a receiver takes 8 KiB: above, gRPC's own
+# library refuses it now and then, and always above 16 KiB, and the caller reads RESOURCE_EXHAUSTED without a reason.
+# A peer that counts base64 finds 5.3 KiB here, and beside it the message again and the request's id.
+MAX_STATUS_BYTES = 4 * 1024
+# Bytes of UTF-8 of a status message; percent-encoded it may be three times as long.
+MAX_MESSAGE_BYTES = 512
+# Likewise of one field path: a name that the caller chose may be in it.
+_MAX_FIELD_BYTES = 256
+# Of what wraps a detail: its type's address, tags and lengths.
+_WRAPPING_BYTES = 64
 
 log = logging.getLogger("monofacet.gateway")
 
@@ -181,6 +193,31 @@ def _pack(status: status_pb2.Status, detail: object) -> None:
     status.details.append(packed)
 
 
+def _cut(text: str, max_bytes: int) -> str:
+    """Return `text` with its end left out where it has more than `max_bytes` of UTF-8."""
+    encoded = text.encode()
+    if len(encoded) <= max_bytes:
+        return text
+    return encoded[: max_bytes - 3].decode(errors="ignore") + "..."
+
+
+def _bad_request(violations: Sequence[Violation], room: int) -> error_details_pb2.BadRequest:
+    """Return the first violations, as many as `room` bytes hold; where not all are, a last one counts the others."""
+    bad = error_details_pb2.BadRequest()
+    listed = bad.field_violations
+    for field, description in violations:
+        listed.add(field=_cut(field, _MAX_FIELD_BYTES), description=_cut(description, MAX_MESSAGE_BYTES))
+        if bad.ByteSize() > room:
+            break
+    while bad.ByteSize() > room:
+        # What counts the others takes the place of a violation, and may need more room than it left.
+        del listed[-2:]
+        left = len(violations) - len(listed)
+        field = _cut(violations[len(listed)][0], _MAX_FIELD_BYTES)
+        listed.add(field=field, description=f"and {left} more like it")
+    return bad
+
+
 def describe(
     error: BaseException, retry_after_s: float, request_id: str = ""
 ) -> tuple[grpc.StatusCode, status_pb2.Status]:
@@ -198,8 +235,8 @@ def describe(
 
     Returns
     -------
-    The status code, and the rich status: ErrorInfo always, BadRequest for fields at fault, RetryInfo when
-    the call may be repeated.
+    The status code, and the rich status of at most `MAX_STATUS_BYTES`: ErrorInfo always, BadRequest for fields at
+    fault (the first of them where there are many), RetryInfo when the call may be repeated.
     """
     told, error = error, unwrapped(error)
     answer = answer_for(error)
@@ -211,14 +248,12 @@ def describe(
     else:
         message = answer.message or str(error)
     own = error.reason if isinstance(error, MonofacetError) else "INTERNAL"
-    status = status_pb2.Status(code=answer.code.value[0], message=message)
+    status = status_pb2.Status(code=answer.code.value[0], message=_cut(message, MAX_MESSAGE_BYTES))
     metadata = {"request_id": request_id} if request_id else {}
     _pack(status, error_details_pb2.ErrorInfo(reason=answer.reason or own, domain=DOMAIN, metadata=metadata))
     if isinstance(error, InvalidInput | UnknownModel) and error.violations:
-        bad = error_details_pb2.BadRequest()
-        for field, description in error.violations:
-            bad.field_violations.add(field=field, description=description)
-        _pack(status, bad)
+        room = MAX_STATUS_BYTES - status.ByteSize() - _WRAPPING_BYTES
+        _pack(status, _bad_request(error.violations, room))
     if answer.retry:
         retry_after_s = getattr(error, "retry_after_s", None) or retry_after_s
         delay = duration_pb2.Duration(nanos=round(retry_after_s % 1 * 1e9), seconds=int(retry_after_s))

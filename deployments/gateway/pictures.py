@@ -16,8 +16,10 @@ from services.manifest import DiffusionEntry
 
 REQUEST_CHUNK = "monofacet.request"
 BUNDLE_CHUNK = "monofacet.bundle"
-# Bytes of reference pictures that a PNG carries; beyond it carries the request without them, and says so.
-MAX_REFERENCES = 1024 * 1024
+# Bytes of the JSON that a PNG carries; of a larger request it carries what is left without its reference pictures, and
+# says so. Pillow opens no PNG with a text chunk above 1,048,576 bytes unpacked, and JSON writes a picture in base64, a
+# third larger than it is: so it is the JSON that counts.
+MAX_REQUEST = 1_000_000
 REFERENCES_LEFT_OUT = "monofacet.references-left-out"
 
 
@@ -44,16 +46,33 @@ def picture(
         return buffer.getvalue()
     chunks = PIL.PngImagePlugin.PngInfo()
     if request is not None:
-        told = pb.GenerateRequest()
-        told.CopyFrom(request)
-        if told.ByteSize() > MAX_REFERENCES:
-            leave_out_references(told)
+        text, whole = carried(request)
+        if not whole:
             chunks.add_text(REFERENCES_LEFT_OUT, "true")
-        text = json_format.MessageToJson(told, indent=None, ensure_ascii=False)
         chunks.add_itxt(REQUEST_CHUNK, text, zip=True)
         chunks.add_text(BUNDLE_CHUNK, bundle)
     image.save(buffer, "PNG", pnginfo=chunks, compress_level=6)
     return buffer.getvalue()
+
+
+def carried(request: pb.GenerateRequest) -> tuple[str, bool]:
+    """Return the request as one line of JSON of at most `MAX_REQUEST` bytes, and whether it is the whole request."""
+    told = pb.GenerateRequest()
+    told.CopyFrom(request)
+    text = _json(told)
+    whole = len(text.encode()) <= MAX_REQUEST
+    if not whole:
+        leave_out_references(told)
+        text = _json(told)
+        if len(text.encode()) > MAX_REQUEST:
+            # Edits of tens of thousands of features each; the two texts of a request always fit.
+            told.ClearField("steering")
+            text = _json(told)
+    return text, whole
+
+
+def _json(request: pb.GenerateRequest) -> str:
+    return json_format.MessageToJson(request, indent=None, ensure_ascii=False)
 
 
 def leave_out_references(request: pb.GenerateRequest) -> None:

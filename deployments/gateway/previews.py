@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,7 +74,10 @@ class SteeringPreviews:
         self._settings = settings
         self._spaces: dict[str, FeatureSpace] = {}
         self._captions: tuple[list[str], NDArray[np.float32]] | None = None
+        # Rows of the first captions, while the others are still to be encoded.
+        self._rows = [np.zeros((0, catalogue.bundle.clip_config.embed_dim), np.float32)]
         self._encoding = asyncio.Lock()
+        self._stream = secrets.token_hex(8)
 
     async def preview(
         self,
@@ -137,15 +141,20 @@ class SteeringPreviews:
         return near
 
     async def _known_captions(self) -> tuple[list[str], NDArray[np.float32]]:
-        """Return captions and their unit embeddings, float32, shape (captions, d); encoded at the first call."""
+        """Return captions and their unit embeddings, float32, shape (captions, d); encoded at the first call.
+
+        What is encoded is kept when a call ends before its time, and the next call goes on from there: on a slow tower
+        no call might live long enough for all. As a stream the captions wait where a call would be refused.
+        """
         async with self._encoding:
             if self._captions is None:
                 texts = captions(self._catalogue)
-                rows = [np.zeros((0, self._catalogue.bundle.clip_config.embed_dim), np.float32)]
-                for start in range(0, len(texts), _CHUNK):
+                for start in range(sum(map(len, self._rows)), len(texts), _CHUNK):
                     part = tuple(texts[start : start + _CHUNK])
-                    rows.append((await self._encoder.encode(Work(part, truncate_text=True))).unit)
-                self._captions = texts, np.concatenate(rows)
+                    work = Work(part, truncate_text=True, stream=self._stream)
+                    self._rows.append((await self._encoder.encode_patiently(work)).unit)
+                self._captions = texts, np.concatenate(self._rows)
+                self._rows.clear()
         return self._captions
 
 

@@ -30,6 +30,7 @@ from deployments.access.check import open_certificate, open_tokens
 from deployments.access.scopes import check_scopes, methods_of
 from deployments.gateway.bundles import Backend, Bundles, Routed
 from deployments.gateway.catalogue import Catalogue
+from deployments.gateway.client_streams import ClientStreams
 from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient, Send
 from deployments.gateway.interceptors.access import TokenLimits, access_layer, admitted_token
@@ -130,6 +131,7 @@ class GatewayServer:
         self._bundles = Bundles([catalogue, *others])
         self.metrics = Metrics()
         self._admission = Admission(settings.max_concurrent_calls)
+        self._client_streams = ClientStreams(settings.max_client_streams, settings.client_stream_idle_s)
         self._health = health.aio.HealthServicer()
         self._certificate = open_certificate(settings, self.metrics.tls_expiry.set)
         self._traces, self._stop_traces = None, _nothing
@@ -195,11 +197,11 @@ class GatewayServer:
         )
 
     def _shut(self, method: str) -> bool:
-        """Return whether a call must be refused because every encoder has all the work that it can take.
+        """Return whether a call is refused unread because every encoder is overloaded.
 
         With several bundles one of them may still take the call, and its own backlog decides.
         """
-        if method not in ENCODING or not self._encoders or not all(e.full for e in self._encoders):
+        if method not in ENCODING or not self._encoders or not all(e.shut for e in self._encoders):
             return False
         for encoder in self._encoders:
             encoder.refuse()
@@ -289,6 +291,7 @@ class GatewayServer:
     def _servicers(self, name: str, backend: Backend) -> dict[str, Any]:
         """Return the servicers of one bundle, by the name of their service."""
         settings, catalogue, metrics = self._settings, self._bundles[name], self.metrics
+        streams = self._client_streams
 
         def traced(queue_s: float, inference_s: float) -> None:
             encoder_spans(self._traces, queue_s, inference_s)
@@ -310,8 +313,12 @@ class GatewayServer:
         run_audit = cast(RunAudit, backend.score)
         return {
             "FeatureService": FeatureServicer(encoder, catalogue, settings, metrics),
-            "ModalityService": ModalityServicer(encoder, backend.score, catalogue, settings, metrics),
-            "BiasService": BiasServicer(encoder, run_audit, catalogue, decoders, scale, settings, metrics),
+            "ModalityService": ModalityServicer(
+                encoder, backend.score, catalogue, streams, settings, metrics
+            ),
+            "BiasService": BiasServicer(
+                encoder, run_audit, catalogue, decoders, scale, streams, settings, metrics
+            ),
             "DefenseService": DefenseServicer(encoder, catalogue, decoders, scale, settings, metrics),
             "ImagingService": ImagingServicer(
                 encoder,

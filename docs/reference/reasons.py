@@ -55,7 +55,7 @@ BY_CONTENT = {
 }
 # And what single methods may be refused for besides.
 BY_METHOD = {
-    "ScoreModality": ("NOT_ENOUGH_PAIRS", "TOO_MANY_PAIRS"),
+    "ScoreModality": ("NOT_ENOUGH_PAIRS", "STREAM_IDLE", "TOO_MANY_PAIRS"),
     "ClassifyGender": ("MODEL_NOT_CALIBRATED",),
     "AuditGender": ("MODEL_NOT_CALIBRATED", "NOT_ENOUGH_ITEMS", "STREAM_IDLE", "TOO_MANY_ITEMS"),
     "FilterAdversarial": ("MODEL_NOT_CALIBRATED",),

@@ -119,6 +119,9 @@ def test_a_refusal_now_and_then_is_no_overload() -> None:
     for _ in range(5):
         known.refuse()
     assert known.overloaded
+    # Nobody came in the meantime.
+    clock.now += 10
+    assert not known.overloaded
 
 
 def test_a_slow_server_keeps_its_pipeline_filled_while_it_is_overloaded() -> None:

@@ -14,7 +14,7 @@ import services.errors
 from deployments.access import tokens
 from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
 from deployments.gateway import errors
-from deployments.gateway.errors import DOMAIN, TABLE, describe
+from deployments.gateway.errors import DOMAIN, MAX_MESSAGE_BYTES, MAX_STATUS_BYTES, TABLE, describe
 from services.errors import BundleError, InvalidInput, MonofacetError
 
 CODE = grpc.StatusCode
@@ -150,3 +150,28 @@ def test_an_error_that_knows_when_to_come_back_says_so() -> None:
 def test_every_error_carries_its_request_id() -> None:
     _, status = describe(QueueFull(), 0.5, "abc")
     assert details(status)["ErrorInfo"].metadata["request_id"] == "abc"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("count", [1, 2, 40, 100, 256, 4_096])
+@pytest.mark.parametrize("what", ["short", "101 tokens; the context holds 77", "long " * 200], ids=len)
+def test_of_many_fields_at_fault_the_first_are_named_in_order_and_the_others_counted(
+    count: int, what: str
+) -> None:
+    fields = [f"inputs[{n}].text" for n in range(count)]
+    error = InvalidInput("m" * 2_000, [(field, what) for field in fields])
+    _, status = describe(error, 0.5, "r" * 128)
+    assert status.ByteSize() <= MAX_STATUS_BYTES
+    named = details(status)["BadRequest"].field_violations  # type: ignore[attr-defined]
+    assert [violation.field for violation in named] == fields[: len(named)]
+    left = count - len(named) + 1
+    assert named[-1].description == (f"and {left} more like it" if left > 1 else named[0].description)
+    assert len(named) >= min(count, 4)
+
+
+def test_an_overlong_message_and_field_are_cut_between_characters() -> None:
+    _, status = describe(InvalidInput("é" * 5_000, [("é" * 5_000, "é" * 5_000)]), 0.5)
+    (violation,) = details(status)["BadRequest"].field_violations  # type: ignore[attr-defined]
+    for text in (status.message, violation.field, violation.description):
+        assert text.endswith("é...")
+        assert len(text.encode()) <= MAX_MESSAGE_BYTES
+    assert status.ByteSize() <= MAX_STATUS_BYTES

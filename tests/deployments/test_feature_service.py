@@ -77,6 +77,20 @@ async def test_one_bad_input_stops_the_whole_request_and_every_bad_one_is_named(
     )  # fmt: skip
 
 
+async def test_a_full_request_of_bad_inputs_is_told_why(open_gateway: Open) -> None:
+    """A status of all of them has 17 kB, and gRPC gives its receiver RESOURCE_EXHAUSTED in its place."""
+    captions = pb.EncodeRequest(inputs=[text("x" * 101)] * 256)
+    async with open_gateway() as gateway:
+        # gRPC refuses at random what is a little smaller.
+        for _ in range(5):
+            with pytest.raises(aio.AioRpcError) as caught:
+                await gateway.features.Encode(captions)
+            assert caught.value.code() is CODE.INVALID_ARGUMENT
+            reason, fields, _ = error_details(caught.value)
+            assert reason == "TEXT_TOO_LONG"
+            assert fields == [f"inputs[{n}].text" for n in range(len(fields))]
+
+
 @pytest.mark.parametrize(
     ("request_", "code", "reason", "field"),
     [
@@ -422,16 +436,48 @@ async def test_a_stream_costs_messages_by_chunks_and_not_by_items(open_gateway: 
     assert len(sent) <= 15
 
 
-async def test_a_full_server_refuses_at_the_door_whatever_the_request_holds(open_gateway: Open) -> None:
-    encode = "/monofacet.v1.FeatureService/Encode"
-    async with open_gateway(max_batch_items=2, max_queue_s=0.001) as gateway:
+def singles(gateway: Any, count: int) -> list[asyncio.Future[Any]]:
+    """Send calls of one item each."""
+    return [
+        asyncio.ensure_future(gateway.features.Encode(pb.EncodeRequest(inputs=[text(str(n))])))
+        for n in range(count)
+    ]
+
+
+# Three times its own work is what a single may wait for, beside the one that runs: four fill such a server.
+SMALL = {"max_batch_items": 2, "max_queue_s": 0.001}
+
+
+async def test_a_large_request_that_may_wait_is_let_in_where_a_single_is_refused(open_gateway: Open) -> None:
+    async with open_gateway(**SMALL) as gateway:
+        backlog = gateway.server._encoders[0]._backlog
         gateway.model.hold()
-        # Three times its own work is what a single may wait for, beside the one that runs.
-        running = [
-            asyncio.ensure_future(gateway.features.Encode(pb.EncodeRequest(inputs=[text(str(n))])))
-            for n in range(4)
-        ]
-        await until(lambda: gateway.server._encoders[0].full)
+        running = singles(gateway, 4)
+        await until(lambda: backlog.items == 4)
+        assert backlog.full and not backlog.overloaded
+        # Four items are before it, fewer than three times its own.
+        many = pb.EncodeRequest(inputs=[text(f"large {n}") for n in range(4)])
+        large = asyncio.ensure_future(gateway.features.Encode(many))
+        await until(lambda: backlog.items == 8 or large.done())
+        gateway.model.release()
+        await asyncio.gather(*running)
+        assert len((await large).norms) == 4
+        assert gateway.sample("monofacet_rejected_total", reason="QUEUE_FULL") == 0
+
+
+async def test_an_overloaded_server_refuses_at_the_door_whatever_the_request_holds(
+    open_gateway: Open,
+) -> None:
+    encode = "/monofacet.v1.FeatureService/Encode"
+    async with open_gateway(**SMALL) as gateway:
+        gateway.model.hold()
+        running = singles(gateway, 4)
+        await until(lambda: gateway.server._encoders[0]._backlog.items == 4)
+        # More than a fifth of all.
+        for refused_call in singles(gateway, 4):
+            with pytest.raises(aio.AioRpcError):
+                await refused_call
+        assert gateway.server._encoders[0].shut
         with pytest.raises(aio.AioRpcError) as caught:
             # Bytes that are no message: nobody looked at them.
             await gateway.channel.unary_unary(encode)(b"\xff" * 50)
@@ -440,11 +486,11 @@ async def test_a_full_server_refuses_at_the_door_whatever_the_request_holds(open
         gateway.model.release()
         await asyncio.gather(*running)
         assert (await gateway.features.Encode(pb.EncodeRequest(inputs=[text("again")]))).norms
-        assert gateway.sample("monofacet_rejected_total", reason="QUEUE_FULL") == 1
+        assert gateway.sample("monofacet_rejected_total", reason="QUEUE_FULL") == 5
         refused = gateway.sample(
             "monofacet_request_duration_seconds_count", method=encode[1:], code="RESOURCE_EXHAUSTED"
         )
-    assert refused == 1
+    assert refused == 5
     assert caught.value.code() is CODE.RESOURCE_EXHAUSTED
     assert error_details(caught.value) == ("QUEUE_FULL", [], 0.25)
     assert "x-request-id" in dict(caught.value.trailing_metadata())

@@ -17,6 +17,7 @@ from services.bundle import Bundle
 from tests.deployments.conftest import Open, error_details
 
 CODE = grpc.StatusCode
+SETTINGS = pb.ScoreModalityRequest(settings=pb.ScoreSettings(bootstrap_samples=100, shuffles=100))
 
 
 def batch(*pairs: tuple[bytes, str]) -> pb.ScoreModalityRequest:
@@ -173,16 +174,47 @@ async def test_pairs_are_scored_with_the_settings_asked_for(open_gateway: Open, 
 
 
 async def test_a_score_that_waits_for_the_encoder_is_no_refused_call(open_gateway: Open) -> None:
-    settings = pb.ScoreModalityRequest(settings=pb.ScoreSettings(bootstrap_samples=100, shuffles=100))
     pairs = batch(*[(f"image {n}".encode(), f"text {n}") for n in range(6)])
     async with open_gateway(max_queued_items=16) as gateway:
         backlog = gateway.server._encoders[0]._backlog
         with backlog.admitted(12):
-            call = asyncio.ensure_future(gateway.modality.ScoreModality(iter([settings, pairs])))
+            call = asyncio.ensure_future(gateway.modality.ScoreModality(iter([SETTINGS, pairs])))
             # As long as ten of its questions whether there is room.
             await asyncio.sleep(0.2)
             assert not gateway.model.items and not backlog.overloaded
         assert (await call).pairs == 6
+
+
+async def test_only_so_many_scores_run_at_once(open_gateway: Open) -> None:
+    pairs = batch(*[(f"image {n}".encode(), f"text {n}") for n in range(6)])
+    async with open_gateway(max_client_streams=1) as gateway:
+        first = gateway.modality.ScoreModality()
+        await first.write(SETTINGS)
+        await first.write(pairs)
+        while not gateway.model.items:
+            await asyncio.sleep(0.01)
+        second = gateway.modality.ScoreModality()
+        # No more than the server waits for: grpc.aio replaces the status where a write fails (grpc/grpc#36066).
+        await second.write(SETTINGS)
+        with pytest.raises(aio.AioRpcError) as caught:
+            await second
+        await first.done_writing()
+        assert (await first).pairs == 6
+        assert (await gateway.modality.ScoreModality(iter([SETTINGS, pairs]))).pairs == 6
+    assert caught.value.code() is CODE.RESOURCE_EXHAUSTED
+    assert error_details(caught.value) == ("TOO_MANY_CALLS", [], 0.25)
+
+
+async def test_an_idle_score_gives_up_its_place(open_gateway: Open) -> None:
+    pairs = batch(*[(f"image {n}".encode(), f"text {n}") for n in range(6)])
+    async with open_gateway(max_client_streams=1, client_stream_idle_s=0.2) as gateway:
+        idle = gateway.modality.ScoreModality()
+        await idle.write(SETTINGS)
+        with pytest.raises(aio.AioRpcError) as caught:
+            await idle
+        assert (await gateway.modality.ScoreModality(iter([SETTINGS, pairs]))).pairs == 6
+    assert caught.value.code() is CODE.ABORTED
+    assert error_details(caught.value)[0] == "STREAM_IDLE"
 
 
 @pytest.mark.parametrize(

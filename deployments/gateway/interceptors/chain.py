@@ -134,7 +134,7 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
         Raises what the doors would, from the name and the metadata of a call: it is then refused inside them before
         its request is read, however large that is and whoever sends it.
     shut
-        Whether a method (by its name) takes no call now because the server is full. Its calls are refused inside
+        Whether a method (by its name) takes no call now because the server is overloaded. Its calls are refused inside
         `told` alone and before their requests are read: while many are refused, refusing must cost little.
     told
         The doors that name, count and word what happens to a call.

@@ -15,8 +15,8 @@ def deadlines_layer(default_s: float, longest_s: float = 0.0) -> Layer:
     Parameters
     ----------
     default_s
-        Seconds for a unary call whose caller set no deadline. A stream without one may last: it costs
-        only its window.
+        Seconds for a unary call whose caller set no deadline. A stream without one may last: StreamEncode costs
+        only its window, and what client streams keep is bounded by `ClientStreams`.
     longest_s
         Seconds that no call may pass, whatever its caller allows; 0 for no such limit.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import bias_service_pb2_grpc
@@ -14,9 +14,9 @@ from deployments.audit_request import AuditRequest
 from deployments.gateway.ablations import Ablations
 from deployments.gateway.audits import AuditItems, audit_settings
 from deployments.gateway.catalogue import Catalogue
+from deployments.gateway.client_streams import ClientStreams
 from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient
-from deployments.gateway.errors import StreamIdle, TooManyCalls
 from deployments.gateway.gender import classify_gender
 from deployments.gateway.interceptors.validation import validate
 from deployments.gateway.messages import check_texts, items_of, relocated, timings
@@ -28,7 +28,6 @@ from services.errors import InvalidInput, Violation
 if TYPE_CHECKING:
     from services.bias.audit import Audit
 
-Message = TypeVar("Message")
 RunAudit = Callable[[AuditRequest], Awaitable["tuple[Audit, ...]"]]
 
 _CLASSIFY = "monofacet.v1.BiasService/ClassifyGender"
@@ -52,6 +51,8 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         Labels and rows of the dictionaries.
     logit_scale
         Of the towers.
+    streams
+        Admits audits.
     settings, metrics
         Of the server.
     """
@@ -63,6 +64,7 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         catalogue: Catalogue,
         decoders: Decoders,
         logit_scale: float,
+        streams: ClientStreams,
         settings: Settings,
         metrics: Metrics,
     ) -> None:
@@ -70,10 +72,10 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         self._run_audit = run_audit
         self._ablations = Ablations(catalogue, decoders)
         self._logit_scale = logit_scale
+        self._streams = streams
         self._settings = settings
         self._metrics = metrics
         self._bundle = catalogue.bundle.id
-        self._audits = 0
 
     async def ClassifyGender(  # noqa: N802
         self, request: pb.ClassifyGenderRequest, context: Any
@@ -116,21 +118,16 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         """Audit ablations on the caller's items.
 
         Batches are read one at a time, and of each item only its embedding, active features and labels are
-        kept: at most `max_audit_items` of them, in `max_concurrent_audits` streams.
+        kept: at most `max_audit_items` of them, in `max_client_streams` streams.
         """
-        if self._audits >= self._settings.max_concurrent_audits:
-            raise TooManyCalls(f"{self._audits} audits are in progress; try later")
-        self._audits += 1
-        try:
-            return await self._audit(request_iterator, context)
-        finally:
-            self._audits -= 1
+        with self._streams.admitted(request_iterator) as requests:
+            return await self._audit(requests, context)
 
     async def _audit(
         self, requests: AsyncIterator[pb.AuditGenderRequest], context: Any
     ) -> pb.AuditGenderResponse:
         items: AuditItems | None = None
-        async for message in lively(requests, self._settings.audit_idle_s):
+        async for message in requests:
             is_settings = message.WhichOneof("payload") == "settings"
             if is_settings != (items is None):
                 what = "must be the first message, exactly once"
@@ -200,19 +197,6 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         )
         check_texts(work.items, self._settings.max_text_bytes)
         return await self._encoder.encode_patiently(work, context.time_remaining())
-
-
-async def lively(messages: AsyncIterator[Message], idle_s: float) -> AsyncIterator[Message]:
-    """Yield the messages of a stream; raise StreamIdle when the next one does not come within `idle_s` seconds."""
-    while True:
-        try:
-            async with asyncio.timeout(idle_s):
-                message = await anext(messages)
-        except StopAsyncIteration:
-            return
-        except TimeoutError:
-            raise StreamIdle(f"the stream sent nothing for {idle_s:g} s; begin again") from None
-        yield message
 
 
 def bad_items(error: InvalidInput) -> dict[int, InvalidInput]:

@@ -13,6 +13,7 @@ from monofacet.v1 import modality_service_pb2_grpc
 from deployments.gateway.cards import card, cards
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.classify import classify
+from deployments.gateway.client_streams import ClientStreams
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.interceptors.validation import validate
 from deployments.gateway.listing import matching, ordered, page_start, page_token
@@ -45,6 +46,8 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
         Computes a modality table away from this event loop.
     catalogue
         Tables and cards.
+    streams
+        Admits streams of pairs.
     settings, metrics
         Of the server.
     """
@@ -54,12 +57,14 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
         encoder: EncoderClient,
         score: Score,
         catalogue: Catalogue,
+        streams: ClientStreams,
         settings: Settings,
         metrics: Metrics,
     ) -> None:
         self._encoder = encoder
         self._score = score
         self._catalogue = catalogue
+        self._streams = streams
         self._settings = settings
         self._metrics = metrics
         self._bundle = catalogue.bundle.id
@@ -132,12 +137,18 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
         """Score the caller's pairs.
 
         Batches are read one at a time, and of each only the active features are kept: at most
-        `max_score_pairs` rows whatever the size of the images.
+        `max_score_pairs` rows whatever the size of the images, in `max_client_streams` streams.
         """
+        with self._streams.admitted(request_iterator) as requests:
+            return await self._scored(requests, context)
+
+    async def _scored(
+        self, requests: AsyncIterator[pb.ScoreModalityRequest], context: Any
+    ) -> pb.ScoreModalityResponse:
         asked = pb.ScoreSettings()
         scores: PairScores | None = None
         first = True
-        async for message in request_iterator:
+        async for message in requests:
             if message.WhichOneof("payload") == "settings":
                 if not first:
                     raise InvalidInput(

@@ -161,7 +161,7 @@ async def test_a_stream_that_cannot_be_audited_is_told_why(
 
 
 async def test_only_so_many_audits_run_at_once(opened: Open) -> None:
-    async with opened(max_concurrent_audits=1) as service:
+    async with opened(max_client_streams=1) as service:
         first = service.bias.AuditGender()
         await first.write(settings_message())
         await first.write(batch(people(15)))
@@ -177,7 +177,7 @@ async def test_only_so_many_audits_run_at_once(opened: Open) -> None:
 
 
 async def test_an_idle_audit_gives_up_its_place(opened: Open) -> None:
-    async with opened(max_concurrent_audits=1, audit_idle_s=0.2) as service:
+    async with opened(max_client_streams=1, client_stream_idle_s=0.2) as service:
         idle = service.bias.AuditGender()
         await idle.write(settings_message())
         with pytest.raises(aio.AioRpcError) as caught:
@@ -189,7 +189,7 @@ async def test_an_idle_audit_gives_up_its_place(opened: Open) -> None:
 
 
 async def test_an_audit_ends_at_its_deadline_and_frees_its_place(opened: Open) -> None:
-    async with opened(max_concurrent_audits=1) as service:
+    async with opened(max_client_streams=1) as service:
         long = settings_message(bootstrap_samples=10_000, null_sets=10_000)
         with pytest.raises(aio.AioRpcError) as caught:
             await service.bias.AuditGender(iter([long, batch(people(120))]), timeout=1.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -11,6 +12,13 @@ from grpc import aio
 from monofacet.v1 import common_pb2
 from monofacet.v1 import imaging_service_pb2 as pb
 
+from deployments.gateway import previews
+from deployments.gateway.catalogue import Catalogue
+from deployments.gateway.decoders import Decoders
+from deployments.gateway.encoder_client import EncoderClient
+from deployments.metrics import Metrics
+from deployments.settings import Settings
+from deployments.work import Encoded, Reply, Work
 from services.bundle import Bundle
 from tests.deployments.conftest import error_details
 from tests.deployments.imaging.conftest import Open, preview
@@ -91,3 +99,60 @@ async def test_quantiles_that_the_bundle_lacks_are_a_failed_precondition(open_ga
         with pytest.raises(aio.AioRpcError) as caught:
             await gateway.imaging.PreviewSteering(preview(edits=[edit]))
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+class SlowEncoder:
+    """Answers messages until it is told to stop; counts their items."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.sent: list[int] = []
+        self.going = asyncio.Event()
+        self.answers = 0
+
+    async def send(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
+        if not self.answers:
+            await self.going.wait()
+        self.answers -= 1
+        (work,) = works
+        count = len(work.items)
+        self.sent.append(count)
+        return Reply((Encoded(np.ones((count, self.dim), np.float32), np.ones(count, np.float32)),))
+
+
+async def test_captions_that_are_encoded_stay_so_when_their_caller_leaves(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(previews, "captions", lambda _: [f"caption {n}" for n in range(150)])
+    dim = tiny.clip_config.embed_dim
+    slow = SlowEncoder(dim)
+    encoder = EncoderClient(slow.send, Settings(), Metrics(), "debug")
+    known = previews.SteeringPreviews(encoder, Catalogue.read(tiny), Decoders(tiny), Settings())
+    for _ in range(2):
+        slow.answers = 1
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await known._near(3, np.ones(dim, np.float32))
+    assert slow.sent == [64, 64]
+    slow.answers = 1
+    (near,) = await known._near(3, np.ones(dim, np.float32))
+    assert [text for text, _ in near] == ["caption 0", "caption 1", "caption 2"]
+    # And never again.
+    await known._near(3, np.ones(dim, np.float32))
+    assert slow.sent == [64, 64, 22]
+
+
+async def test_captions_wait_for_a_full_encoder_and_are_no_refused_call(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(previews, "captions", lambda _: [f"caption {n}" for n in range(20)])
+    dim = tiny.clip_config.embed_dim
+    slow = SlowEncoder(dim)
+    slow.answers = 1
+    encoder = EncoderClient(slow.send, Settings(max_queued_items=32), Metrics(), "debug")
+    known = previews.SteeringPreviews(encoder, Catalogue.read(tiny), Decoders(tiny), Settings())
+    with encoder._backlog.admitted(32):
+        near = asyncio.ensure_future(known._near(3, np.ones(dim, np.float32)))
+        await asyncio.sleep(0.1)
+        assert not slow.sent and not near.done() and not encoder._backlog.overloaded
+    assert len((await near)[0]) == 3

@@ -1,0 +1,71 @@
+"""The guards of client streams: calls of which something of every message is kept until they are answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from deployments.gateway.errors import StreamIdle, TooManyCalls
+
+Message = TypeVar("Message")
+
+
+class ClientStreams:
+    """Bounds how many client streams there are, of all methods and bundles together, and how long they may be idle.
+
+    Flow control bounds what is on its way and not what is kept; and one who opens streams and sends nothing would
+    take the places of all others.
+
+    Parameters
+    ----------
+    max_streams
+        At once.
+    idle_s
+        Seconds that one may send nothing.
+    """
+
+    def __init__(self, max_streams: int, idle_s: float) -> None:
+        self._max_streams = max_streams
+        self._idle_s = idle_s
+        self._streams = 0
+
+    @contextmanager
+    def admitted(self, messages: AsyncIterator[Message]) -> Iterator[AsyncIterator[Message]]:
+        """Hold a stream's place from its first message, which says where it belongs, until it is answered.
+
+        Parameters
+        ----------
+        messages
+            Of the caller.
+
+        Returns
+        -------
+        The same messages, which end with StreamIdle when the next one does not come in time.
+
+        Raises
+        ------
+        TooManyCalls
+            When there are as many streams as allowed.
+        """
+        if self._streams >= self._max_streams:
+            raise TooManyCalls(f"{self._streams} client streams are in progress; try later")
+        self._streams += 1
+        try:
+            yield lively(messages, self._idle_s)
+        finally:
+            self._streams -= 1
+
+
+async def lively(messages: AsyncIterator[Message], idle_s: float) -> AsyncIterator[Message]:
+    """Yield the messages of a stream; raise StreamIdle when the next one does not come within `idle_s` seconds."""
+    while True:
+        try:
+            async with asyncio.timeout(idle_s):
+                message = await anext(messages)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            raise StreamIdle(f"the stream sent nothing for {idle_s:g} s; begin again") from None
+        yield message
