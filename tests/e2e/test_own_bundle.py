@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -117,6 +118,12 @@ def picture(pairs: Path) -> Path:
     return sorted((pairs / "images").iterdir())[0]
 
 
+@pytest.fixture(scope="module")
+def person(pairs: Path) -> Path:
+    with (pairs / "pairs.csv").open(encoding="utf-8") as file:
+        return pairs / next(row["path"] for row in csv.DictReader(file) if row["gender"])
+
+
 def test_a_build_that_was_killed_comes_to_the_same_bytes(bundles: tuple[Bundle, Bundle]) -> None:
     straight, resumed = bundles
     assert resumed.manifest.files == straight.manifest.files
@@ -153,8 +160,8 @@ def test_the_bundle_serves_its_towers_and_dictionaries(client: Client, picture: 
     assert found.top_features
 
 
-def test_people_are_classified_before_and_after_an_ablation(client: Client, picture: Path) -> None:
-    (item,) = client.classify_gender([picture], ablation=Ablation(top_gender_features=8)).classifications
+def test_people_are_classified_before_and_after_an_ablation(client: Client, person: Path) -> None:
+    (item,) = client.classify_gender([person], ablation=Ablation(top_gender_features=8)).classifications
     assert 0 < item.before.p_woman < 1
     assert item.after is not None
     assert item.after.p_woman != item.before.p_woman
