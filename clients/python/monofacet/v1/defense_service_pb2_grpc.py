@@ -49,7 +49,8 @@ class DefenseServiceServicer:
     def FilterAdversarial(self, request, context):
         """For each image: a verdict with its calibrated score, the features that an attack may have moved and why, and the
         embedding and zero-shot label before and after filtering. FAILED_PRECONDITION if the bundle has no defence
-        calibration. If one image is bad nothing runs: the call fails with INVALID_ARGUMENT and names every bad image.
+        calibration. If one image is bad nothing runs: the call fails with INVALID_ARGUMENT and names the bad
+        images, as Encode does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,8 @@ class DefenseServiceStub:
     FilterAdversarial: _grpc.UnaryUnaryMultiCallable[_defense_service_pb2.FilterAdversarialRequest, _defense_service_pb2.FilterAdversarialResponse]
     """For each image: a verdict with its calibrated score, the features that an attack may have moved and why, and the
     embedding and zero-shot label before and after filtering. FAILED_PRECONDITION if the bundle has no defence
-    calibration. If one image is bad nothing runs: the call fails with INVALID_ARGUMENT and names every bad image.
+    calibration. If one image is bad nothing runs: the call fails with INVALID_ARGUMENT and names the bad
+    images, as Encode does.
     """
 
 @_typing.type_check_only
@@ -47,7 +48,8 @@ class DefenseServiceAsyncStub(DefenseServiceStub):
     FilterAdversarial: _aio.UnaryUnaryMultiCallable[_defense_service_pb2.FilterAdversarialRequest, _defense_service_pb2.FilterAdversarialResponse]  # type: ignore[assignment]
     """For each image: a verdict with its calibrated score, the features that an attack may have moved and why, and the
     embedding and zero-shot label before and after filtering. FAILED_PRECONDITION if the bundle has no defence
-    calibration. If one image is bad nothing runs: the call fails with INVALID_ARGUMENT and names every bad image.
+    calibration. If one image is bad nothing runs: the call fails with INVALID_ARGUMENT and names the bad
+    images, as Encode does.
     """
 
 class DefenseServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -61,7 +63,8 @@ class DefenseServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_defense_service_pb2.FilterAdversarialResponse, _abc.Awaitable[_defense_service_pb2.FilterAdversarialResponse]]:
         """For each image: a verdict with its calibrated score, the features that an attack may have moved and why, and the
         embedding and zero-shot label before and after filtering. FAILED_PRECONDITION if the bundle has no defence
-        calibration. If one image is bad nothing runs: the call fails with INVALID_ARGUMENT and names every bad image.
+        calibration. If one image is bad nothing runs: the call fails with INVALID_ARGUMENT and names the bad
+        images, as Encode does.
         """
 
 def add_DefenseServiceServicer_to_server(servicer: DefenseServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -53,7 +53,8 @@ class FeatureServiceServicer:
 
     def Encode(self, request, context):
         """Encodes a batch of images and texts. If one input is bad nothing runs: the call fails with INVALID_ARGUMENT, and its
-        BadRequest detail names every bad input by a field path such as `inputs[2].image.data`.
+        BadRequest detail names the bad inputs by field paths such as `inputs[2].image.data`, the first of them where they
+        are too many for one status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

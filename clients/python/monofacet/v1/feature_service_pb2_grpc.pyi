@@ -35,7 +35,8 @@ class FeatureServiceStub:
     def __new__(cls, channel: _aio.Channel) -> FeatureServiceAsyncStub: ...
     Encode: _grpc.UnaryUnaryMultiCallable[_feature_service_pb2.EncodeRequest, _feature_service_pb2.EncodeResponse]
     """Encodes a batch of images and texts. If one input is bad nothing runs: the call fails with INVALID_ARGUMENT, and its
-    BadRequest detail names every bad input by a field path such as `inputs[2].image.data`.
+    BadRequest detail names the bad inputs by field paths such as `inputs[2].image.data`, the first of them where they
+    are too many for one status.
     """
     StreamEncode: _grpc.StreamStreamMultiCallable[_feature_service_pb2.StreamEncodeRequest, _feature_service_pb2.StreamEncodeResponse]
     """Encodes a corpus, item by item. The answers come in the order of the items, one an item; a bad item is its own
@@ -49,7 +50,8 @@ class FeatureServiceAsyncStub(FeatureServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Encode: _aio.UnaryUnaryMultiCallable[_feature_service_pb2.EncodeRequest, _feature_service_pb2.EncodeResponse]  # type: ignore[assignment]
     """Encodes a batch of images and texts. If one input is bad nothing runs: the call fails with INVALID_ARGUMENT, and its
-    BadRequest detail names every bad input by a field path such as `inputs[2].image.data`.
+    BadRequest detail names the bad inputs by field paths such as `inputs[2].image.data`, the first of them where they
+    are too many for one status.
     """
     StreamEncode: _aio.StreamStreamMultiCallable[_feature_service_pb2.StreamEncodeRequest, _feature_service_pb2.StreamEncodeResponse]  # type: ignore[assignment]
     """Encodes a corpus, item by item. The answers come in the order of the items, one an item; a bad item is its own
@@ -66,7 +68,8 @@ class FeatureServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_feature_service_pb2.EncodeResponse, _abc.Awaitable[_feature_service_pb2.EncodeResponse]]:
         """Encodes a batch of images and texts. If one input is bad nothing runs: the call fails with INVALID_ARGUMENT, and its
-        BadRequest detail names every bad input by a field path such as `inputs[2].image.data`.
+        BadRequest detail names the bad inputs by field paths such as `inputs[2].image.data`, the first of them where they
+        are too many for one status.
         """
 
     @_abc_1.abstractmethod
