@@ -155,7 +155,7 @@ def call_everything(client: Client, samples: list[Sample], console: Console) -> 
         refused=refused,
         bias=bias,
         filtered=filtered,
-        previewed=previewed,
+        preview=previewed,
         generated=generated,
         steered=steered,
         health=client.health(),
