@@ -33,6 +33,7 @@ lint: $(STAMP)  ## Check style, types, the contract and the arrows between packa
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=clients/demo $(BIN)/mypy clients/demo/*.py
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code

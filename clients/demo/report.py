@@ -148,8 +148,8 @@ def draw_cards(details: list[FeatureDetail], path: Path, columns: int = 5) -> No
         for axis, example in zip(line[1 : columns + 1], detail.images, strict=False):
             if example.image is not None:
                 axis.imshow(example.image)
-        for i, example in enumerate(detail.texts[:5]):
-            line[-1].text(0, 0.85 - 0.2 * i, _short(example.text, 34), fontsize=8)
+        for i, caption in enumerate(detail.texts[:5]):
+            line[-1].text(0, 0.85 - 0.2 * i, _short(caption.text, 34), fontsize=8)
     figure.subplots_adjust(left=0.01, right=0.9, top=0.99, bottom=0.01, hspace=0.15, wspace=0.08)
     figure.savefig(path, dpi=110)
     plt.close(figure)
