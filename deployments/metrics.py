@@ -132,6 +132,11 @@ TLS_EXPIRY = Row(
     "monofacet_tls_expiry_timestamp_seconds",
     "When the certificate in use expires; 0 without TLS.",
 )
+TLS_REFUSED = Row(
+    Counter,
+    "monofacet_tls_refused_total",
+    "Renewed certificates that could not be used: expired, not valid yet, or without their key.",
+)
 
 TABLE: tuple[Row[Any], ...] = (
     REQUEST_DURATION,
@@ -150,6 +155,7 @@ TABLE: tuple[Row[Any], ...] = (
     DRAINING,
     REPLICA_RESTARTS,
     TLS_EXPIRY,
+    TLS_REFUSED,
 )
 
 
@@ -185,3 +191,4 @@ class Metrics:
         self.draining = DRAINING.make(r)
         self.replica_restarts = REPLICA_RESTARTS.make(r)
         self.tls_expiry = TLS_EXPIRY.make(r)
+        self.tls_refused = TLS_REFUSED.make(r)

@@ -33,7 +33,9 @@ def open_tokens(settings: Settings) -> TokenStore | None:
 
 
 def open_certificate(
-    settings: Settings, observe: Callable[[float], None] = lambda _: None
+    settings: Settings,
+    observe: Callable[[float], None] = lambda _: None,
+    refused: Callable[[], None] = lambda: None,
 ) -> ServerCertificate | None:
     """Return the certificate that the settings name; None for plain text.
 
@@ -41,7 +43,7 @@ def open_certificate(
     ----------
     settings
         Of the server.
-    observe
+    observe, refused
         As `ServerCertificate`'s.
 
     Raises
@@ -52,6 +54,8 @@ def open_certificate(
     if settings.tls_certificate is None or settings.tls_key is None:
         return None
     try:
-        return ServerCertificate(settings.tls_certificate, settings.tls_key, settings.tls_client_ca, observe)
+        return ServerCertificate(
+            settings.tls_certificate, settings.tls_key, settings.tls_client_ca, observe, refused
+        )
     except ValueError as error:
         raise AccessInvalid(f"tls: {error}") from None

@@ -133,7 +133,9 @@ class GatewayServer:
         self._admission = Admission(settings.max_concurrent_calls)
         self._client_streams = ClientStreams(settings.max_client_streams, settings.client_stream_idle_s)
         self._health = health.aio.HealthServicer()
-        self._certificate = open_certificate(settings, self.metrics.tls_expiry.set)
+        self._certificate = open_certificate(
+            settings, self.metrics.tls_expiry.set, self.metrics.tls_refused.inc
+        )
         self._traces, self._stop_traces = None, _nothing
         if settings.otlp_endpoint:
             self._traces, self._stop_traces = start_tracing(settings.otlp_endpoint, self.bundle_id)

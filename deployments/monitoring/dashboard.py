@@ -215,6 +215,11 @@ def panels() -> dict[str, list[Panel]]:
                 {"{{service}} at {{instance}}": select(m.SERVING, job=OURS)},
             ),
             Panel(
+                "Certificates refused",
+                "Renewed ones of the last hour that could not be used; the log says why.",
+                {"{{instance}}": increase(m.TLS_REFUSED, "1h", ("instance",), job=OURS)},
+            ),
+            Panel(
                 "Gateway's memory",
                 "Resident bytes. It must not grow over days.",
                 {"{{instance}}": _process("process_resident_memory_bytes")},

@@ -25,10 +25,10 @@ class Authority:
         self._certificate = _sign(self._name, self._key.public_key(), self._name, self._key, True)
         self.pem = _pem(self._certificate)
 
-    def issue(self, name: str = "localhost") -> tuple[bytes, bytes]:
-        """Return a certificate and its key, both PEM."""
+    def issue(self, name: str = "localhost", begins: float = -1, ends: float = 2) -> tuple[bytes, bytes]:
+        """Return a certificate and its key, both PEM; valid between the two (days from now)."""
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _sign(_name(name), key.public_key(), self._name, self._key, False)
+        certificate = _sign(_name(name), key.public_key(), self._name, self._key, False, begins, ends)
         private = key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
@@ -49,6 +49,8 @@ def _sign(
     issuer: x509.Name,
     key: ec.EllipticCurvePrivateKey,
     authority: bool,
+    begins: float = -1,
+    ends: float = 2,
 ) -> x509.Certificate:
     now = datetime.now(UTC)
     return (
@@ -57,8 +59,8 @@ def _sign(
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=2))
+        .not_valid_before(now + timedelta(days=begins))
+        .not_valid_after(now + timedelta(days=ends))
         .add_extension(x509.BasicConstraints(authority, None), critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
         .sign(key, hashes.SHA256())

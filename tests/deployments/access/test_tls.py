@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from monofacet.v1 import model_service_pb2_grpc
 from pydantic import ValidationError
 
 from deployments.access import files
+from deployments.access.check import AccessInvalid, open_certificate
 from deployments.access.tls import CertificateInvalid, ServerCertificate
 from deployments.settings import Settings
 from tests.deployments.conftest import Open
@@ -139,6 +141,39 @@ async def test_a_broken_new_certificate_leaves_the_former_one_in_use(
         pair.certificate.write_bytes(b"nonsense")
         assert await ask(gateway.port, trusting(authority)) is grpc.StatusCode.OK
     assert caplog.text.count("the former one stays") >= 1
+
+
+@pytest.mark.parametrize(("begins", "ends", "why"), [(-2, -1, "expired at"), (1, 2, "is not valid before")])
+async def test_a_certificate_that_is_not_valid_now_is_never_taken_into_use(
+    open_gateway: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture, begins: int, ends: int, why: str
+) -> None:
+    authority = Authority()
+    pair = Files(tmp_path, authority)
+    async with open_gateway(**pair.settings) as gateway:
+        before = gateway.sample("monofacet_tls_expiry_timestamp_seconds")
+        certificate, key = authority.issue(begins=begins, ends=ends)
+        pair.certificate.write_bytes(certificate)
+        pair.key.write_bytes(key)
+        assert await ask(gateway.port, trusting(authority)) is grpc.StatusCode.OK
+        assert gateway.sample("monofacet_tls_refused_total") == 1
+        assert gateway.sample("monofacet_tls_expiry_timestamp_seconds") == before
+    assert why in caplog.text
+    with pytest.raises(AccessInvalid, match=why):
+        open_certificate(Settings(**pair.settings))
+
+
+def test_a_certificate_that_came_before_its_time_is_taken_once_it_is_valid(tmp_path: Path) -> None:
+    authority = Authority()
+    pair = Files(tmp_path, authority)
+    now, ends = time.time(), []
+    certificate = ServerCertificate(pair.certificate, pair.key, observe=ends.append, now=lambda: now)
+    for path, content in zip((pair.certificate, pair.key), authority.issue(begins=0.5), strict=True):
+        path.write_bytes(content)
+    assert certificate._current() is None
+    now += 0.6 * 86_400
+    assert certificate._current() is not None
+    assert certificate._current() is None
+    assert len(ends) == 2
 
 
 async def test_the_client_of_this_project_speaks_mutual_tls(open_gateway: Open, tmp_path: Path) -> None:
