@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,28 @@ KUBERNETES = kubernetes_validate.latest_version()
 Values = dict[str, Any]
 Manifest = dict[str, Any]
 
+# The versions of KubeRay that the chart is for; Ray's tokens need the second.
+KUBERAY = ("1.4", "1.5", "1.6", "1.7")
 # The choice that every installation must make, made the simplest way.
 PLAIN: Values = {"insecure": True}
+# Whole files of values, for the common kinds of installation.
+FILES: dict[str, Values] = {
+    path.name.removesuffix("-values.yaml"): yaml.safe_load(path.read_text())
+    for path in sorted((CHART / "ci").glob("*-values.yaml"))
+}
+
+
+def joined(*parts: Values) -> Values:
+    """Return values of several parts; later ones replace whole top-level values."""
+    made: Values = {}
+    for part in parts:
+        made |= copy.deepcopy(part)
+    return made
+
+
+def supported(values: Values) -> tuple[str, ...]:
+    """Return the versions of KubeRay that can run what these values ask for."""
+    return KUBERAY[1:] if values.get("ray", {}).get("authMode") == "token" else KUBERAY
 
 
 @functools.cache
@@ -77,24 +99,26 @@ def strict(schema: Any) -> Any:
 
 
 @functools.cache
-def crd(kind: str, version: str) -> jsonschema.Draft202012Validator:
-    """Return the validator of a custom resource."""
-    for path in CRDS.glob("*.yaml"):
-        definition = yaml.load(path.read_text(), yaml.CSafeLoader)
-        if definition["spec"]["names"]["kind"] == kind:
-            (found,) = [v for v in definition["spec"]["versions"] if v["name"] == version]
-            schema = strict(found["schema"]["openAPIV3Schema"])
-            # Kubernetes' own, which a CRD leaves open.
-            schema["properties"]["metadata"] = {"type": "object"}
-            return jsonschema.Draft202012Validator(schema)
-    raise LookupError(kind)
+def crd(kind: str, version: str, kuberay: str) -> jsonschema.Draft202012Validator:
+    """Return the validator of a custom resource; `kuberay` is the version of KubeRay, for its own."""
+    if kind == "RayService":
+        text = gzip.decompress((CRDS / f"ray.io_rayservices-{kuberay}.json.gz").read_bytes())
+    else:
+        text = (CRDS / f"monitoring.coreos.com_{kind.lower()}s.yaml").read_bytes()
+    definition = yaml.load(text, yaml.CSafeLoader)
+    assert definition["spec"]["names"]["kind"] == kind
+    (found,) = [v for v in definition["spec"]["versions"] if v["name"] == version]
+    schema = strict(found["schema"]["openAPIV3Schema"])
+    # Kubernetes' own, which a CRD leaves open.
+    schema["properties"]["metadata"] = {"type": "object"}
+    return jsonschema.Draft202012Validator(schema)
 
 
-def problems(manifest: Manifest) -> list[str]:
+def problems(manifest: Manifest, kuberay: str = KUBERAY[-1]) -> list[str]:
     """Return what the API server would refuse in an object, as lines."""
     group, _, version = manifest["apiVersion"].rpartition("/")
     if group in ("ray.io", "monitoring.coreos.com"):
-        errors = crd(manifest["kind"], version).iter_errors(manifest)
+        errors = crd(manifest["kind"], version, kuberay).iter_errors(manifest)
         found = [f"{error.json_path}: {error.message}" for error in errors]
         return found + [line for pod in pods(manifest).values() for line in problems(pod)]
     try:

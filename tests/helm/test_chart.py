@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,19 @@ from deployments.chart import CHART, RULES
 from deployments.environment import ENVIRONMENT, ONE_MACHINE, REPLICA_ENVIRONMENT
 from deployments.settings import Settings
 from tests.helm.chart import (
+    FILES,
     NAMESPACE,
     PLAIN,
     RELEASE,
     Manifest,
     Values,
+    joined,
     manifests,
     of_kind,
     pods,
     problems,
     rendered,
+    supported,
 )
 from tests.observability.tools import tool
 
@@ -67,7 +71,7 @@ EXTRAS: dict[str, Values] = {
         "podMonitor": {"labels": {"release": "prometheus"}},
         "prometheusRule": {"disabled": ["MonofacetSlow"], "extraGroups": [{"name": "mine", "rules": []}]},
         "networkPolicy": {"extraEgress": [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}]},
-        "podDisruptionBudget": {"maxUnavailable": "34%"},
+        "podDisruptionBudget": {"maxUnavailable": 2},
     },
     "nothing": {
         "fullnameOverride": "mf",
@@ -80,13 +84,6 @@ EXTRAS: dict[str, Values] = {
 }
 
 
-def joined(*parts: Values) -> Values:
-    made: Values = {}
-    for part in parts:
-        made |= copy.deepcopy(part)
-    return made
-
-
 # Every pair of choices, and every triple without access, which takes turns.
 MATRIX = [
     pytest.param(joined(*(value for _, value in chosen)), id=", ".join(name for name, _ in chosen))
@@ -94,6 +91,7 @@ MATRIX = [
     for chosen in [(list(ACCESS.items())[(number + number // 3) % 3], *others)]
 ]
 FULL = joined(ACCESS["tls and tokens"], GENERATOR["gpu generator"])
+WHOLE = [pytest.param(values, id=name) for name, values in FILES.items()]
 
 
 def serve_config(values: Values) -> Any:
@@ -112,15 +110,16 @@ def pods_of(values: Values) -> dict[str, Manifest]:
     return pods(service)
 
 
-@pytest.mark.parametrize("values", MATRIX)
+@pytest.mark.parametrize("values", [*WHOLE, *MATRIX])
 def test_everything_rendered_is_valid(values: Values) -> None:
-    found = {f"{m['kind']}/{m['metadata']['name']}": problems(m) for m in manifests(values)}
-    assert {name: lines for name, lines in found.items() if lines} == {}
+    for kuberay in supported(values):
+        found = {f"{m['kind']}/{m['metadata']['name']}": problems(m, kuberay) for m in manifests(values)}
+        assert {name: lines for name, lines in found.items() if lines} == {}, kuberay
     names = [(m["kind"], m["metadata"]["name"]) for m in manifests(values)]
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("values", [pytest.param({}, id="defaults"), *MATRIX[::4]])
+@pytest.mark.parametrize("values", [pytest.param({}, id="defaults"), *WHOLE, *MATRIX[::4]])
 def test_helm_lint_is_green(values: Values) -> None:
     report = helm_python.lint(str(CHART), values)
     assert report["errors"] == []
@@ -217,8 +216,8 @@ def test_each_replica_finds_the_one_kind_of_pod_that_is_meant_for_it(values: Val
     groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     offered = {
         group["template"]["metadata"]["labels"]["app.kubernetes.io/component"]: (
-            # KubeRay puts it on a shell's command line, so it is quoted once more.
-            json.loads(json.loads(group["rayStartParams"]["resources"])),
+            # KubeRay puts it on a shell's command line.
+            json.loads(*shlex.split(group["rayStartParams"]["resources"])),
             group,
         )
         for group in groups

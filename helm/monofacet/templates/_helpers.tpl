@@ -33,6 +33,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "monofacet.bundlePath" -}}{{ .Values.bundle.path | default "/bundle" }}{{- end -}}
 {{- define "monofacet.drainFile" -}}/tmp/monofacet-drain{{- end -}}
 
+{{/* Pods of a component that are always there. Arguments: root, component. */}}
+{{- define "monofacet.fewest" -}}
+{{- if eq .component "gateway" -}}
+{{- .root.Values.gateway.replicas -}}
+{{- else -}}
+{{- mul (max 1 (len .root.Values.bundle.paths)) (index .root.Values .component).minReplicas -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Ports of a gateway's pod. */}}
 {{- define "monofacet.grpcPort" -}}9000{{- end -}}
 {{- define "monofacet.healthPort" -}}9001{{- end -}}
@@ -100,6 +109,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 
 {{/* What must be decided before anything is installed. */}}
 {{- define "monofacet.check" -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" (include "monofacet.fullname" .)) -}}
+{{- fail (printf "%q cannot be the name of a Service: set fullnameOverride to letters, digits and dashes that begin with a letter" (include "monofacet.fullname" .)) -}}
+{{- end -}}
 {{- if and (not .Values.tls.secretName) (not .Values.insecure) -}}
 {{- fail "set tls.secretName to a Secret of type kubernetes.io/tls, or insecure=true to serve in plain text" -}}
 {{- end -}}
@@ -124,7 +136,7 @@ capabilities:
 
 {{/*
 A pod of the Ray cluster. Arguments: root, component, values (of the component), device, resources.
-KubeRay adds the command, the liveness probe and shared memory.
+KubeRay adds the command, the liveness probe and shared memory; tests/helm/test_kuberay.py lists what it needs.
 */}}
 {{- define "monofacet.pod" -}}
 {{- $root := .root -}}
@@ -139,6 +151,8 @@ metadata:
 spec:
   # The autoscaler alone talks to Kubernetes, by an account that KubeRay makes for the head.
   automountServiceAccountToken: {{ eq .component "head" }}
+  # Variables such as MONOFACET_PORT=tcp://..., which Kubernetes makes of a Service named monofacet, would be settings.
+  enableServiceLinks: false
   terminationGracePeriodSeconds: {{ add (include "monofacet.stopSeconds" $root | int) 15 }}
   securityContext:
     runAsNonRoot: true
@@ -193,9 +207,12 @@ spec:
         {{- toYaml .resources | nindent 8 }}
       {{- if eq .component "head" }}
       ports:
-        - {name: gcs, containerPort: 6379}
+        - {name: gcs-server, containerPort: 6379}
         - {name: dashboard, containerPort: 8265}
         - {name: client, containerPort: 10001}
+        # Nothing listens on it here. KubeRay makes the Service whose endpoints it counts from the port of this name,
+        # and without it never says Ready.
+        - {name: serve, containerPort: {{ include "monofacet.grpcPort" $root }}}
       {{- else if eq .component "gateway" }}
       ports:
         - {name: grpc, containerPort: {{ include "monofacet.grpcPort" $root }}}
@@ -231,6 +248,13 @@ spec:
             - wget --quiet --timeout 2 --output-document - http://localhost:52365/api/local_raylet_healthz | grep --quiet success
         periodSeconds: 5
         timeoutSeconds: 4
+      {{- end }}
+      {{- if ne .component "gateway" }}
+      lifecycle:
+        preStop:
+          exec:
+            # All pods of an old cluster are told to stop at once: what gateways have in flight still needs these.
+            command: [sleep, {{ include "monofacet.stopSeconds" $root | quote }}]
       {{- end }}
       volumeMounts:
         # Ray's sessions and logs; the root file system is read-only.
@@ -299,12 +323,17 @@ spec:
     num-gpus: {{ int $values.gpus | quote }}
     {{- end }}
     # One replica takes the one that each pod has, so replicas and pods grow together.
-    resources: {{ printf "\"{\\\"%s\\\": 1}\"" .component | squote }}
+    resources: {{ include "monofacet.resource" .component }}
   template:
     {{- include "monofacet.pod" (dict
       "root" .root "component" .component "values" $values "device" $values.device
       "resources" (dict "requests" (dict "cpu" $values.cpus "memory" $values.memory) "limits" $limits)
     ) | nindent 4 }}
+{{- end -}}
+
+{{/* One of a custom resource, quoted for the shell that runs `ray start`; KubeRay and Ray's autoscaler read it too. */}}
+{{- define "monofacet.resource" -}}
+{{- printf "'{\"%s\": 1}'" . | quote -}}
 {{- end -}}
 
 {{/* Ray wants bytes. Argument: a quantity in Mi or Gi; the schema allows no other. */}}
