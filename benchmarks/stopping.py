@@ -110,7 +110,7 @@ async def killed(service: Service, callers: int, seconds: float) -> dict[str, An
     calls: list[tuple[float, float, str]] = []
     until = time.perf_counter() + 600
     failed: list[str] = []
-    async with monofacet.AsyncClient(service.target, timeout=180) as client:
+    async with monofacet.AsyncClient(service.target, timeout=180, max_in_flight=callers) as client:
 
         async def caller() -> None:
             while time.perf_counter() < until:

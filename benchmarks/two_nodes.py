@@ -109,7 +109,7 @@ async def load(target: str, callers: int, until: float, calls: Calls) -> None:
     """Call in a closed loop until a time (s) of the monotonic clock."""
     import monofacet
 
-    async with monofacet.AsyncClient(target, timeout=60.0) as client:
+    async with monofacet.AsyncClient(target, timeout=60.0, max_in_flight=callers) as client:
 
         async def caller(number: int) -> None:
             turn = number
@@ -130,13 +130,17 @@ async def load(target: str, callers: int, until: float, calls: Calls) -> None:
 
 def note_retries() -> None:
     """Have the client's retries noted, each with its own call."""
-    from stamina.instrumentation import set_on_retry_hooks
 
-    def note(details: Any) -> None:
-        cause = details.caused_by
-        _causes.get().append(f"{type(cause).__name__}: {cause}".splitlines()[0][:120])
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            # Seconds, number of the failure, and the failure.
+            assert isinstance(record.args, tuple)
+            cause = record.args[-1]
+            _causes.get().append(f"{type(cause).__name__}: {cause}".splitlines()[0][:120])
 
-    set_on_retry_hooks([note])
+    logger = logging.getLogger("monofacet")
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(Notes())
 
 
 def answered(metrics_port: int) -> int:

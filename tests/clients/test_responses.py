@@ -260,7 +260,7 @@ def test_everything_that_is_raised_is_a_monofacet_error() -> None:
     kinds = [
         kind for kind in vars(monofacet).values() if isinstance(kind, type) and issubclass(kind, Exception)
     ]
-    assert len(kinds) == 13
+    assert len(kinds) == 14
     assert all(issubclass(kind, monofacet.MonofacetError) for kind in kinds)
     assert all(kind.__name__ in (monofacet.__doc__ or "") for kind in kinds)
 

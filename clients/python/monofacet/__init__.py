@@ -12,6 +12,7 @@
     MonofacetError
     |-- InputError
     |-- ResponseError
+    |-- ClosedError
     `-- CallError
         |-- InvalidInputError
         |-- NotFoundError
@@ -32,6 +33,7 @@ from monofacet._exceptions import (
     AuthenticationError,
     CallCancelledError,
     CallError,
+    ClosedError,
     DeadlineError,
     InputError,
     InvalidInputError,
@@ -120,6 +122,7 @@ __all__ = [
     "Change",
     "ClassificationResult",
     "Client",
+    "ClosedError",
     "DeadlineError",
     "DetectionScores",
     "DictionaryInfo",

@@ -15,11 +15,12 @@ __all__ = ["AsyncClient"]
 class AsyncClient(FeatureCalls, ModalityCalls, BiasCalls, DefenseCalls, ImagingCalls, ModelCalls):
     """Calls a Monofacet server from asyncio; the calls and their parameters are those of `Client`.
 
-    Use it in one event loop, as an asynchronous context manager, or `close` it.
+    Use it as an asynchronous context manager, or `close` it. Each event loop that it is used in gets a connection of
+    its own.
 
     Parameters
     ----------
-    target, token, tls, timeout, retry, bundle
+    target, token, tls, timeout, retry, bundle, max_in_flight
         As for `Client`.
     channel
         A `grpc.aio.Channel` to use instead of making one, such as `monofacet.testing.MockAioChannel`. It is

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 import random
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol, Self, TypeVar
 
+import grpc
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2_grpc
 
 from monofacet import _exceptions as exceptions
 from monofacet._config import TLS, Connection, Retry, Timeout
 from monofacet._inputs import MAX_INPUTS, MAX_REQUEST_BYTES, split
+from monofacet._status import error_from_rpc
 from monofacet._types import Limits
-from monofacet.v1 import common_pb2
+from monofacet.v1 import (
+    bias_service_pb2_grpc,
+    common_pb2,
+    defense_service_pb2_grpc,
+    feature_service_pb2_grpc,
+    imaging_service_pb2_grpc,
+    modality_service_pb2_grpc,
+    model_service_pb2_grpc,
+)
+
+logger = logging.getLogger("monofacet")
 
 Request = TypeVar("Request", bound=Message)
 
@@ -31,6 +44,17 @@ SERVICES = (
     "monofacet.v1.DefenseService",
     "monofacet.v1.ImagingService",
     "monofacet.v1.ModelService",
+)
+
+# Made all at once with the channel: gRPC crashes the process where a stub is made on a channel that was closed.
+STUBS = (
+    feature_service_pb2_grpc.FeatureServiceStub,
+    modality_service_pb2_grpc.ModalityServiceStub,
+    bias_service_pb2_grpc.BiasServiceStub,
+    defense_service_pb2_grpc.DefenseServiceStub,
+    imaging_service_pb2_grpc.ImagingServiceStub,
+    model_service_pb2_grpc.ModelServiceStub,
+    health_pb2_grpc.HealthStub,
 )
 
 
@@ -72,8 +96,8 @@ class Batcher(Protocol):
         ...
 
 
-def backoff(retry: Retry, deadline: Deadline) -> Callable[[Exception], bool | float]:
-    """Decide about another try.
+class Tries:
+    """Decides about another try of a call.
 
     Parameters
     ----------
@@ -81,31 +105,45 @@ def backoff(retry: Retry, deadline: Deadline) -> Callable[[Exception], bool | fl
         Waits and jitter.
     deadline
         No wait goes past it: the caller gets the real error, not a late DEADLINE_EXCEEDED.
-
-    Returns
-    -------
-    callable
-        For `stamina.retry_context`: False to give up, or the seconds to wait.
     """
-    failures = counted = 0
 
-    def decide(error: Exception) -> bool | float:
-        nonlocal failures, counted
+    def __init__(self, retry: Retry, deadline: Deadline) -> None:
+        self._retry = retry
+        self._deadline = deadline
+        self._failures = self._silent = 0
+
+    def wait(self, error: exceptions.CallError) -> float | None:
+        """Say how long to wait after a failed try.
+
+        Parameters
+        ----------
+        error
+            Of the try.
+
+        Returns
+        -------
+        float or None
+            Seconds before the next try; None to give up.
+        """
+        retry, asked = self._retry, error.retry_after
         if not isinstance(error, exceptions.UnavailableError | exceptions.OverloadedError):
-            return False
-        asked = error.retry_after
-        unavailable = isinstance(error, exceptions.UnavailableError)
-        failures += 1
-        # A server that is about to be back is waited for; see `Retry`.
-        counted += not (unavailable and asked is not None)
-        if retry.attempts == 1 or counted >= retry.attempts or (asked is None and not unavailable):
-            return False
-        # Never earlier than asked, and less and less often.
-        grown = min(retry.wait_initial * 2.0 ** min(failures - 1, 60), retry.wait_max)
-        wait = max(asked or 0.0, grown) + random.uniform(0, retry.wait_jitter)
-        return wait if wait < deadline.left() else False
-
-    return decide
+            return None
+        if asked is None and isinstance(error, exceptions.OverloadedError):
+            return None
+        grown = 2.0 ** min(self._failures, 60)
+        self._failures += 1
+        self._silent += asked is None
+        if retry.attempts == 1 or self._silent >= retry.attempts:
+            return None
+        least = max(asked or 0.0, min(retry.wait_initial * grown, retry.wait_max))
+        left = self._deadline.left()
+        if least >= left:
+            return None
+        spread = random.uniform(0, min(retry.wait_jitter * grown, retry.wait_max))
+        # The last wait leaves time for a try.
+        wait = min(least + spread, max(least, left / 2))
+        logger.debug("trying again in %.2f s after failure %d: %s", wait, self._failures, error)
+        return wait
 
 
 class BaseClient:
@@ -119,13 +157,17 @@ class BaseClient:
         tls: TLS | bool | None,
         timeout: Timeout | float | None,
         retry: Retry | None,
-        channel: Any,
         bundle: str,
+        max_in_flight: int,
+        channel: Any,
     ) -> None:
+        if max_in_flight < 1:
+            raise exceptions.InputError(f"max_in_flight is at least 1, not {max_in_flight}")
         self._connection = Connection(target, token, tls)
         self._bundle = bundle
-        # Of a client that `with_bundle` made: the one whose connection it uses.
-        self._owner: Self | None = None
+        self._max_in_flight = max_in_flight
+        # False for a client that `with_bundle` made: it uses the connection of another one.
+        self._is_owner = True
         if timeout is None:
             timeout = Timeout()
         self._timeout = timeout if isinstance(timeout, Timeout) else Timeout(call=timeout)
@@ -133,6 +175,22 @@ class BaseClient:
         self._metadata = self._connection.metadata()
         self._given_channel = channel
         self._limits: Limits | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A connection belongs to its process: the other one makes its own when it is first used.
+        if self._given_channel is not None:
+            raise exceptions.InputError(
+                "a client that was given a channel cannot be sent to another process: make a client there"
+            )
+        settings = {
+            "token": self._connection.token,
+            "tls": self._connection.tls,
+            "timeout": self._timeout,
+            "retry": self._retry,
+            "bundle": self._bundle,
+            "max_in_flight": self._max_in_flight,
+        }
+        return _rebuild, (type(self), self.target, settings)
 
     @property
     def target(self) -> str:
@@ -164,9 +222,9 @@ class BaseClient:
         >>> photos.encode(["a red heart"]).bundle
         'photos@0123456789ab'
         """
-        other = copy.copy(self)
-        other._bundle = bundle
-        other._owner = self._owner or self
+        # Not `copy`, which makes what pickling makes: a client with a connection of its own.
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, _bundle=bundle, _is_owner=False)
         return other
 
     def _addressed(self, request: Request) -> Request:
@@ -181,13 +239,22 @@ class BaseClient:
         named = f" {self._bundle}" if self._bundle else ""
         return f"<{type(self).__name__} {self.target}{named}>"
 
-    def _retrying(self, deadline: Deadline) -> dict[str, Any]:
-        return {
-            "on": backoff(self._retry, deadline),
-            # `backoff` counts.
-            "attempts": None,
-            "timeout": deadline.seconds,
-        }
+    def _failure(self, error: grpc.RpcError, closed: bool) -> exceptions.MonofacetError:
+        """Make the exception for what gRPC raised, `closed` telling whether the client is."""
+        failure = error_from_rpc(error)
+        was_cut = closed and isinstance(failure, exceptions.CallCancelledError)
+        return exceptions.ClosedError("the client was closed while the call ran") if was_cut else failure
+
+    def _no_place(self, deadline: Deadline) -> NoReturn:
+        raise exceptions.DeadlineError(
+            f"{self._max_in_flight} calls of this client were in flight (max_in_flight), and none ended within the "
+            f"{deadline.seconds:g} s of this one",
+            code="DEADLINE_EXCEEDED",
+        )
+
+
+def _rebuild(kind: type[Any], target: str, settings: dict[str, Any]) -> Any:
+    return kind(target, **settings)
 
 
 def is_small(inputs: Sequence[common_pb2.Input], reserved: int = 0, reserved_bytes: int = 0) -> bool:

@@ -15,6 +15,8 @@ __all__ = ["Client"]
 class Client(FeatureCalls, ModalityCalls, BiasCalls, DefenseCalls, ImagingCalls, ModelCalls):
     """Calls a Monofacet server. Safe to share between threads; use it as a context manager or `close` it.
 
+    It can be pickled, for worker processes: there it connects by itself.
+
     Parameters
     ----------
     target
@@ -31,6 +33,9 @@ class Client(FeatureCalls, ModalityCalls, BiasCalls, DefenseCalls, ImagingCalls,
     bundle
         Name or id of the bundle that answers, on a server of several; `with_bundle` makes clients of the others.
         Default the server's own.
+    max_in_flight
+        Calls with one answer that this client makes at the same time; further ones wait here, within their
+        timeouts. Default 64.
     channel
         A channel to use instead of making one, such as `monofacet.testing.MockChannel`. It is not closed.
 

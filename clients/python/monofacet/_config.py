@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from monofacet import _exceptions as exceptions
 from monofacet._version import __version__
 
 __all__ = ["TLS", "Retry", "Timeout"]
+
+# Calls in progress of one client. Enough to fill the server's batches; more would only wait there.
+MAX_IN_FLIGHT = 64
 
 # A modality table of a large dictionary has tens of thousands of rows; gRPC's own 4 MiB would cut it off.
 MAX_RESPONSE_BYTES = 128 * 1024 * 1024
@@ -39,26 +43,26 @@ class Timeout:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """When a call with one answer is tried again.
+    """When a call with one answer is tried again. All calls of the contract can be repeated safely.
 
-    Calls are tried again after UNAVAILABLE, and after RESOURCE_EXHAUSTED if the server says when to come
-    back. All calls of the contract can be repeated safely. A stream is not tried again: part of it was
-    answered.
+    A server that says when to come back (RetryInfo), because it sheds load, starts, stops or has lost a model, is
+    asked again until the call's timeout ends, and never earlier than it said. A server that is UNAVAILABLE and says
+    nothing, such as one that does not run, is asked `attempts` times. No other failure is tried again, and no stream
+    of which a part was answered.
 
-    A server that says when to come back (RetryInfo) is never asked earlier. If it is UNAVAILABLE, because it
-    starts, stops or has lost a model, the call goes on trying for as long as its timeout allows: such a
-    server is about to be back. After any other failure `attempts` is the bound.
+    Each further try is logged at DEBUG by the logger ``monofacet``.
 
     Attributes
     ----------
     attempts
-        Tries in all, at least 1; 1 turns retries off. Default 4.
+        Tries in all of a server that says nothing, at least 1; 1 turns all retries off. Default 4.
     wait_initial
-        Seconds before the second try, doubled with each further one, plus jitter. Default 0.1.
-    wait_max
-        The longest wait in seconds. Default 5.
+        Seconds before the second try, doubled with each further one. Default 0.1.
     wait_jitter
-        Up to this many seconds are added at random, so that callers do not come back together. Default 0.5.
+        Up to this many seconds are added at random, so that callers do not come back together; doubled in the same
+        way. Default 0.5.
+    wait_max
+        What neither of the two grows past, in seconds. A server may ask for a longer wait. Default 5.
     """
 
     attempts: int = 4
@@ -136,11 +140,19 @@ def is_loopback(target: str) -> bool:
     """
     if target.startswith(("unix:", "unix-abstract:")):
         return True
-    host = target.rpartition("/")[2].rpartition(":")[0].strip("[]")
-    if host == "localhost":
+    # `dns:///host:port` has an authority between its slashes; `ipv4:` and `ipv6:` take several addresses.
+    addresses = re.sub(r"^(dns:|ipv4:|ipv6:)?(//[^/]*/)?", "", target).split(",")
+    return all(_is_loopback(address) for address in addresses)
+
+
+def _is_loopback(address: str) -> bool:
+    name, colon, port = address.rpartition(":")
+    # The port may be left out, and an IPv6 address without one has colons of its own.
+    host = name if colon and port.isdecimal() and (":" not in name or name.endswith("]")) else address
+    if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
@@ -207,6 +219,10 @@ class Connection:
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
         ]
+        if is_loopback(self.target):
+            # A proxy reaches its own machine by these names, not this one. gRPC asks none for a Unix socket; for
+            # other hosts it reads http_proxy and no_proxy.
+            options.append(("grpc.enable_http_proxy", 0))
         if isinstance(self.tls, TLS) and self.tls.server_name:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
         return options

@@ -5,6 +5,7 @@
     MonofacetError
     |-- InputError (also a ValueError)   a value cannot be sent: no such file, an array that is no image
     |-- ResponseError                    the answer does not fit the contract
+    |-- ClosedError                      the client was closed
     `-- CallError                        the call failed: code, reason, violations, retry_after
         |-- InvalidInputError            INVALID_ARGUMENT, FAILED_PRECONDITION, OUT_OF_RANGE
         |-- NotFoundError                NOT_FOUND
@@ -25,6 +26,7 @@ __all__ = [
     "AuthenticationError",
     "CallCancelledError",
     "CallError",
+    "ClosedError",
     "DeadlineError",
     "InputError",
     "InvalidInputError",
@@ -68,6 +70,13 @@ class InputError(MonofacetError, ValueError):
 
 class ResponseError(MonofacetError):
     """An answer that does not fit the contract: another version of it, or not Monofacet."""
+
+
+class ClosedError(MonofacetError):
+    """A call of a client that was closed, before the call or while it ran."""
+
+    def __init__(self, message: str = "the client is closed: make another one") -> None:
+        super().__init__(message)
 
 
 class CallError(MonofacetError):

@@ -84,7 +84,9 @@ def error_from_rpc(error: grpc.RpcError) -> exceptions.CallError:
         Of the class that the code stands for, with the details of the trailing metadata.
     """
     call: Any = error
-    name = call.code().name if hasattr(call, "code") else "UNKNOWN"
+    # The future of a call that was cancelled raises an error without a code.
+    without = "CANCELLED" if isinstance(error, grpc.FutureCancelledError) else "UNKNOWN"
+    name = call.code().name if hasattr(call, "code") else without
     message = (call.details() if hasattr(call, "details") else str(error)) or ""
     status = status_pb2.Status(code=code_pb2.Code.Value(name), message=message)
     metadata = call.trailing_metadata() if hasattr(call, "trailing_metadata") else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+import weakref
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
@@ -18,19 +20,100 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
-import stamina
 from google.protobuf.message import Message
 
 from monofacet import _exceptions as exceptions
 from monofacet import _responses as responses
 from monofacet import _types as types
-from monofacet._base import BaseClient, Batcher, Deadline, is_small, split_within
-from monofacet._config import TLS, Retry, Timeout
+from monofacet._base import STUBS, BaseClient, Batcher, Deadline, Tries, is_small, split_within
+from monofacet._config import MAX_IN_FLIGHT, TLS, Retry, Timeout
 from monofacet._inputs import Input, to_inputs
-from monofacet._status import error_from_rpc, shift_violations
+from monofacet._status import shift_violations
 from monofacet.v1 import common_pb2, model_service_pb2, model_service_pb2_grpc
 
 Item = TypeVar("Item")
+Response = TypeVar("Response")
+
+
+class Link:
+    """A channel with its stubs, and the places of the calls in flight, in one event loop.
+
+    Parameters
+    ----------
+    channel
+        To the server.
+    places
+        Calls that may be in flight.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, places: int) -> None:
+        self.channel = channel
+        # The stubs' types are those of a synchronous channel: that they are awaited is known here only.
+        self.stubs: dict[type[Any], Any] = {kind: kind(channel) for kind in STUBS}  # type: ignore[abstract, call-arg, unused-ignore]
+        self.places = asyncio.BoundedSemaphore(places)
+        self.closed = asyncio.Event()
+
+    async def close(self, owned: bool) -> None:
+        """End the waits and, if the channel is the client's own, the calls."""
+        self.closed.set()
+        if owned:
+            await self.channel.close()
+
+
+class Links:
+    """The links of a client, one for each event loop that it is used in: a channel serves no other loop than its own.
+
+    Parameters
+    ----------
+    connect
+        Makes a link to the server.
+    owned
+        Whether the channels are the client's own, and are closed with it.
+    """
+
+    def __init__(self, connect: Callable[[], Link], owned: bool) -> None:
+        self.closed = False
+        self._connect = connect
+        self._owned = owned
+        self._lock = threading.Lock()
+        self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Link] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def here(self) -> Link:
+        """Return the link of the running loop, made when it is first asked for.
+
+        Raises
+        ------
+        ClosedError
+            If the client is closed.
+        """
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if self.closed:
+                raise exceptions.ClosedError
+            if loop not in self._by_loop:
+                # Those of loops that ended hold a connection each.
+                for other in [other for other in self._by_loop if other.is_closed()]:
+                    del self._by_loop[other]
+                self._by_loop[loop] = self._connect()
+            return self._by_loop[loop]
+
+    async def close(self) -> None:
+        """Close all links."""
+        with self._lock:
+            self.closed = True
+            links = dict(self._by_loop)
+            self._by_loop.clear()
+        here = asyncio.get_running_loop()
+        for loop, link in links.items():
+            if loop is here:
+                await link.close(self._owned)
+            elif loop.is_running():
+                # Of another thread. Waited for, so that its calls have ended when this returns.
+                closing = asyncio.run_coroutine_threadsafe(link.close(self._owned), loop)
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wrap_future(closing)
 
 
 class AsyncCore(BaseClient):
@@ -45,15 +128,22 @@ class AsyncCore(BaseClient):
         timeout: Timeout | float | None = None,
         retry: Retry | None = None,
         bundle: str = "",
+        max_in_flight: int = MAX_IN_FLIGHT,
         channel: grpc.aio.Channel | None = None,
     ) -> None:
         super().__init__(
-            target, token=token, tls=tls, timeout=timeout, retry=retry, channel=channel, bundle=bundle
+            target,
+            token=token,
+            tls=tls,
+            timeout=timeout,
+            retry=retry,
+            bundle=bundle,
+            max_in_flight=max_in_flight,
+            channel=channel,
         )
         # Read now, so that a wrong path fails here and not in the first call.
         self._credentials = self._connection.credentials()
-        self._channel = channel
-        self._stubs: dict[type[Any], Any] = {}
+        self._links = Links(lambda: Link(channel or self._open(), max_in_flight), owned=channel is None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -64,9 +154,9 @@ class AsyncCore(BaseClient):
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection. Calls in progress fail."""
-        if self._channel is not None and self._given_channel is None and self._owner is None:
-            await self._channel.close()
+        """Close the connection. Calls in progress, and all later ones, raise a `ClosedError`."""
+        if self._is_owner:
+            await self._links.close()
 
     def _open(self) -> grpc.aio.Channel:
         options = self._connection.options()
@@ -74,27 +164,79 @@ class AsyncCore(BaseClient):
             return grpc.aio.insecure_channel(self.target, options=options)
         return grpc.aio.secure_channel(self.target, self._credentials, options=options)
 
-    # The stubs' types are those of a synchronous channel: that they are awaited is known here only.
     def _stub(self, kind: type[Any]) -> Any:
-        if self._owner is not None:
-            return self._owner._stub(kind)
-        if self._channel is None:
-            # A channel belongs to the loop that it is made in: the first call's, not the constructor's.
-            self._channel = self._open()
-        if kind not in self._stubs:
-            self._stubs[kind] = kind(self._channel)
-        return self._stubs[kind]
+        return self._links.here().stubs[kind]
+
+    def _begin(self, method: Callable[..., Any], request: Any, deadline: Deadline) -> Any:
+        """Start a call; return what is awaited or iterated over."""
+        if self._links.closed:
+            raise exceptions.ClosedError
+        try:
+            return method(request, timeout=deadline.left(), metadata=self._metadata)
+        except grpc.aio.UsageError as error:
+            # gRPC's own, for a channel that was closed by whoever gave it.
+            raise exceptions.ClosedError from error
+
+    def _failed(self, error: grpc.RpcError) -> exceptions.MonofacetError:
+        return self._failure(error, self._links.closed)
+
+    @contextlib.contextmanager
+    def _cut(self) -> Iterator[None]:
+        """Tell the end of a call whose client was closed, which gRPC cancels, from a cancellation of the caller."""
+        try:
+            yield
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if not self._links.closed or (task is not None and task.cancelling()):
+                raise
+            raise exceptions.ClosedError("the client was closed while the call ran") from error
+
+    async def _again(self, attempt: Callable[[], Awaitable[Response]], deadline: Deadline) -> Response:
+        """Try until there is an answer, or an error that another try would not mend."""
+        tries = Tries(self._retry, deadline)
+        link = self._links.here()
+        while True:
+            try:
+                return await attempt()
+            except exceptions.CallError as error:
+                wait = tries.wait(error)
+                if wait is None:
+                    raise
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(link.closed.wait(), wait)
+
+    async def _next(self, answers: AsyncIterator[Any]) -> Any:
+        """Return the next answer of a stream; None at its end."""
+        with self._cut():
+            return await anext(answers, None)
+
+    @contextlib.asynccontextmanager
+    async def _place(self, deadline: Deadline) -> AsyncIterator[None]:
+        """Wait for a place among the calls in flight, and hold it."""
+        places = self._links.here().places
+        try:
+            async with asyncio.timeout(deadline.left()):
+                await places.acquire()
+        except TimeoutError:
+            self._no_place(deadline)
+        try:
+            yield
+        finally:
+            places.release()
 
     async def _call(self, method: Callable[..., Awaitable[Any]], request: Any, timeout: float | None) -> Any:
         deadline = Deadline(self._timeout.call if timeout is None else timeout)
         self._addressed(request)
-        async for attempt in stamina.retry_context(**self._retrying(deadline)):
-            with attempt:
-                try:
-                    return await method(request, timeout=deadline.left(), metadata=self._metadata)
-                except grpc.RpcError as error:
-                    raise error_from_rpc(error) from error
-        raise exceptions.ServerError("no try was made", code="UNKNOWN")  # unreachable: attempts is at least 1
+        async with self._place(deadline):
+            return await self._again(lambda: self._once(method, request, deadline), deadline)
+
+    async def _once(self, method: Callable[..., Awaitable[Any]], request: Any, deadline: Deadline) -> Any:
+        """Make a call with one answer, once."""
+        try:
+            with self._cut():
+                return await self._begin(method, request, deadline)
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
 
     async def _in_parts(
         self,
@@ -143,14 +285,15 @@ class AsyncCore(BaseClient):
                 yield message
 
         upload = Upload(messages())
-        call = method(aiter(upload), timeout=deadline.left(), metadata=self._metadata)
+        call = self._begin(method, aiter(upload), deadline)
         ending = Ending(call)
         try:
-            response = await call
+            with self._cut():
+                response = await call
             upload.check()
         except grpc.RpcError as error:
             upload.check()
-            raise await ending.explain(error) from error
+            raise self._failed(await ending.settle(error)) from error
         except asyncio.CancelledError:
             upload.check()
             raise
@@ -256,8 +399,8 @@ class Ending:
             )
             self._arrived.set()
 
-    async def explain(self, error: grpc.RpcError) -> exceptions.CallError:
-        """Make the exception for a failed call.
+    async def settle(self, error: grpc.RpcError) -> grpc.RpcError:
+        """Choose what a failed call is known by.
 
         Parameters
         ----------
@@ -266,15 +409,15 @@ class Ending:
 
         Returns
         -------
-        CallError
-            Of the server's status, if there is one.
+        grpc.RpcError
+            With the server's status, if there is one.
         """
         call: Any = error
         if _is_of_a_failed_write(call.code(), call.trailing_metadata()):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._arrived.wait(), _STATUS_FOLLOWS_S)
-            return error_from_rpc(self._status or error)
-        return error_from_rpc(error)
+            return self._status or error
+        return error
 
 
 def _is_of_a_failed_write(code: grpc.StatusCode, trailing: Any) -> bool:

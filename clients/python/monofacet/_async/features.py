@@ -77,10 +77,11 @@ class FeatureCalls(AsyncCore):
 
         upload = Upload(messages())
         stub = self._stub(feature_service_pb2_grpc.FeatureServiceStub)
-        call = stub.StreamEncode(aiter(upload), timeout=deadline.left(), metadata=self._metadata)
+        call = self._begin(stub.StreamEncode, aiter(upload), deadline)
         ending = Ending(call)
         try:
-            async for response in call:
+            answers = aiter(call)
+            while (response := await self._next(answers)) is not None:
                 for result in ledger.answer(response):
                     yield result
             upload.check()
@@ -88,7 +89,7 @@ class FeatureCalls(AsyncCore):
                 yield result
         except grpc.RpcError as error:
             upload.check()
-            raise await ending.explain(error) from error
+            raise self._failed(await ending.settle(error)) from error
         except asyncio.CancelledError:
             upload.check()
             raise

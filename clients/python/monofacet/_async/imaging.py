@@ -7,16 +7,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Unpack
 
 import grpc
-import stamina
 
-from monofacet import _exceptions as exceptions
 from monofacet import _imaging_requests as requests
 from monofacet import _types as types
 from monofacet._async.core import AsyncCore
 from monofacet._base import Deadline
 from monofacet._inputs import Image, Input
 from monofacet._responses import imaging as responses
-from monofacet._status import error_from_rpc
 from monofacet.v1 import imaging_service_pb2, imaging_service_pb2_grpc
 
 
@@ -101,28 +98,30 @@ class ImagingCalls(AsyncCore):
         self, request: imaging_service_pb2.GenerateRequest, timeout: float | None
     ) -> AsyncIterator[types.GenerationEvent]:
         deadline = Deadline(self._timeout.stream if timeout is None else timeout)
-        call, first = await self._begin(request, deadline)
+        call, answers, first = await self._start(request, deadline)
         try:
             if first is not None:
                 yield responses.generation_event(first)
-                async for response in call:
+                while (response := await self._next(answers)) is not None:
                     yield responses.generation_event(response)
         except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+            raise self._failed(error) from error
         finally:
             call.cancel()
 
-    async def _begin(
+    async def _start(
         self, request: imaging_service_pb2.GenerateRequest, deadline: Deadline
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, AsyncIterator[Any], Any]:
         """Start the stream, and try again until its first event: nothing was answered before it."""
         self._addressed(request)
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
-        async for attempt in stamina.retry_context(**self._retrying(deadline)):
-            with attempt:
-                call = stub.Generate(request, timeout=deadline.left(), metadata=self._metadata)
-                try:
-                    return call, await anext(aiter(call), None)
-                except grpc.RpcError as error:
-                    raise error_from_rpc(error) from error
-        raise exceptions.ServerError("no try was made", code="UNKNOWN")  # unreachable: attempts is at least 1
+
+        async def attempt() -> tuple[Any, AsyncIterator[Any], Any]:
+            call = self._begin(stub.Generate, request, deadline)
+            answers = aiter(call)
+            try:
+                return call, answers, await self._next(answers)
+            except grpc.RpcError as error:
+                raise self._failed(error) from error
+
+        return await self._again(attempt, deadline)

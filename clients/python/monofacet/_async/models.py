@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from monofacet import _exceptions as exceptions
@@ -10,7 +9,6 @@ from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._async.core import AsyncCore
 from monofacet._base import Deadline
-from monofacet._status import error_from_rpc
 from monofacet.v1 import model_service_pb2, model_service_pb2_grpc
 
 
@@ -33,15 +31,9 @@ class ModelCalls(AsyncCore):
         """Ask whether the server, or one service of it, is ready; see `Client.health`."""
         deadline = Deadline(timeout)
         stub = self._stub(health_pb2_grpc.HealthStub)
+        request = health_pb2.HealthCheckRequest(service=service)
         try:
-            response = await stub.Check(
-                health_pb2.HealthCheckRequest(service=service),
-                timeout=deadline.left(),
-                metadata=self._metadata,
-            )
-        except grpc.RpcError as error:
-            failure = error_from_rpc(error)
-            if isinstance(failure, exceptions.NotFoundError):
-                return "SERVICE_UNKNOWN"
-            raise failure from error
+            response = await self._once(stub.Check, request, deadline)
+        except exceptions.NotFoundError:
+            return "SERVICE_UNKNOWN"
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))

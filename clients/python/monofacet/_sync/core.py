@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
-import stamina
 from google.protobuf.message import Message
 
 from monofacet import _exceptions as exceptions
 from monofacet import _responses as responses
 from monofacet import _types as types
-from monofacet._base import BaseClient, Batcher, Deadline, is_small, split_within
-from monofacet._config import TLS, Retry, Timeout
+from monofacet._base import STUBS, BaseClient, Batcher, Deadline, Tries, is_small, split_within
+from monofacet._config import MAX_IN_FLIGHT, TLS, Retry, Timeout
 from monofacet._inputs import Input, to_inputs
-from monofacet._status import error_from_rpc, shift_violations
+from monofacet._status import shift_violations
 from monofacet.v1 import common_pb2, model_service_pb2, model_service_pb2_grpc
 
 Response = TypeVar("Response")
-Stub = TypeVar("Stub")
+
+
+class Link:
+    """A channel with its stubs, and the places of the calls in flight.
+
+    Parameters
+    ----------
+    channel
+        To the server.
+    places
+        Calls that may be in flight.
+    """
+
+    def __init__(self, channel: grpc.Channel, places: int) -> None:
+        self.channel = channel
+        self.stubs = {kind: kind(channel) for kind in STUBS}  # type: ignore[abstract, call-arg, unused-ignore]
+        self.places = threading.BoundedSemaphore(places)
+        self.closed = threading.Event()
 
 
 class SyncCore(BaseClient):
@@ -36,13 +54,20 @@ class SyncCore(BaseClient):
         timeout: Timeout | float | None = None,
         retry: Retry | None = None,
         bundle: str = "",
+        max_in_flight: int = MAX_IN_FLIGHT,
         channel: grpc.Channel | None = None,
     ) -> None:
         super().__init__(
-            target, token=token, tls=tls, timeout=timeout, retry=retry, channel=channel, bundle=bundle
+            target,
+            token=token,
+            tls=tls,
+            timeout=timeout,
+            retry=retry,
+            bundle=bundle,
+            max_in_flight=max_in_flight,
+            channel=channel,
         )
-        self._channel = channel if channel is not None else self._open()
-        self._stubs: dict[type[Any], Any] = {}
+        self._link = Link(channel if channel is not None else self._open(), max_in_flight)
 
     def _open(self) -> grpc.Channel:
         credentials = self._connection.credentials()
@@ -60,31 +85,71 @@ class SyncCore(BaseClient):
         self.close()
 
     def close(self) -> None:
-        """Close the connection. Calls in progress fail."""
-        if self._given_channel is None and self._owner is None:
-            self._channel.close()
+        """Close the connection. Calls in progress, and all later ones, raise a `ClosedError`."""
+        if not self._is_owner:
+            return
+        self._link.closed.set()
+        if self._given_channel is None:
+            self._link.channel.close()
 
-    def _call(self, method: Callable[..., Response], request: Any, timeout: float | None) -> Response:
+    def _stub(self, kind: type[Any]) -> Any:
+        return self._link.stubs[kind]
+
+    def _begin(self, method: Callable[..., Any], request: Any, deadline: Deadline) -> Any:
+        """Make a call with one answer, or start one with several."""
+        if self._link.closed.is_set():
+            raise exceptions.ClosedError
+        try:
+            return method(request, timeout=deadline.left(), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
+        except ValueError as error:
+            # gRPC's own, for a channel that was closed in the meantime, or by whoever gave it.
+            if "closed" not in str(error):
+                raise
+            raise exceptions.ClosedError from error
+
+    def _failed(self, error: grpc.RpcError) -> exceptions.MonofacetError:
+        return self._failure(error, self._link.closed.is_set())
+
+    def _again(self, attempt: Callable[[], Response], deadline: Deadline) -> Response:
+        """Try until there is an answer, or an error that another try would not mend."""
+        tries = Tries(self._retry, deadline)
+        while True:
+            try:
+                return attempt()
+            except exceptions.CallError as error:
+                wait = tries.wait(error)
+                if wait is None:
+                    raise
+            self._link.closed.wait(wait)
+
+    @contextlib.contextmanager
+    def _place(self, deadline: Deadline) -> Iterator[None]:
+        """Wait for a place among the calls in flight, and hold it."""
+        if not self._link.places.acquire(timeout=deadline.left()):
+            self._no_place(deadline)
+        try:
+            yield
+        finally:
+            self._link.places.release()
+
+    def _call(self, method: Callable[..., Any], request: Any, timeout: float | None) -> Any:
         deadline = Deadline(self._timeout.call if timeout is None else timeout)
         self._addressed(request)
-        for attempt in stamina.retry_context(**self._retrying(deadline)):
-            with attempt:
-                try:
-                    return method(request, timeout=deadline.left(), metadata=self._metadata)
-                except grpc.RpcError as error:
-                    raise error_from_rpc(error) from error
-        raise exceptions.ServerError("no try was made", code="UNKNOWN")  # unreachable: attempts is at least 1
+        with self._place(deadline):
+            return self._again(lambda: self._begin(method, request, deadline), deadline)
 
     def _in_parts(
         self,
         inputs: Input | Iterable[Input],
-        method: Callable[..., Response],
+        method: Callable[..., Any],
         request: Callable[[Sequence[common_pb2.Input]], Message],
         timeout: float | None,
         *,
         field: str = "inputs",
         reserved: int = 0,
-    ) -> tuple[list[Response], list[int]]:
+    ) -> tuple[list[Any], list[int]]:
         """Send a batch as one request or several; return the answers, and how many inputs each is for."""
         # Labels, or the features of an ablation: every part repeats them.
         besides = self._addressed(request([])).ByteSize()
@@ -114,25 +179,17 @@ class SyncCore(BaseClient):
             yield from batcher.rest()
 
         upload = Upload(messages())
-        call = method.future(iter(upload), timeout=deadline.left(), metadata=self._metadata)
+        call = self._begin(method.future, iter(upload), deadline)
         upload.started(call)
         try:
             response = call.result()
             upload.check()
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
             upload.check()
-            raise error_from_rpc(error) from error
+            raise self._failed(error) from error
         finally:
             call.cancel()
         return response
-
-    def _stub(self, kind: type[Stub]) -> Stub:
-        if self._owner is not None:
-            return self._owner._stub(kind)
-        if kind not in self._stubs:
-            self._stubs[kind] = kind(self._channel)  # type: ignore[call-arg]
-        stub: Stub = self._stubs[kind]
-        return stub
 
     def _server_limits(self) -> types.Limits | None:
         if self._limits is None:

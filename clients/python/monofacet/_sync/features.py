@@ -11,7 +11,6 @@ from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._base import Deadline
 from monofacet._inputs import Input
-from monofacet._status import error_from_rpc
 from monofacet._streaming import Ledger
 from monofacet._sync.core import SyncCore, Upload
 from monofacet.v1 import feature_service_pb2, feature_service_pb2_grpc
@@ -128,9 +127,8 @@ class FeatureCalls(SyncCore):
                     yield message
 
         upload = Upload(messages())
-        call = self._stub(feature_service_pb2_grpc.FeatureServiceStub).StreamEncode(
-            iter(upload), timeout=deadline.left(), metadata=self._metadata
-        )
+        stub = self._stub(feature_service_pb2_grpc.FeatureServiceStub)
+        call = self._begin(stub.StreamEncode, iter(upload), deadline)
         upload.started(call)
         try:
             for response in call:
@@ -139,6 +137,6 @@ class FeatureCalls(SyncCore):
             yield from ledger.close()
         except grpc.RpcError as error:
             upload.check()
-            raise error_from_rpc(error) from error
+            raise self._failed(error) from error
         finally:
             call.cancel()

@@ -6,15 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Unpack
 
 import grpc
-import stamina
 
-from monofacet import _exceptions as exceptions
 from monofacet import _imaging_requests as requests
 from monofacet import _types as types
 from monofacet._base import Deadline
 from monofacet._inputs import Image, Input
 from monofacet._responses import imaging as responses
-from monofacet._status import error_from_rpc
 from monofacet._sync.core import SyncCore
 from monofacet.v1 import imaging_service_pb2, imaging_service_pb2_grpc
 
@@ -161,29 +158,30 @@ class ImagingCalls(SyncCore):
         self, request: imaging_service_pb2.GenerateRequest, timeout: float | None
     ) -> Iterator[types.GenerationEvent]:
         deadline = Deadline(self._timeout.stream if timeout is None else timeout)
-        call, answers, first = self._begin(request, deadline)
+        call, answers, first = self._start(request, deadline)
         try:
             if first is not None:
                 yield responses.generation_event(first)
             for response in answers:
                 yield responses.generation_event(response)
         except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+            raise self._failed(error) from error
         finally:
             call.cancel()
 
-    def _begin(
+    def _start(
         self, request: imaging_service_pb2.GenerateRequest, deadline: Deadline
     ) -> tuple[Any, Iterator[Any], Any]:
         """Start the stream, and try again until its first event: nothing was answered before it."""
         self._addressed(request)
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
-        for attempt in stamina.retry_context(**self._retrying(deadline)):
-            with attempt:
-                call = stub.Generate(request, timeout=deadline.left(), metadata=self._metadata)
-                answers = iter(call)
-                try:
-                    return call, answers, next(answers, None)
-                except grpc.RpcError as error:
-                    raise error_from_rpc(error) from error
-        raise exceptions.ServerError("no try was made", code="UNKNOWN")  # unreachable: attempts is at least 1
+
+        def attempt() -> tuple[Any, Iterator[Any], Any]:
+            call = self._begin(stub.Generate, request, deadline)
+            answers = iter(call)
+            try:
+                return call, answers, next(answers, None)
+            except grpc.RpcError as error:
+                raise self._failed(error) from error
+
+        return self._again(attempt, deadline)

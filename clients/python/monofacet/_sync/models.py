@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from monofacet import _exceptions as exceptions
 from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._base import Deadline
-from monofacet._status import error_from_rpc
 from monofacet._sync.core import SyncCore
 from monofacet.v1 import model_service_pb2, model_service_pb2_grpc
 
@@ -79,12 +77,7 @@ class ModelCalls(SyncCore):
         deadline = Deadline(timeout)
         request = health_pb2.HealthCheckRequest(service=service)
         try:
-            response = self._stub(health_pb2_grpc.HealthStub).Check(
-                request, timeout=deadline.left(), metadata=self._metadata
-            )
-        except grpc.RpcError as error:
-            failure = error_from_rpc(error)
-            if isinstance(failure, exceptions.NotFoundError):
-                return "SERVICE_UNKNOWN"
-            raise failure from error
+            response = self._begin(self._stub(health_pb2_grpc.HealthStub).Check, request, deadline)
+        except exceptions.NotFoundError:
+            return "SERVICE_UNKNOWN"
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))

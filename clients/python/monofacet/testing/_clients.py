@@ -58,7 +58,10 @@ def mock_async_client(
 
 @contextmanager
 def run_server(
-    service: FakeMonofacet | None = None, *, credentials: grpc.ServerCredentials | None = None
+    service: FakeMonofacet | None = None,
+    *,
+    credentials: grpc.ServerCredentials | None = None,
+    threads: int = 8,
 ) -> Iterator[str]:
     """Serve a fake on a free loopback port.
 
@@ -68,6 +71,8 @@ def run_server(
         What answers. Default a new `FakeMonofacet`.
     credentials
         For TLS. Default plain text.
+    threads
+        Calls that are worked on at the same time.
 
     Yields
     ------
@@ -75,7 +80,8 @@ def run_server(
         ``localhost:port``.
     """
     server = grpc.server(
-        ThreadPoolExecutor(max_workers=8), options=[("grpc.max_receive_message_length", 64 * 1024 * 1024)]
+        ThreadPoolExecutor(max_workers=threads),
+        options=[("grpc.max_receive_message_length", 64 * 1024 * 1024)],
     )
     (service or FakeMonofacet()).add_to_server(server)
     if credentials is None:
