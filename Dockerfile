@@ -26,10 +26,10 @@ FROM base AS dependencies-cuda
 RUN pip install --constraint constraints.txt ./clients/python ".[server]"
 
 FROM base AS dependencies-cpu
-# An index with torch's CPU wheels. Without it the registry's torch is taken, which runs on CPUs and is 5 GB larger.
+# An index with torch's CPU wheels. Without it the registry's torch is taken, which runs on CPUs and is 4 GB larger.
 ARG TORCH_INDEX=
 RUN if [ -n "${TORCH_INDEX}" ]; then \
-        pip install --constraint constraints.txt --index-url "${TORCH_INDEX}" torch torchvision; \
+        pip install --no-deps --constraint constraints.txt --index-url "${TORCH_INDEX}" torch torchvision; \
     fi \
     && pip install --constraint constraints.txt ./clients/python ".[server]"
 

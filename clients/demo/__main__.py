@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from samples import Sample, load_samples
-from service import running_service
+from service import ServiceError, running_service
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN_LABELS = (ModalityLabel.IMAGE, ModalityLabel.TEXT, ModalityLabel.CROSS)
@@ -172,12 +172,18 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     samples = load_samples(arguments.bundle)
     started = time.perf_counter()
-    with running_service(arguments.bundle, arguments.out / "service.log", console) as service:
-        with Client(service.target) as client:
-            demo = call_everything(client, samples, console)
-        # The service drains while the report is written.
-        service.stop()
-        path = report.write(arguments.out, demo, seconds=time.perf_counter() - started)
+    try:
+        with running_service(arguments.bundle, arguments.out / "service.log", console) as service:
+            ready = time.perf_counter()
+            with Client(service.target) as client:
+                demo = call_everything(client, samples, console)
+            answered = time.perf_counter()
+            # The service drains while the report is written.
+            service.stop()
+            path = report.write(arguments.out, demo, seconds=answered - started)
+    except (ServiceError, monofacet.MonofacetError) as error:
+        console.print(f"demo: failed: {error}", style="bold red", markup=False, highlight=False)
+        raise SystemExit(1) from error
     seconds = time.perf_counter() - started
     summary = {
         "bundle": demo.model.bundle,
@@ -186,7 +192,13 @@ def main() -> None:
         "seconds": seconds,
     }
     (arguments.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    console.print(f"[bold]done in {seconds:.0f} s[/bold]; report: {path}")
+    console.print(
+        f"demo: called every method; start {ready - started:.0f} s, calls {answered - ready:.0f} s, "
+        f"stop and report {seconds - answered + started:.0f} s; results: {path}, with summary.json and "
+        "service.log beside it",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from matplotlib import pyplot as plt
 from monofacet import Client, FeatureCard, ModalityLabel, SteeringEdit, SteeringPreview
 from PIL import Image
 from rich.console import Console
@@ -81,40 +78,3 @@ def steer_sheet(client: Client, cards: list[FeatureCard], reference: Sample, con
         drawn = list(track(pool.map(draw, jobs), total=len(jobs), description="steering", console=console))
     width = len(STRENGTHS)
     return Steering(reference, {name: drawn[i * width : (i + 1) * width] for i, name in enumerate(groups)})
-
-
-def draw_sheet(pictures: list[Image.Image], path: Path, columns: int = 8) -> None:
-    """Write the generated pictures with their prompts and seeds."""
-    rows = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 1.8 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, picture, prompt in zip(axes.flat, pictures, PROMPTS, strict=False):
-        axis.imshow(picture)
-        axis.set_title(f"{prompt}\nseed {SEED}", fontsize=7.5)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_steering(steering: Steering, path: Path) -> None:
-    """Write the steering sheet: a row each group of features, a column each strength, the reference first."""
-    names = list(steering.rows)
-    figure, axes = plt.subplots(
-        len(names), len(STRENGTHS) + 1, figsize=(1.5 * (len(STRENGTHS) + 1), 1.6 * len(names)), squeeze=False
-    )
-    reference = Image.open(io.BytesIO(steering.reference.data)).convert("RGB")
-    for line, name in zip(axes, names, strict=True):
-        for axis in line:
-            axis.set_xticks([])
-            axis.set_yticks([])
-        line[0].imshow(reference)
-        line[0].set_ylabel(name, fontsize=9)
-        for axis, picture in zip(line[1:], steering.rows[name], strict=True):
-            axis.imshow(picture)
-    axes[0][0].set_title("reference", fontsize=8)
-    for axis, strength in zip(axes[0][1:], STRENGTHS, strict=True):
-        axis.set_title(f"strength {strength:g}", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -16,14 +16,17 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session")
-def node_encode() -> Callable[[str, Path, str], Any]:
+def node_encode(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path, str], Any]:
     """Run ``encode.mjs TARGET IMAGE TEXT`` and read what it prints."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         pytest.skip("node and npm are not installed")
-    if not (HERE / "node_modules" / "@grpc").is_dir():
+    installed, wanted = HERE / "node_modules" / ".package-lock.json", HERE / "package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < wanted.stat().st_mtime:
         install = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        done = subprocess.run(install, cwd=HERE, capture_output=True, text=True)
+        # npm's own folder is in a home that may not be there.
+        environment = {**os.environ, "npm_config_cache": str(tmp_path_factory.mktemp("npm"))}
+        done = subprocess.run(install, cwd=HERE, env=environment, capture_output=True, text=True)
         # Without a network there is nothing to test with; in CI that must not pass unseen.
         if done.returncode != 0 and not os.environ.get("CI"):
             pytest.skip(f"npm ci failed: {done.stderr[-300:]}")
