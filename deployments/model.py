@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import torch
 from numpy.typing import NDArray
 
@@ -23,13 +22,14 @@ from services.encoding.load import load_towers
 from services.encoding.texts import TextLimits, Tokeniser
 from services.encoding.towers import Towers
 from services.probe import check_bundle
+from services.weights import open_weights
 
 log = logging.getLogger("monofacet.encoder")
 
 
 def count_parameters(weights: Path) -> int:
     """Return the number of values in a safetensors file, from its header alone."""
-    with safetensors.safe_open(str(weights), framework="numpy") as file:
+    with open_weights(weights) as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 
 from services.bundle import Bundle
@@ -26,6 +24,7 @@ from services.manifest import MANIFEST_NAME, manifest_sha256, parse_manifest
 from services.modalities import Modality
 from services.probe import check_bundle
 from services.verification import verify_files, verify_towers
+from services.weights import open_weights
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def _checked(name: str, step: Callable[[], str]) -> Check:
     except MonofacetError as error:
         return Check(name, False, str(error))
     # A file that is what its hash says may still hold anything; what reading it raises is the finding.
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         return Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
@@ -101,7 +100,7 @@ def _weights(bundle: Bundle) -> str:
     for name in sorted(bundle.manifest.files):
         if not name.endswith(".safetensors"):
             continue
-        with safetensors.safe_open(str(bundle.path / name), framework="pt") as file:
+        with open_weights(bundle.path / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(key)
                 count += tensor.numel()

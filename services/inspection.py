@@ -7,13 +7,13 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
 
 from services.bundle import Bundle
 from services.manifest import Manifest
 from services.modalities import Modality
 from services.tables import Label
+from services.weights import open_weights
 
 # Sections of a manifest that `diff` compares value by value; files and dictionaries it compares by themselves.
 _PLAIN = (
@@ -150,7 +150,7 @@ def _changed_dictionary(a: Bundle, b: Bundle, name: str) -> dict[str, Any]:
 def _rows(bundle: Bundle, name: str) -> NDArray[np.float32]:
     """Return unit decoder rows, (n, d); of a pair of dictionaries those of both sides, side by side."""
     entry = bundle.manifest.dictionaries[name]
-    with safetensors.safe_open(str(bundle.path / str(entry.weights)), framework="numpy") as file:
+    with open_weights(bundle.path / str(entry.weights)) as file:
         names = set(file.keys())
         wanted = ["decoder"] if "decoder" in names else [f"{modality}.decoder" for modality in Modality]
         rows = np.concatenate([file.get_tensor(key).astype(np.float32) for key in wanted], axis=1)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 from PIL import Image
@@ -25,6 +24,7 @@ from PIL import Image
 from services.bundle import Bundle
 from services.encoding.towers import Embeddings
 from services.errors import BundleFileError, ProbeMismatch, TextTooLong
+from services.weights import open_weights
 
 # Two of 255 levels over CLIP's own deviation, 0.26: another release of Pillow may round a resize otherwise, another
 # resize, size or normalisation moves the pixels of these pictures much further.
@@ -171,7 +171,7 @@ def read_probe(path: Path) -> Probe:
         Where it is no such file.
     """
     try:
-        with safetensors.safe_open(str(path), framework="numpy") as file:
+        with open_weights(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             texts = json.loads(file.metadata()["texts"])
         pictures = tuple(tensors[f"pictures.{i}"] for i in range(len(tensors) - 4))
@@ -180,7 +180,7 @@ def read_probe(path: Path) -> Probe:
             tuple(map(str, texts)),
             *(tensors[name] for name in ("pixels", "tokens", "images", "captions")),
         )
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise BundleFileError(f"{path.name} is not a probe: {error}", [(path.name, "not a probe")]) from error
 
 

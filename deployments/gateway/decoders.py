@@ -10,11 +10,11 @@ import asyncio
 from dataclasses import dataclass
 
 import numpy as np
-import safetensors
 from numpy.typing import NDArray
 
 from services.bundle import Bundle
 from services.modalities import Modality
+from services.weights import open_weights
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def read_decoders(bundle: Bundle, name: str) -> dict[Modality, Decoder]:
     if entry.weights is None:
         identity = Decoder(np.eye(entry.embed_dim, dtype=np.float32), np.zeros(entry.embed_dim, np.float32))
         return dict.fromkeys(Modality, identity)
-    with safetensors.safe_open(str(bundle.path / entry.weights), framework="numpy") as file:
+    with open_weights(bundle.path / entry.weights) as file:
         names = set(file.keys())
 
         def read(*candidates: str) -> NDArray[np.float32]:

@@ -16,12 +16,12 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from services.bias.association import Association
 from services.bias.leace import Leace
 from services.errors import ManifestError
 from services.modalities import Modality
+from services.weights import load_weights
 
 CONFIG_KEYS = {"tower_fingerprint", "prompts", "thresholds", "dictionaries", "figures"}
 _ASSOCIATION = ("value", "low", "high", "share")
@@ -101,7 +101,7 @@ class BiasCalibration:
         """
         try:
             document = json.loads(config.read_text(encoding="utf-8"))
-            tensors = safetensors.numpy.load_file(weights)
+            tensors = load_weights(weights)
             if set(document) != CONFIG_KEYS:
                 raise ManifestError(f"{config.name} must hold exactly the keys {sorted(CONFIG_KEYS)}")
             return cls(
@@ -113,7 +113,7 @@ class BiasCalibration:
                 dictionaries={name: _dictionary(name, tensors) for name in document["dictionaries"]},
                 figures=document["figures"],
             )
-        except (KeyError, ValueError, OSError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, OSError) as error:
             raise ManifestError(
                 f"{config.name} or {weights.name} is not a bias calibration: {error}"
             ) from error

@@ -16,13 +16,13 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Float
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from services.defense.detector import Detector
 from services.defense.features import FeatureStatistics
 from services.defense.filtering import FilterChoice, FilterMode
 from services.defense.scores import ONE_LOOK, SIGMA, TWO_LOOKS
 from services.errors import ManifestError
+from services.weights import load_weights
 
 CONFIG_KEYS = {
     "tower_fingerprint", "dictionary", "sigma", "tolerance", "detectors", "choices", "labels", "figures",
@@ -75,7 +75,7 @@ class DefenseCalibration:
         """
         try:
             document = json.loads(config.read_text(encoding="utf-8"))
-            tensors = safetensors.numpy.load_file(weights)
+            tensors = load_weights(weights)
             if set(document) != CONFIG_KEYS:
                 raise ManifestError(f"{config.name} must hold exactly the keys {sorted(CONFIG_KEYS)}")
             if document["sigma"] != SIGMA:
@@ -107,7 +107,7 @@ class DefenseCalibration:
                 label_units=units / np.linalg.norm(units, axis=1, keepdims=True),
                 figures=document["figures"],
             )
-        except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, OSError) as error:
             raise ManifestError(
                 f"{config.name} or {weights.name} is not a defence calibration: {error}"
             ) from error

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from services.dictionary_file import KINDS, read_dictionary_json
 from services.errors import ManifestError
 from services.modalities import Modality as Modality
+from services.weights import load_weights, misfit
 
 
 class Dictionary(nn.Module, ABC):
@@ -145,15 +145,19 @@ def load_dictionary(directory: Path, name: str) -> Dictionary:
     Weights stored as half floats are read as float32.
     """
     document = read_dictionary_json(directory / f"{name}.json")
-    dictionary = _KINDS[document["kind"]].from_config(document["config"])
+    # Without memory: the sizes are the file's word, until the weights bear them out.
+    with torch.device("meta"):
+        dictionary = _KINDS[document["kind"]].from_config(document["config"])
     dictionary.name = name
     weights = directory / f"{name}.safetensors"
     if dictionary.state_dict():
-        try:
-            state = safetensors.torch.load_file(str(weights))
-            dictionary.load_state_dict({key: value.float() for key, value in state.items()})
-        except (RuntimeError, OSError, safetensors.SafetensorError) as error:
-            raise ManifestError(f"{weights.name} does not fit its config: {error}") from error
+        state = load_weights(weights, "pt")
+        shapes = {key: value.shape for key, value in dictionary.state_dict().items()}
+        problem = misfit(shapes, {key: value.shape for key, value in state.items()})
+        if problem:
+            raise ManifestError(f"{weights.name} does not fit its config: {problem}")
+        # Assigned: what was built has sizes and no memory yet.
+        dictionary.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return dictionary.eval().requires_grad_(False)
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from jaxtyping import Float
@@ -26,6 +25,7 @@ from services.dictionaries.base import Dictionary, Modality
 from services.dictionaries.pair import SAEPair
 from services.dictionaries.sae import SAE
 from services.errors import UnsupportedModel
+from services.weights import load_weights
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -201,9 +201,9 @@ def _read(folder: Path) -> _Parts:
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        state = safetensors.torch.load_file(str(folder / WEIGHTS))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise UnsupportedModel(f"{folder.name}: no {CONFIG} and {WEIGHTS} to read: {error}") from error
+    state = load_weights(folder / WEIGHTS, "pt")
     if not isinstance(config, dict):
         raise UnsupportedModel(f"{folder.name}: {CONFIG} is not an object")
     for key, allowed in (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import struct
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from services.errors import ManifestError, UnsupportedModel
 from services.strict_json import canonical_json
+from services.weights import load_weights, misfit, open_weights, read_header
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +26,14 @@ if TYPE_CHECKING:
 # a process that only reads a config should not pay.
 OPENAI_DATASET_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_DATASET_STD = (0.26862954, 0.26130258, 0.27577711)
+# What DistributedDataParallel puts before every name.
+_PARALLEL = "module."
+# Of any number in model_cfg; the largest there are, vocabularies, have some 10^5, and no tower has 100 blocks.
+MAX_SIZE, MAX_LAYERS = 1_000_000, 200
+# Options of CLIP's tokenizer that change no vocabulary and open no file, and the cleanings it has.
+TOKENIZER_KEYS = frozenset({"clean", "reduction_mask"})
+CLEANINGS = frozenset({"lower", "whitespace", "canonicalize"})
+_TIMM_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 # What open_clip's preprocess_cfg may hold. A key that is passed over would be a preprocessing that is not done.
 PREPROCESS_KEYS = frozenset({"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"})
 
@@ -77,15 +86,15 @@ def read_clip_config(path: Path) -> ClipConfig:
         vocabulary, an unknown resize or other preprocessing, pictures of another size than the tower's.
     """
     try:
-        document = json.loads(path.read_text())
+        # Editors on Windows begin a file with a mark.
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
         model_cfg, preprocess_cfg = document["model_cfg"], document.get("preprocess_cfg", {})
         vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
         embed_dim = int(model_cfg["embed_dim"])
-    except (ValueError, KeyError, TypeError) as error:
+        _check_reach(path.name, model_cfg, vision, text)
+        _check_sizes(path.name, model_cfg)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ManifestError(f"{path.name} is not an open_clip config: {error!r}") from error
-    for section, key in ((text, "hf_model_name"), (text, "hf_tokenizer_name"), (model_cfg, "multimodal_cfg")):
-        if section.get(key):
-            raise UnsupportedModel(f"{path.name}: {key} is not supported")
     if text.get("vocab_size", 49408) != 49408:
         raise UnsupportedModel(f"{path.name}: the vocabulary must be CLIP's own, 49,408 tokens")
     interpolation = preprocess_cfg.get("interpolation", "bicubic")
@@ -117,6 +126,41 @@ def read_clip_config(path: Path) -> ClipConfig:
     )
 
 
+def _check_reach(name: str, model_cfg: dict[str, Any], vision: dict[str, Any], text: dict[str, Any]) -> None:
+    """Raise UnsupportedModel where a config names what is not in the bundle: files, repositories, other tokenizers."""
+    for section, key in (
+        (text, "hf_model_name"), (text, "hf_tokenizer_name"), (text, "tokenizer_mode"), (model_cfg, "multimodal_cfg"),
+    ):  # fmt: skip
+        if section.get(key):
+            raise UnsupportedModel(f"{name}: {key} is not supported")
+    tower = vision.get("timm_model_name")
+    if tower is not None and not _TIMM_NAME.fullmatch(str(tower)):
+        # timm takes hf-hub: and local-dir: there.
+        raise UnsupportedModel(f"{name}: timm_model_name {tower!r} is not the name of an architecture")
+    options = text.get("tokenizer_kwargs") or {}
+    other = sorted(key for key, value in options.items() if value and key not in TOKENIZER_KEYS)
+    if other:
+        raise UnsupportedModel(
+            f"{name}: tokenizer_kwargs: {', '.join(other)} is not supported; the tokenizer is CLIP's own"
+        )
+    if options.get("clean", "lower") not in CLEANINGS:
+        raise UnsupportedModel(
+            f"{name}: tokenizer_kwargs: clean must be one of {', '.join(sorted(CLEANINGS))}"
+        )
+
+
+def _check_sizes(name: str, value: Any, key: str = "model_cfg") -> None:
+    """Raise UnsupportedModel where a number would take all memory or time before the weights could belie it."""
+    if isinstance(value, dict):
+        for inner, item in value.items():
+            _check_sizes(name, item, str(inner))
+    elif isinstance(value, list):
+        for item in value:
+            _check_sizes(name, item, key)
+    elif isinstance(value, int | float) and value > (MAX_LAYERS if key == "layers" else MAX_SIZE):
+        raise UnsupportedModel(f"{name}: {key} {value} is out of all proportion")
+
+
 def build_clip(config: ClipConfig, weights: Path | None) -> nn.Module:
     """Build open_clip's model in eval mode, float32, on the CPU.
 
@@ -133,8 +177,10 @@ def build_clip(config: ClipConfig, weights: Path | None) -> nn.Module:
         Where open_clip cannot build it.
     ManifestError
         Where the weights do not fit the config.
+    BundleFileError
+        Where they are not safetensors.
     """
-    import safetensors.torch
+    import torch
 
     from services.encoding.quiet_open_clip import open_clip, take_timm
 
@@ -144,21 +190,61 @@ def build_clip(config: ClipConfig, weights: Path | None) -> nn.Module:
         take_timm()
         # Otherwise timm would download weights only to have them replaced.
         arguments["vision_cfg"]["timm_model_pretrained"] = False
+    kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     try:
-        kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+        state = None
+        if weights is not None:
+            state = load_weights(weights, "pt")
+            # First without memory: the sizes are the config's word, until the weights bear them out.
+            with torch.device("meta"):
+                sketch = kind(**copy.deepcopy(arguments))
+            state = _in_layout_of(sketch, state)
+            problem = misfit(_shapes(sketch.state_dict()), _shapes(state))
+            if problem:
+                raise ManifestError(f"{weights.name} does not fit its config: {problem}")
         model: nn.Module = kind(**arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, AttributeError) as error:
         raise UnsupportedModel(f"open_clip cannot build this model: {error}") from error
-    if weights is not None:
-        try:
-            state = safetensors.torch.load_file(str(weights))
-            floats = {
-                key: value.float() if value.is_floating_point() else value for key, value in state.items()
-            }
-            model.load_state_dict(floats)
-        except (RuntimeError, OSError, safetensors.SafetensorError) as error:
-            raise ManifestError(f"{weights.name} does not fit its config: {error}") from error
+    if state is not None:
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     return model.eval().requires_grad_(False)
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Sequence[int]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _in_layout_of(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Return weights as the model names them; open_clip takes these forms, too."""
+    from services.encoding.quiet_open_clip import open_clip
+
+    if all(name.startswith(_PARALLEL) for name in state):
+        state = {name.removeprefix(_PARALLEL): tensor for name, tensor in state.items()}
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        # Saved by an open_clip that knew one layout only.
+        state = open_clip.model.convert_to_custom_text_state_dict(state)
+    expected = model.state_dict()
+    # Buffers that transformers saved once, and scales that were saved as a list of one.
+    state = {name: t for name, t in state.items() if name in expected or not name.endswith("position_ids")}
+    for name in ("logit_scale", "logit_bias"):
+        if name in state and name in expected and state[name].numel() == 1:
+            state[name] = state[name].reshape(expected[name].shape)
+    return state
+
+
+def read_logit_scale(weights: Path) -> float:
+    """Return the factor of cosines, exp(logit_scale), of open_clip's weights.
+
+    Raises
+    ------
+    ManifestError
+        Where they have none: they are not a CLIP model's.
+    """
+    with open_weights(weights, "pt") as file:
+        found = sorted({"logit_scale", f"{_PARALLEL}logit_scale"} & set(file.keys()))
+        if not found:
+            raise ManifestError(f"{weights.name} has no logit_scale: not the weights of an open_clip model")
+        return float(file.get_tensor(found[0]).float().exp())
 
 
 def tower_fingerprint(config: Path, weights: Path) -> str:
@@ -167,17 +253,15 @@ def tower_fingerprint(config: Path, weights: Path) -> str:
     It covers the canonical JSON of model_cfg and preprocess_cfg, then, by sorted name, every tensor's name,
     type, shape and bytes. The order of tensors in the file and its free-form metadata do not count.
     """
-    document = json.loads(config.read_text())
+    document = json.loads(config.read_text(encoding="utf-8-sig"))
     digest = hashlib.sha256(canonical_json([document["model_cfg"], document.get("preprocess_cfg", {})]))
+    header, data = read_header(weights)
     with weights.open("rb") as file:
-        (header_bytes,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
         for name in sorted(header):
             entry = header[name]
             start, end = entry["data_offsets"]
             digest.update(canonical_json([name, entry["dtype"], entry["shape"]]))
-            file.seek(8 + header_bytes + start)
+            file.seek(data + start)
             digest.update(file.read(end - start))
     return digest.hexdigest()
 

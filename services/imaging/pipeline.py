@@ -7,7 +7,6 @@ sizes, never which code. diffusers is imported when a pipeline is loaded, since 
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 import torch
 
 from services.errors import ManifestError, UnsafeWeights, UnsupportedModel
+from services.imaging.folder import check_configs, read_json, weights_variant
 from services.manifest import DiffusionEntry
+from services.weights import load_weights
 
 STABLE_DIFFUSION = "StableDiffusionPipeline"
 STABLE_UNCLIP = "StableUnCLIPImg2ImgPipeline"
@@ -110,7 +111,7 @@ def load_parts(folder: Path, entry: DiffusionEntry, device: str = "cpu") -> Part
     UnsafeWeights
         Where a part has no safetensors.
     """
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     if entry.pipeline not in PIPELINES:
         raise UnsupportedModel(f"pipeline must be one of {', '.join(PIPELINES)}, not {entry.pipeline!r}")
     if index.get("_class_name") != entry.pipeline:
@@ -119,6 +120,7 @@ def load_parts(folder: Path, entry: DiffusionEntry, device: str = "cpu") -> Part
             [("diffusion.pipeline", f"is not {entry.pipeline}")],
         )
     _check_entry(entry)
+    check_configs(folder)
     import diffusers
     import transformers
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
@@ -151,23 +153,29 @@ def load_parts(folder: Path, entry: DiffusionEntry, device: str = "cpu") -> Part
             dtype=dtype,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ManifestError(f"the pipeline cannot be loaded: {type(error).__name__}") from error
+        raise ManifestError(f"the pipeline cannot be loaded: {_first_line(error)}") from error
     if entry.ip_adapter is not None:
         _load_ip_adapter(parts, folder / entry.ip_adapter)
     _check_parts(parts)
     return parts
 
 
+def _first_line(error: Exception) -> str:
+    """Return what a library said, without the rest of its advice and without paths of this machine."""
+    said = str(error).strip().splitlines()
+    words = [word for word in (said[0] if said else "").split() if "/" not in word]
+    return f"{type(error).__name__}: {' '.join(words)[:200]}"
+
+
 def _load_model(folder: Path, index: dict[str, Any], name: str, kind: Any, dtype: torch.dtype) -> Any:
     _check_class(index, name, kind.__name__)
-    if not any((folder / name).glob("*.safetensors")):
-        raise UnsafeWeights(f"{name}: weights must be safetensors", [(f"diffusion.{name}", "no safetensors")])
+    variant = weights_variant(folder / name)
     # diffusers names the type of weights `torch_dtype`, transformers `dtype`.
     key = "torch_dtype" if kind.__module__.startswith("diffusers") else "dtype"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return kind.from_pretrained(
-            folder / name, local_files_only=True, use_safetensors=True, **{key: dtype}
+            folder / name, local_files_only=True, use_safetensors=True, variant=variant, **{key: dtype}
         )
 
 
@@ -184,11 +192,10 @@ def _scheduler(folder: Path, index: dict[str, Any], name: str, replacement: str 
     chosen = replacement or own
     if chosen not in SCHEDULERS:
         raise UnsupportedModel(f"{name} {chosen!r} is not one of {', '.join(sorted(SCHEDULERS))}")
-    return getattr(diffusers, chosen).from_config(_read_json(folder / name / "scheduler_config.json"))
+    return getattr(diffusers, chosen).from_config(read_json(folder / name / "scheduler_config.json"))
 
 
 def _load_ip_adapter(parts: Parts, weights: Path) -> None:
-    import safetensors.torch
     from diffusers.models.attention_processor import IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0
 
     if weights.suffix != ".safetensors":
@@ -197,11 +204,11 @@ def _load_ip_adapter(parts: Parts, weights: Path) -> None:
         )
     state: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
     try:
-        for key, value in safetensors.torch.load_file(str(weights)).items():
+        for key, value in load_weights(weights, "pt").items():
             section, _, name = key.partition(".")
             state[section][name] = value.to(parts.dtype)
         parts.unet._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
-    except (OSError, KeyError, RuntimeError, ValueError, safetensors.SafetensorError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise ManifestError(
             "the IP-Adapter does not fit the pipeline", [("diffusion.ip_adapter", "bad")]
         ) from error
@@ -254,13 +261,3 @@ def _check_parts(parts: Parts) -> None:
         problems.append("a UNet with additional embeddings is not served")
     if problems:
         raise UnsupportedModel("; ".join(problems))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{path.parent.name}/{path.name} cannot be read") from error
-    if not isinstance(document, dict):
-        raise ManifestError(f"{path.name} is not a JSON object")
-    return document

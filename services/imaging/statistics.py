@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from services.errors import BundleFileError, InvalidInput
 from services.modalities import Modality
+from services.weights import open_weights
 
 # Twentieths: the ends of an empirical distribution of a sparse feature are known no better.
 PROBABILITIES = np.linspace(0.0, 1.0, 21)
@@ -91,7 +91,7 @@ class ActivationStatistics:
             Where it is something else.
         """
         try:
-            with safetensors.safe_open(str(path), framework="numpy") as file:
+            with open_weights(path) as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             statistics = cls(
@@ -102,7 +102,7 @@ class ActivationStatistics:
                 tensors["count_text"],
                 metadata.get("tower_fingerprint", ""),
             )
-        except (OSError, KeyError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+        except KeyError as error:
             raise BundleFileError(f"{path.name} holds no activation quantiles") from error
         shapes = {statistics.image.shape, statistics.text.shape}
         if shapes != {(len(statistics.count_image), len(statistics.probabilities))}:

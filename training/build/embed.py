@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from services.encoding.clip import build_clip, read_clip_config, tower_fingerprint
+from services.encoding.clip import build_clip, read_clip_config, read_logit_scale, tower_fingerprint
 from services.encoding.images import ImagePreprocess, decode_image
 from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
 from services.errors import ImageError
-from training.build.errors import BuildError
 from training.build.pairs import BadRow, Pair, Source, open_sources
 from training.build.store import ShardEntry, Store, StoreKey
 from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
@@ -90,12 +89,6 @@ def sources(paths: tuple[Path, ...]) -> list[Source]:
 
 def store_key(clip: Path, templates: tuple[str, ...], dtype: str, device: str) -> StoreKey:
     """Return the key of a store for these towers."""
-    import safetensors
-
-    with safetensors.safe_open(str(clip / WEIGHTS_FILE), framework="pt") as file:
-        if "logit_scale" not in file.keys():  # noqa: SIM118
-            raise BuildError(f"{WEIGHTS_FILE} has no logit_scale: not the weights of an open_clip model")
-        scale = float(file.get_tensor("logit_scale").float().exp())
     return StoreKey(
         fingerprint=tower_fingerprint(clip / CONFIG_FILE, clip / WEIGHTS_FILE),
         templates=templates,
@@ -104,7 +97,7 @@ def store_key(clip: Path, templates: tuple[str, ...], dtype: str, device: str) -
         device=device,
         precision="f32",
         embed_dim=read_clip_config(clip / CONFIG_FILE).embed_dim,
-        logit_scale=scale,
+        logit_scale=read_logit_scale(clip / WEIGHTS_FILE),
     )
 
 
