@@ -13,6 +13,7 @@ from services.errors import MonofacetError
 from services.imaging.conditioning import Conditioner
 from services.imaging.embedder import Embedder
 from services.imaging.features import Features
+from services.imaging.folder import adapters
 from services.imaging.pipeline import STABLE_DIFFUSION, STABLE_UNCLIP, load_parts
 from services.imaging.reference import HUB, READABLE, folder_sha256, pipeline_folder
 from services.manifest import DiffusionEntry
@@ -100,12 +101,21 @@ def add_pipeline(bundle: Path, settings: BuildSettings, fingerprint: str) -> Non
             sha256=folder_sha256(folder),
         )
     else:
+        left_out = {folder / name for name in left_adapters(folder, entry)}
         for file in sorted(folder.rglob("*")):
-            if file.is_file() and file.suffix in READABLE and file.name != ENTRY:
+            if file.is_file() and file.suffix in READABLE and file.name != ENTRY and file not in left_out:
                 place = target / file.relative_to(folder)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, place)
     (bundle / DIFFUSION).write_text(json.dumps(asdict(entry), indent=1) + "\n", encoding="utf-8")
+
+
+def left_adapters(folder: Path, entry: DiffusionEntry) -> list[str]:
+    """Return the adapters of a pipeline's folder, such as LoRA, that nothing applies."""
+    try:
+        return [name for name in adapters(folder) if name != entry.ip_adapter]
+    except MonofacetError as error:
+        raise BuildError(f"the pipeline cannot be served: {error}") from error
 
 
 def check_steerable(bundle: Bundle) -> None:

@@ -40,7 +40,7 @@ from training.build.embed import (
 )
 from training.build.errors import BuildError
 from training.build.page import render
-from training.build.pipeline import locate, pipeline_entry
+from training.build.pipeline import left_adapters, locate, pipeline_entry
 from training.build.progress import Reporter
 from training.build.selection import PEOPLE, PEOPLE_FILE, PROMPTS, Selection, select
 from training.build.settings import BuildSettings
@@ -116,7 +116,10 @@ class Build:
 
     def _pipeline(self, fingerprint: str) -> None:
         folder = locate(self.settings)
-        pipeline_entry(folder, fingerprint)
+        for name in left_adapters(folder, pipeline_entry(folder, fingerprint)):
+            self.reporter.say(
+                f"{name} is an adapter, which is not applied: merge it into the pipeline's weights"
+            )
         checked = self.work / "pipeline.checked"
 
         def make() -> list[Path]:
