@@ -128,7 +128,11 @@ def _changed_dictionary(a: Bundle, b: Bundle, name: str) -> dict[str, Any]:
         return result | {"features": "not comparable: other towers"}
     if old.weights is None or new.weights is None or old.embed_dim != new.embed_dim:
         return result
-    order, cosine = match_rows(_rows(a, name), _rows(b, name))
+    old_rows, new_rows = _rows(a, name), _rows(b, name)
+    if {len(old_rows), len(new_rows)} == {1, 2}:
+        # A dictionary that is shared has the same row for both modalities.
+        old_rows, new_rows = (rows if len(rows) == 2 else rows * 2 for rows in (old_rows, new_rows))
+    order, cosine = match_rows(_unit(old_rows), _unit(new_rows))
     matched, agreed = cosine >= SAME_COSINE, cosine[cosine > -1]
     result["features"] = {
         "compared": len(cosine),
@@ -147,13 +151,18 @@ def _changed_dictionary(a: Bundle, b: Bundle, name: str) -> dict[str, Any]:
     return result
 
 
-def _rows(bundle: Bundle, name: str) -> NDArray[np.float32]:
-    """Return unit decoder rows, (n, d); of a pair of dictionaries those of both sides, side by side."""
+def _rows(bundle: Bundle, name: str) -> list[NDArray[np.float32]]:
+    """Return the decoder rows, (n, d); of a pair of dictionaries those of images and those of texts."""
     entry = bundle.manifest.dictionaries[name]
     with open_weights(bundle.path / str(entry.weights)) as file:
         names = set(file.keys())
         wanted = ["decoder"] if "decoder" in names else [f"{modality}.decoder" for modality in Modality]
-        rows = np.concatenate([file.get_tensor(key).astype(np.float32) for key in wanted], axis=1)
+        return [file.get_tensor(key).astype(np.float32) for key in wanted]
+
+
+def _unit(sides: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Return rows of length 1, both sides beside each other where there are two."""
+    rows = np.concatenate(sides, axis=1)
     unit: NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     return unit
 

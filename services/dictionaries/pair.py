@@ -62,14 +62,16 @@ class SAEPair(Dictionary):
 
     Parameters
     ----------
-    embed_dim, n_features, k, activation
+    embed_dim, n_features, k, activation, scaled
         As for `SAE`; both sides are alike.
     """
 
-    def __init__(self, embed_dim: int, n_features: int, k: int, activation: str = "topk") -> None:
+    def __init__(
+        self, embed_dim: int, n_features: int, k: int, activation: str = "topk", scaled: bool = False
+    ) -> None:
         super().__init__(embed_dim, n_features)
-        self.image = SAE(embed_dim, n_features, k, activation)
-        self.text = SAE(embed_dim, n_features, k, activation)
+        self.image = SAE(embed_dim, n_features, k, activation, scaled)
+        self.text = SAE(embed_dim, n_features, k, activation, scaled)
 
     @classmethod
     def matched(cls, image: SAE, text: SAE, order: NDArray[np.int64]) -> SAEPair:

@@ -52,6 +52,9 @@ class SAE(Dictionary):
         their place in eval mode, so that a served result does not depend on its batch. With ``jump-relu``
         every feature has a threshold of its own, and k counts for nothing: for dictionaries made elsewhere
         (Rajamanoharan et al., arXiv 2407.14435).
+    scaled : bool
+        Whether the k that were chosen are then multiplied by a `scale`: for dictionaries made elsewhere that
+        choose by the activations of decoder rows that are not of length 1.
 
     Attributes
     ----------
@@ -65,18 +68,28 @@ class SAE(Dictionary):
         b_m.
     threshold : buffer, scalar, or shape (n,) for ``jump-relu``
         Used by ``batch-topk`` in eval mode and by ``jump-relu``: activations at or under it are zero.
+    scale : buffer, shape (n,)
+        Positive; only where `scaled`.
     """
 
     threshold: Tensor
+    scale: Tensor
 
-    def __init__(self, embed_dim: int, n_features: int, k: int, activation: str = "topk") -> None:
+    def __init__(
+        self, embed_dim: int, n_features: int, k: int, activation: str = "topk", scaled: bool = False
+    ) -> None:
         super().__init__(embed_dim, n_features)
         if activation not in ("topk", "batch-topk", "jump-relu"):
             raise ManifestError(f"activation must be topk, batch-topk or jump-relu, not {activation!r}")
         if not 1 <= k <= n_features:
             raise ManifestError(f"k must be between 1 and n_features = {n_features}, not {k}")
+        if scaled and activation != "topk":
+            raise ManifestError(
+                "only the activations of topk are scaled: those of others go into the encoder"
+            )
         self.k = k
         self.activation = activation
+        self.scaled = scaled
         rows = nn.functional.normalize(torch.randn(n_features, embed_dim), dim=-1)
         self.decoder = nn.Parameter(rows)
         # The encoder starts as the decoder's transpose: it keeps most features alive early in training.
@@ -85,6 +98,8 @@ class SAE(Dictionary):
         self.pre_bias_image = nn.Parameter(torch.zeros(embed_dim))
         self.pre_bias_text = nn.Parameter(torch.zeros(embed_dim))
         self.register_buffer("threshold", torch.zeros((n_features,) if activation == "jump-relu" else ()))
+        if scaled:
+            self.register_buffer("scale", torch.ones(n_features))
 
     def pre_bias(self, modality: Modality) -> Float[Tensor, " d"]:
         """Return b_m."""
@@ -97,7 +112,8 @@ class SAE(Dictionary):
     def activate(self, pre: Float[Tensor, "batch n"]) -> Float[Tensor, "batch n"]:
         """Return the sparse, non-negative activations of pre-activations `pre`."""
         if self.activation == "topk":
-            return topk_relu(pre, self.k)
+            z = topk_relu(pre, self.k)
+            return z * self.scale if self.scaled else z
         if self.training and self.activation == "batch-topk":
             return batch_topk_relu(pre, self.k)
         return torch.where(pre > self.threshold, pre, 0.0).relu()
@@ -112,7 +128,10 @@ class SAE(Dictionary):
             return super().encode_sparse(e, modality)
         top = self.pre_activations(e, modality).topk(self.k, dim=-1)
         indices, order = top.indices.sort(dim=-1)
-        values = top.values.gather(-1, order).detach().to("cpu", torch.float32).numpy()
+        kept = top.values.gather(-1, order)
+        if self.scaled:
+            kept = kept * self.scale[indices]
+        values = kept.detach().to("cpu", torch.float32).numpy()
         columns = indices.to("cpu", torch.int32).numpy()
         return [
             SparseRow(column[value > 0], value[value > 0])
@@ -139,4 +158,6 @@ class SAE(Dictionary):
             "n_features": self.n_features,
             "k": self.k,
             "activation": self.activation,
+            # Only where it is so: other dictionaries are as they were.
+            **({"scaled": True} if self.scaled else {}),
         }

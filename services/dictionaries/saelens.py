@@ -32,33 +32,53 @@ WEIGHTS = "sae_weights.safetensors"
 # Saved after training, BatchTopK and Matryoshka autoencoders are JumpReLU ones already.
 ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
 _TENSORS = frozenset({"W_enc", "b_enc", "W_dec", "b_dec"})
+# Lengths of decoder rows that float32 and its sums leave of 1.
+_UNIT = 1e-5
 _THRESHOLDS = ("threshold", "log_threshold", "topk_threshold")
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """An autoencoder in our form: pre-bias, encoder, its bias, decoder, thresholds (None for TopK), and k."""
+    """An autoencoder in our form, decoder rows of length 1.
+
+    Attributes
+    ----------
+    threshold
+        None for TopK.
+    scale
+        What TopK multiplies its activations with when it has chosen them; all 1 where nothing is to be done.
+    """
 
     pre_bias: Float[Tensor, " d"]
     encoder: Float[Tensor, "d n"]
     bias: Float[Tensor, " n"]
     decoder: Float[Tensor, "n d"]
     threshold: Float[Tensor, " n"] | None
+    scale: Float[Tensor, " n"]
     k: int
+
+    @property
+    def scaled(self) -> bool:
+        """Whether `scale` does anything."""
+        return not bool((self.scale == 1).all())
 
     def shares_features_with(self, other: _Parts) -> bool:
         """Return whether only the pre-biases differ."""
-        pairs = [(self.encoder, other.encoder), (self.bias, other.bias), (self.decoder, other.decoder)]
+        pairs = [
+            (self.encoder, other.encoder), (self.bias, other.bias), (self.decoder, other.decoder),
+            (self.scale, other.scale),
+        ]  # fmt: skip
         if (self.threshold is None) != (other.threshold is None) or self.k != other.k:
             return False
         if self.threshold is not None and other.threshold is not None:
             pairs.append((self.threshold, other.threshold))
         return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
-    def sae(self, text: _Parts | None = None) -> SAE:
-        """Return the dictionary, with the pre-bias of `text` for texts."""
+    def sae(self, text: _Parts | None = None, scaled: bool = False) -> SAE:
+        """Return the dictionary, with the pre-bias of `text` for texts, and with a scale where it has to have one."""
         n, d = self.decoder.shape
-        made = SAE(d, n, self.k, "topk" if self.threshold is None else "jump-relu")
+        scaled = scaled or self.scaled
+        made = SAE(d, n, self.k, "topk" if self.threshold is None else "jump-relu", scaled)
         state = {
             "encoder": self.encoder,
             "encoder_bias": self.bias,
@@ -66,6 +86,7 @@ class _Parts:
             "pre_bias_image": self.pre_bias,
             "pre_bias_text": (text or self).pre_bias,
             "threshold": torch.zeros(()) if self.threshold is None else self.threshold,
+            **({"scale": self.scale} if scaled else {}),
         }
         made.load_state_dict(state)
         return made.eval().requires_grad_(False)
@@ -95,7 +116,8 @@ def read_saelens(folder: Path) -> SAE | SAEPair:
         raise UnsupportedModel(f"{folder.name}: image and text must be of one size and one k")
     if (image.threshold is None) != (text.threshold is None):
         raise UnsupportedModel(f"{folder.name}: image and text must be of one architecture")
-    return _pair(image.sae(), text.sae())
+    scaled = image.scaled or text.scaled
+    return _pair(image.sae(scaled=scaled), text.sae(scaled=scaled))
 
 
 def write_saelens(dictionary: Dictionary, folder: Path, *, model_name: str = "") -> list[Path]:
@@ -130,7 +152,8 @@ def write_saelens(dictionary: Dictionary, folder: Path, *, model_name: str = "")
         tensors = {
             "W_enc": sae.encoder,
             "b_enc": sae.encoder_bias,
-            "W_dec": sae.decoder,
+            # SAELens scales what was chosen by the decoder alone.
+            "W_dec": sae.decoder * sae.scale[:, None] if sae.scaled else sae.decoder,
             "b_dec": sae.pre_bias(modality),
         }
         if sae.activation != "topk":
@@ -188,14 +211,48 @@ def _read(folder: Path) -> _Parts:
     if config.get("apply_b_dec_to_input") is False:
         # The encoder is given x itself; here it is given x - b.
         bias = bias + pre_bias @ encoder
-    if config.get("rescale_acts_by_decoder_norm"):
-        # The k largest are chosen by what they add to the reconstruction: as with rows of length 1.
-        norms = decoder.norm(dim=-1)
-        encoder, bias, decoder = encoder * norms, bias * norms, decoder / norms[:, None]
-        # A checkpoint learnt its topk_threshold on activations that were rescaled already.
-        if threshold is not None and "topk_threshold" not in state:
-            threshold = threshold * norms
-    return _Parts(pre_bias, encoder, bias, decoder, threshold, k or n)
+    return _fold(pre_bias, encoder, bias, decoder, threshold, k or n, config, "topk_threshold" in state)
+
+
+def _fold(
+    pre_bias: Tensor, encoder: Tensor, bias: Tensor, decoder: Tensor, threshold: Tensor | None, k: int,
+    config: dict[str, Any], learnt: bool,
+) -> _Parts:  # fmt: skip
+    """Give decoder rows length 1, and the activations what the rows had.
+
+    Energies, labels and strengths compare activations with one another, which means something only where each is the
+    length that its feature adds to an embedding.
+
+    Parameters
+    ----------
+    pre_bias, encoder, bias, decoder, threshold, k
+        Of embeddings of length 1: `normalize_activations` and `apply_b_dec_to_input` are folded in.
+    config
+        Of SAELens.
+    learnt
+        Whether the threshold is a checkpoint's `topk_threshold`.
+    """
+    rescaled = bool(config.get("rescale_acts_by_decoder_norm"))
+    norms = decoder.norm(dim=-1)
+    # A feature that adds nothing keeps its activations, unless SAELens itself makes them zero. Rows that are of length
+    # 1 but for their rounding stay as they are, so that a dictionary comes back with the same bytes.
+    kept = (norms - 1).abs() < _UNIT
+    kept |= (norms == 0) & (not rescaled)
+    norms = torch.where(kept, 1.0, norms)
+    decoder = decoder / torch.where(norms == 0, 1.0, norms)[:, None]
+    scale = torch.ones_like(norms)
+    if threshold is None and not rescaled:
+        # The k largest are chosen before they are given their length.
+        scale = norms
+    else:
+        encoder, bias = encoder * norms, bias * norms
+    if threshold is not None and learnt and rescaled:
+        # Learnt on activations that had the length of rows, and on inputs that had length sqrt(d).
+        constant = config.get("normalize_activations") == "constant_norm_rescale"
+        threshold = threshold / math.sqrt(len(pre_bias)) if constant else threshold
+    elif threshold is not None:
+        threshold = threshold * norms
+    return _Parts(pre_bias, encoder, bias, decoder, threshold, scale, k)
 
 
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from services.bundle import Bundle, refresh_manifest
 from services.bundle_checks import run_checks
 from services.bundle_edit import add_dictionary
-from services.dictionaries import SAE, Modality
+from services.dictionaries import SAE, Modality, SAEPair
 from services.encoding.clip import build_clip
 from services.errors import ManifestError
 from services.inspection import diff_bundles, inspect_bundle, match_rows
@@ -152,6 +152,50 @@ def test_features_are_found_again_in_another_order(tiny: Bundle, copied: Path, r
     assert (found["labels"]["changed"], found["labels"]["of"]) == (moved, 63)
     shown = run("diff", tiny.path, copied).output
     assert "dictionaries/sae.safetensors" in shown and "63 of 64" in shown
+
+
+def replaced(path: Path, name: str, other: str) -> None:
+    """Put another dictionary of the bundle under a name, as a later build with another recipe would."""
+    folder = path / "dictionaries"
+    for suffix in (".json", ".safetensors"):
+        if (folder / f"{other}{suffix}").exists():
+            shutil.copyfile(folder / f"{other}{suffix}", folder / f"{name}{suffix}")
+        else:
+            (folder / f"{name}{suffix}").unlink()
+    modality = path / "modality"
+    shutil.copyfile(modality / f"{other}.parquet", modality / f"{name}.parquet")
+    refresh_manifest(path)
+
+
+@pytest.mark.parametrize("other", ["sae-pair", "ncl", "neurons"])
+def test_dictionaries_of_two_kinds_are_compared(tiny: Bundle, copied: Path, run: Run, other: str) -> None:
+    if other == "neurons":
+        # It has no cards for 64 features.
+        (copied / "cards" / "sae.parquet").unlink()
+    replaced(copied, "sae", other)
+    changed = Bundle.load(copied)
+    for a, b in ((tiny, changed), (changed, tiny)):
+        found = diff_bundles(a, b)["dictionaries"]["sae"]
+        kinds = [bundle.manifest.dictionaries["sae"].kind for bundle in (a, b)]
+        assert found["sizes"]["kind"] == kinds
+        assert ("features" in found) == (other != "neurons")
+    done = run("diff", tiny.path, copied)
+    assert done.exit_code == 0, done.output
+    shown = json.loads(run("diff", tiny.path, copied, "--json").stdout)
+    assert shown["dictionaries"]["sae"]["sizes"]["kind"] == ["sae", other]
+
+
+def test_a_shared_dictionary_is_found_again_in_a_pair_of_the_same(tiny: Bundle, copied: Path) -> None:
+    folder = copied / "dictionaries"
+    sae = tiny.dictionary("sae")
+    assert isinstance(sae, SAE)
+    pair = SAEPair.matched(sae, sae, np.arange(sae.n_features))
+    pair.save(folder, "sae", tower_fingerprint=tiny.manifest.clip.fingerprint)
+    refresh_manifest(copied)
+    found = diff_bundles(tiny, Bundle.load(copied))["dictionaries"]["sae"]
+    assert (found["features"]["compared"], found["features"]["matched"]) == (64, 64)
+    assert found["features"]["median_cosine"] == pytest.approx(1, abs=1e-6)
+    assert found["labels"]["changed"] == 0
 
 
 def test_directions_of_other_towers_are_not_compared(tiny: Bundle, tmp_path: Path) -> None:
