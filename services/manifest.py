@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -15,6 +16,9 @@ from services.strict_json import canonical_json, parse_dataclass
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+# The name is half of the bundle's id, and part of the names of processes, log files and metrics.
+NAME = re.compile(r"\w[\w .+-]{0,63}")
+NAME_RULE = "must be 1 to 64 letters, digits, spaces and . + - _, and begin with a letter or digit"
 OPTIONAL_SECTIONS = frozenset({"bias", "defense", "diffusion", "probe", "steering"})
 
 
@@ -179,7 +183,7 @@ class Manifest:
     schema_version : int
         Always `SCHEMA_VERSION`.
     name, description : str
-        For people; the name is the first half of the bundle's id.
+        For people; the name is the first half of the bundle's id, and as `NAME` has it.
     licences : tuple of Licence
         Of the data and of the weights.
     provenance, metrics : mapping
@@ -260,7 +264,7 @@ def parse_manifest(text: str | bytes) -> Manifest:
     """
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"the manifest is not JSON: {error}") from error
     if isinstance(document, dict) and document.get("schema_version") != SCHEMA_VERSION:
         found = document.get("schema_version")
@@ -326,6 +330,8 @@ def check_references(manifest: Manifest) -> None:
     problems += _pipeline_problems(manifest)
     if manifest.default_dictionary not in manifest.dictionaries:
         problems.append(("default_dictionary", f"{manifest.default_dictionary!r} is not in dictionaries"))
+    if NAME.fullmatch(manifest.name) is None:
+        problems.append(("name", NAME_RULE))
     if problems:
         raise ManifestError("; ".join(f"{key}: {what}" for key, what in problems), problems)
 

@@ -12,10 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from services.errors import BundleFileError, UnknownFeature
+
+# Bytes that a table of a bundle may decode to, whatever its file's size, and how often its file's size.
+MAX_DECODED, MAX_RATIO = 256 * 2**20, 50
 
 MODALITY_SCHEMA = pa.schema(
     [
@@ -269,15 +273,32 @@ def read_thumbnails(path: Path) -> dict[str, bytes]:
 def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a parquet file that must have exactly `schema`'s columns.
 
+    A file of 2 kB can stand for gigabytes: one long text, repeated. What it decodes to is bounded before it is made, by
+    `MAX_DECODED`, or `MAX_RATIO` times the file where that is more.
+
     Raises
     ------
     BundleFileError
-        Where the file is not parquet or has other columns.
+        Where the file is not parquet, has other columns, or decodes to more than the bound.
     """
     try:
-        # Not by `read_table`, which is for data sets of many files and imports pandas, where that is installed.
-        table = pq.ParquetFile(io.BytesIO(path.read_bytes())).read()
-    except (pa.ArrowInvalid, OSError) as error:
+        # Texts as dictionaries: then a repeated one is in memory once. Not by `read_table`, which is for data sets
+        # of many files and imports pandas, where that is installed.
+        texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_binary(f.type)]
+        file = pq.ParquetFile(io.BytesIO(path.read_bytes()), read_dictionary=texts)
+        bound = max(MAX_DECODED, MAX_RATIO * path.stat().st_size)
+        metadata = file.metadata
+        stored = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+        # No number is wider than 8 bytes, and a text has an index of 4.
+        if max(stored, metadata.num_rows * 8 * metadata.num_columns) > bound:
+            raise BundleFileError(
+                f"{path.name}: {metadata.num_rows:,} rows decode to more than {bound:,} bytes"
+            )
+        table = file.read()
+        decoded = sum(_decoded_bytes(table.column(name)) for name in set(texts) & set(table.column_names))
+        if decoded > bound:
+            raise BundleFileError(f"{path.name}: its texts decode to {decoded:,} bytes, more than {bound:,}")
+    except (pa.ArrowException, OSError) as error:
         raise BundleFileError(f"{path.name} cannot be read as parquet: {error}") from error
     if set(table.column_names) != set(schema.names):
         difference = sorted(set(table.column_names) ^ set(schema.names))
@@ -288,5 +309,17 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
         raise BundleFileError(f"{path.name}: columns with nulls: {', '.join(nulls)}")
     try:
         return table.select(schema.names).cast(schema)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise BundleFileError(f"{path.name}: {error}") from error
+
+
+def _decoded_bytes(column: pa.ChunkedArray) -> int:
+    """Return how many bytes the texts of a dictionary column take when each row has its own."""
+    total = 0
+    for chunk in column.chunks:
+        if not pa.types.is_dictionary(chunk.type):
+            total += chunk.nbytes
+        else:
+            lengths = pc.binary_length(chunk.dictionary).cast(pa.int64())
+            total += pc.sum(lengths.take(chunk.indices)).as_py() or 0
+    return total

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path, PurePosixPath
 
 from services.dictionary_file import read_dictionary_json
-from services.encoding.clip import tower_fingerprint
+from services.encoding.clip import read_clip_config, tower_fingerprint
 from services.errors import BundleFileError, ManifestError, TowerMismatch, UnsafeWeights
 from services.manifest import MANIFEST_NAME, Manifest, calibrations
 
@@ -105,6 +105,7 @@ def verify_towers(path: Path, manifest: Manifest, recompute: bool = True) -> Non
             raise TowerMismatch(
                 "the towers are not those the manifest describes", [("clip.fingerprint", f"is {actual}")]
             )
+    embed_dim = read_clip_config(path / manifest.clip.config).embed_dim
     for section, calibration in calibrations(manifest).items():
         if calibration.tower_fingerprint != fingerprint:
             raise TowerMismatch(
@@ -117,6 +118,11 @@ def verify_towers(path: Path, manifest: Manifest, recompute: bool = True) -> Non
         if {document["tower_fingerprint"], entry.tower_fingerprint} != {fingerprint}:
             raise TowerMismatch(
                 f"dictionary {name} was trained on other towers", [(key, f"is not {fingerprint}")]
+            )
+        if entry.embed_dim != embed_dim:
+            raise ManifestError(
+                f"dictionary {name} takes {entry.embed_dim} dimensions, the towers give {embed_dim}",
+                [(f"dictionaries.{name}.embed_dim", f"is not {embed_dim}")],
             )
         differing = [
             field for field in ("kind", "n_features", "embed_dim") if document[field] != getattr(entry, field)

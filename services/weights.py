@@ -65,16 +65,19 @@ def open_weights(path: Path, framework: Literal["numpy", "pt"] = "numpy") -> Ite
     try:
         with file:
             yield file
-    except (SafetensorError, TypeError) as error:
-        # A tensor that is not there, or of a type that numpy does not have.
-        name = _name(path)
-        raise BundleFileError(f"{name}: {_reason(error)}", [(name, "cannot be read")]) from error
+    except SafetensorError as error:
+        # A tensor that is not there.
+        raise _unreadable(path, error) from error
 
 
 def load_weights(path: Path, framework: Literal["numpy", "pt"] = "numpy") -> dict[str, Any]:
     """Return every tensor of a safetensors file by name; as `open_weights`."""
     with open_weights(path, framework) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except TypeError as error:
+            # A type that numpy does not have.
+            raise _unreadable(path, error) from error
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
@@ -141,6 +144,11 @@ def check_weights_below(folder: Path) -> None:
     for path in sorted(folder.rglob("*.safetensors")):
         with open_weights(path):
             pass
+
+
+def _unreadable(path: Path, error: Exception) -> BundleFileError:
+    name = _name(path)
+    return BundleFileError(f"{name}: {_reason(error)}", [(name, "cannot be read")])
 
 
 def _explained(path: Path, error: Exception) -> tuple[str, list[tuple[str, str]]]:

@@ -25,7 +25,7 @@ from services.errors import (
     UnsafeWeights,
 )
 from services.manifest import MANIFEST_NAME, Licence, parse_manifest
-from services.tables import MODALITY_COLUMNS, Cards, ModalityTable
+from services.tables import MODALITY_COLUMNS, Cards, ModalityTable, read_thumbnails
 from services.verification import UNSAFE_SUFFIXES
 from tests.support.tiny_bias import with_bias
 from tests.support.tiny_bundle import CAPTIONS, EMBED_DIM, N_FEATURES, make_tiny_bundle
@@ -182,6 +182,55 @@ def test_other_towers_behind_a_right_hash_are_refused(copied):
     edit(copied, lambda document: document["clip"].update(fingerprint="0" * 64))
     with pytest.raises(TowerMismatch):
         Bundle.load(copied)
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "message"),
+    [
+        # 2 GB and 1.4 GB of texts, and 20 million rows, in files of kilobytes.
+        (["x" * 1_000_000], 1_000, "its texts decode to 2,000,000,000 bytes"),
+        (["x" * 1_000, "y" * 999], 700_000, "its texts decode to"),
+        (["x"], 20_000_000, "rows decode to more than"),
+    ],
+)
+def test_a_small_table_that_decodes_to_gigabytes_is_refused_before_it_is_made(tmp_path, text, rows, message):
+    path = tmp_path / "images.parquet"
+    # As dictionary arrays, so that the test does not make them either.
+    places = pa.array(np.zeros(rows, np.int8))
+    columns = [
+        pa.DictionaryArray.from_arrays(places, pa.array(text, kind)) for kind in (pa.string(), pa.binary())
+    ]
+    pq.write_table(pa.table(dict(zip(("sample", "webp"), columns, strict=True))), path, compression="zstd")
+    assert path.stat().st_size < 200_000
+    before = pa.total_allocated_bytes()
+    with pytest.raises(BundleFileError, match=message):
+        read_thumbnails(path)
+    assert pa.total_allocated_bytes() - before < 50_000_000
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", "a@b", ".hidden", "a\nb", "x" * 65, "a\x1b[31m"])
+def test_a_name_that_would_lead_or_print_elsewhere_is_refused(copied, name):
+    def rename(document):
+        document["name"] = name
+
+    edit(copied, rename)
+    with pytest.raises(ManifestError, match="name: must be 1 to 64"):
+        Bundle.load(copied)
+
+
+def test_a_dictionary_of_another_width_than_the_towers_is_refused_before_it_is_made(copied):
+    path = copied / "dictionaries/neurons.json"
+    document = json.loads(path.read_text())
+    # The identity of a million dimensions takes 4 TB.
+    document |= {"embed_dim": 10**6, "n_features": 10**6, "config": {"embed_dim": 10**6}}
+    path.write_text(json.dumps(document))
+    for suffix in ("modality", "cards"):
+        (copied / suffix / "neurons.parquet").unlink()
+    refused = pytest.raises(
+        ManifestError, match="dictionary neurons takes 1000000 dimensions, the towers give 16"
+    )
+    with refused:
+        refresh_manifest(copied)
 
 
 def test_the_fingerprint_ignores_metadata_and_order_but_not_weights_or_preprocessing(copied):

@@ -138,8 +138,8 @@ def test_a_probe_comes_back_as_it_was_written_and_nothing_else_is_taken_for_one(
     write_probe(tmp_path / "again.safetensors", probe)
     assert (tmp_path / "again.safetensors").read_bytes() == (probed.path / PROBE).read_bytes()
     safetensors.torch.save_file({"a": torch.zeros(1)}, str(tmp_path / "other.safetensors"))
-    for name in ("other.safetensors", "gone.safetensors"):
-        with pytest.raises(BundleFileError, match="not a probe"):
+    for name, why in (("other.safetensors", "not a probe"), ("gone.safetensors", "is not there")):
+        with pytest.raises(BundleFileError, match=why):
             read_probe(tmp_path / name)
 
 
