@@ -270,12 +270,22 @@ class GreedyBatcher(Generic[Item, Result]):
             results = await self._run([ticket.items[i] for ticket, i in batch.entries])
             if len(results) != len(batch.entries):
                 raise RuntimeError(f"{len(batch.entries)} items ran and {len(results)} results came back")
-        except Exception as error:  # whatever failed belongs to the callers of this batch, not to the batcher
-            for ticket in tickets:
-                if not ticket.done.done():
-                    ticket.done.set_exception(error)
+        except asyncio.CancelledError:
+            # The batch was ended and not its callers, as when the threads below it are: none may wait for ever.
+            self._fail(tickets, BatcherClosed())
+            raise
+        except (
+            BaseException
+        ) as error:  # whatever failed belongs to the callers of this batch, not to the batcher
+            # A panic of a Rust library is no Exception, and would pass whatever its callers catch.
+            self._fail(tickets, error if isinstance(error, Exception) else RuntimeError(repr(error)))
         else:
             self._deliver(batch, results, tickets, loop.time() - started)
+
+    def _fail(self, tickets: set[_Ticket[Item, Result]], error: Exception) -> None:
+        for ticket in tickets:
+            if not ticket.done.done():
+                ticket.done.set_exception(error)
 
     def _deliver(
         self,

@@ -11,8 +11,9 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from deployments.audit import run_audit, until
 from deployments.audit_request import AuditRequest
-from deployments.batching import DeadlineExpired, GreedyBatcher, QueueFull
+from deployments.batching import BatcherClosed, DeadlineExpired, GreedyBatcher, QueueFull
 from deployments.process import give_way
 from deployments.settings import Settings
 from deployments.work import BatchRecord, Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work
@@ -83,7 +84,7 @@ class _Prepared:
 
 
 # What becomes of an item before it is queued.
-_Failed = EncoderFailed | DeadlineExpired | QueueFull
+_Failed = EncoderFailed | DeadlineExpired | QueueFull | BatcherClosed
 _Decoded = _Prepared | InvalidInput | _Failed
 # Items that one thread decodes in one go: few, so that a large message does not hold back the next one's.
 _DECODED_TOGETHER = 4
@@ -162,6 +163,10 @@ class Encoder:
         self._dictionaries = dictionaries
         self._records: list[BatchRecord] = []
         self._name = secrets.token_hex(8)
+        self._closed = False
+        self._messages = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         pool = partial(ThreadPoolExecutor, initializer=give_way, initargs=(settings.compute_niceness,))
         self._decoders = pool(settings.decode_threads, thread_name_prefix="decode")
         self._item_s = 0.0
@@ -194,6 +199,10 @@ class Encoder:
             Seconds until each work's deadline, None for none. Durations, not times: the clocks of two
             machines differ.
         """
+        with self._busy():
+            return await self._encode(works, remaining_s)
+
+    async def _encode(self, works: Sequence[Work], remaining_s: Sequence[float | None]) -> Reply:
         now = asyncio.get_running_loop().time()
         deadlines = [None if s is None else now + s for s in remaining_s]
         started = time.perf_counter()
@@ -223,6 +232,8 @@ class Encoder:
         ------
         DeadlineExpired
             When the deadline passes before it is done.
+        BatcherClosed
+            After `close`.
         """
         gone = threading.Event()
         # From now on, since it may wait for the thread longer than its caller does.
@@ -240,6 +251,8 @@ class Encoder:
         self, request: ScoreRequest | AuditRequest, check: Check
     ) -> ModalityTable | tuple[Audit, ...]:
         check()
+        if self._closed:
+            raise BatcherClosed
         if isinstance(request, AuditRequest):
             return run_audit(request, self._dictionaries[request.dictionary], check)
         return self._score(request, check)
@@ -260,12 +273,29 @@ class Encoder:
         return score_pairs(images, texts, settings, group_numbers(request.groups), check)
 
     async def close(self) -> None:
-        """Finish what is queued and free the towers."""
+        """Answer what has come, take no more, and free the towers. Scores that have not begun are given up."""
+        self._closed = True
+        # A message goes through both queues, one after the other.
+        await self._idle.wait()
+        await self._decoding.close()
         await self._batcher.close()
-        self._decoders.shutdown(wait=False, cancel_futures=True)
-        self._forward_thread.shutdown()
-        self._score_thread.shutdown(cancel_futures=True)
+        for pool in (self._decoders, self._forward_thread, self._score_thread):
+            await asyncio.to_thread(pool.shutdown)
         self._model.close()
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Hold `close` back while a message is answered."""
+        if self._closed:
+            raise BatcherClosed
+        self._messages += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._messages -= 1
+            if not self._messages:
+                self._idle.set()
 
     async def _answer(
         self, items: Sequence[_Decoded], deadline: float | None, decode_s: float, work: Work
@@ -283,7 +313,7 @@ class Encoder:
             return Encoded(nothing.reshape(0, 0), nothing, inference_s=decode_s, failed=bad)
         try:
             outcome = await self._batcher.submit(good, deadline=deadline, caller=work.stream or None)
-        except (QueueFull, DeadlineExpired) as error:
+        except (QueueFull, DeadlineExpired, BatcherClosed) as error:
             return error
         except Exception:  # one caller's failure must not fail the others of the message
             log.exception("a batch failed")
@@ -302,8 +332,11 @@ class Encoder:
             try:
                 decoding = self._decoding.submit(items, deadline=deadline, caller=work.stream or None)
                 return (await decoding).results
-            except (QueueFull, DeadlineExpired) as error:
+            except (QueueFull, DeadlineExpired, BatcherClosed) as error:
                 return [error]
+            except Exception:  # one caller's failure must not fail the others of the message
+                log.exception("items cannot be decoded")
+                return [EncoderFailed("the encoder failed")]
 
         return list(await asyncio.gather(*map(one, works, deadlines)))
 
@@ -320,7 +353,7 @@ class Encoder:
             array = self._model.prepare(item, work.truncate_text)
         except InvalidInput as error:
             return error.at(f"[{index}].text" if is_text else f"[{index}].image.data")
-        except Exception:  # one item's surprise must not fail the others of the message
+        except BaseException:  # one item's surprise, a Rust library's panic too, must not fail the others
             log.exception("an item cannot be decoded")
             return EncoderFailed("the encoder failed")
         modality = Modality.TEXT if is_text else Modality.IMAGE

@@ -4,6 +4,8 @@ Continuous batching: after each step, finished images leave and waiting ones joi
 and never for another call's end. Between two steps, and at no other time, images whose caller has gone or
 whose deadline has passed are dropped; so a cancellation costs at most one step. Encoding prompts and decoding
 pictures happen in another thread, beside the steps of others.
+
+Both threads catch BaseException, since a panic of a Rust library (tokenizers, safetensors) is no Exception.
 """
 
 from __future__ import annotations
@@ -210,7 +212,7 @@ class Engine:
                     images.append(_Image(job, number, sample, delta, self._model.bytes_of(sample)))
         except MonofacetError as error:
             self._fail(job, error)
-        except Exception:  # whatever it is, it is this request's alone; the thread serves the others
+        except BaseException:  # whatever it is, it is this request's alone; the thread serves the others
             log.exception("a request cannot be prepared")
             self._fail(job, GenerationFailed("the generator failed"))
         with self._lock:
@@ -222,17 +224,29 @@ class Engine:
 
     def _run(self) -> None:
         while True:
-            with self._lock:
-                self._drop_dead()
-                self._admit()
-                batch = self._next_batch()
-                if not batch:
-                    if self._closed and not self._jobs:
-                        return
-                    # The helper or a caller wakes it; the time-out is for deadlines.
-                    self._lock.wait(0.5 if self._jobs else None)
-                    continue
-            self._step(batch)
+            try:
+                if not self._turn():
+                    return
+            except BaseException:  # the thread must outlive whatever comes, or all later requests hang
+                log.exception("the engine failed")
+                with self._lock:
+                    for job in self._jobs:
+                        self._fail(job, GenerationFailed("the generator failed"))
+
+    def _turn(self) -> bool:
+        """Take one step of whatever is there, or wait for work; return whether more may come."""
+        with self._lock:
+            self._drop_dead()
+            self._admit()
+            batch = self._next_batch()
+            if not batch:
+                if self._closed and not self._jobs:
+                    return False
+                # The helper or a caller wakes it; the time-out is for deadlines.
+                self._lock.wait(0.5 if self._jobs else None)
+                return True
+        self._step(batch)
+        return True
 
     def _alive(self, job: Job) -> bool:
         if not job.gone and job.deadline is not None and time.monotonic() >= job.deadline:
@@ -241,8 +255,18 @@ class Engine:
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not job.gone:
+            self._tell(job, Failed(error))
             job.gone = True
-            job.emit(Failed(error))
+
+    def _tell(self, job: Job, event: Event) -> None:
+        """Hand an event to the caller of a job; one that cannot be told of it has gone."""
+        if job.gone:
+            return
+        try:
+            job.emit(event)
+        except Exception:  # whoever listens is one caller, and the others' steps go on
+            log.exception("a caller cannot be told")
+            job.gone = True
 
     def _drop_dead(self) -> None:
         """Forget the images of jobs that are gone, expired or finished."""
@@ -275,7 +299,7 @@ class Engine:
         started = time.perf_counter()
         try:
             self._model.step([image.sample for image in batch])
-        except Exception:  # the thread must outlive the batch, or all later requests hang
+        except BaseException:  # the thread must outlive the batch, or all later requests hang
             log.exception("a step failed")
             for image in batch:
                 image.sample.error = GenerationFailed("the generator failed")
@@ -288,8 +312,7 @@ class Engine:
             if done:
                 self._active = [image for image in self._active if image not in done]
         for job in dict.fromkeys(image.job for image in batch):
-            if not job.gone:
-                job.emit(job.progress())
+            self._tell(job, job.progress())
         for image in batch:
             self._preview(image)
         for image in done:
@@ -297,26 +320,33 @@ class Engine:
 
     def _preview(self, image: _Image) -> None:
         sample, every = image.sample, image.job.work.preview_every
-        if every and sample.index % every == 0 and not sample.done and not image.job.gone:
-            image.job.emit(Preview(image.number, sample.index, self._model.preview(sample)))
+        if not every or sample.index % every or sample.done or image.job.gone:
+            return
+        try:
+            pixels = self._model.preview(sample)
+        except BaseException:  # one call's preview is not its neighbours' step
+            log.exception("a preview cannot be made")
+            self._fail(image.job, GenerationFailed("a preview of this call cannot be made"))
+        else:
+            self._tell(image.job, Preview(image.number, sample.index, pixels))
 
     def _finish(self, image: _Image) -> None:
         job = image.job
-        pixels, error = None, None
         if self._alive(job):
-            try:
-                pixels = self._model.decode(image.sample)
-            except MonofacetError as caught:
-                error = caught
-            except Exception:  # one image's failure is not its neighbours'
-                log.exception("an image cannot be decoded")
-                error = GenerationFailed("the image cannot be decoded")
-            now = time.monotonic()
-            finished = Finished(
-                image.number, pixels, error, image.delta, image.started - job.arrived, now - image.started
-            )
-            if not job.gone:
-                job.emit(finished)
+            self._tell(job, self._finished(image))
         with self._lock:
             job.unfinished -= 1
             self._lock.notify()
+
+    def _finished(self, image: _Image) -> Finished:
+        pixels, error = None, None
+        try:
+            pixels = self._model.decode(image.sample)
+        except MonofacetError as caught:
+            error = caught
+        except BaseException:  # one image's failure is not its neighbours'
+            log.exception("an image cannot be decoded")
+            error = GenerationFailed("the image cannot be decoded")
+        now = time.monotonic()
+        waited = image.started - image.job.arrived
+        return Finished(image.number, pixels, error, image.delta, waited, now - image.started)

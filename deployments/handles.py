@@ -143,6 +143,10 @@ class ModelHandle:
             except GONE:
                 await asyncio.sleep(_AGAIN_S)
                 continue
+            except Exception:  # whatever it is, asking must go on, or nobody learns that the next one answers
+                log.exception("the %s cannot say what it is", self._name)
+                await asyncio.sleep(_AGAIN_WHEN_FAULTY_S)
+                continue
             if not isinstance(answer, EncoderFault):
                 return
             log.error("the %s cannot be started again: %s", self._name, answer.why)

@@ -15,6 +15,7 @@ import socket
 import socketserver
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -112,6 +113,13 @@ class _Entrance(logging.handlers.QueueHandler):
             return
 
 
+def _write(line: bytes) -> None:
+    # A full disk or a reader that has gone loses the line, and must not end the thread that writes the next ones.
+    with suppress(OSError, ValueError):
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+
+
 class _SocketHandler(logging.Handler):
     """Writes lines to the command's socket; to standard error once the command is gone."""
 
@@ -132,7 +140,7 @@ class _SocketHandler(logging.Handler):
                 self._socket = None
             else:
                 return
-        sys.stderr.buffer.write(line)
+        _write(line)
 
 
 class _Connection(socketserver.StreamRequestHandler):
@@ -140,8 +148,7 @@ class _Connection(socketserver.StreamRequestHandler):
 
     def handle(self) -> None:
         for line in self.rfile:
-            sys.stderr.buffer.write(line)
-            sys.stderr.buffer.flush()
+            _write(line)
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):

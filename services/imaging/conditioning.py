@@ -135,7 +135,8 @@ class Conditioner:
         """Return delta e, unnormalised, shape (d,), and what the edits did."""
         refusal = self.refusals.get("embedding" if path == "embedding" else "prompt")
         if refusal is not None:
-            raise refusal
+            # A new one each time: one that was raised holds the frames of its request, pictures and all.
+            raise SteeringUnsupported(refusal.message, refusal.violations, reason=refusal.reason)
         if path == "prompt":
             base = self._prompt_embedding(request)
         elif base is None:

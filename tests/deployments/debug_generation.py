@@ -33,7 +33,8 @@ class DebugSample:
 
 
 class DebugPipeline:
-    """Prompts say what happens: "bad" is refused, "crash" breaks its step, "explode" breaks the whole step."""
+    """Prompts say what happens: "bad" is refused, "crash" breaks its step, "explode" breaks the whole step,
+    "blind" breaks its preview, "lost" its decoding."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -97,9 +98,13 @@ class DebugPipeline:
     def decode(self, sample: DebugSample) -> NDArray[np.uint8]:
         if sample.error is not None:
             raise sample.error
+        if sample.prompt == "lost":
+            raise ZeroDivisionError("/secret/path")
         return np.full((8, 8, 3), sample.seed % 256, np.uint8)
 
     def preview(self, sample: DebugSample) -> NDArray[np.uint8]:
+        if sample.prompt == "blind":
+            raise RuntimeError("/secret/path")
         return np.full((1, 1, 3), sample.index, np.uint8)
 
     def bytes_of(self, sample: DebugSample) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
+from deployments.generation import Engine
 from deployments.generation_work import Event, Failed, Finished, GenerateWork, Preview, Progress
 from deployments.generator import Generator, PipelineModel
 from deployments.settings import Settings
@@ -218,6 +219,61 @@ async def test_a_step_that_breaks_as_a_whole_ends_its_images_and_not_the_engine(
     assert isinstance(events[-1], Finished)
     assert isinstance(events[-1].error, GenerationFailed)
     assert isinstance((await collect(made.generate(work("next"))))[-1], Finished)
+
+
+async def test_a_preview_that_breaks_ends_its_call_alone(model: DebugPipeline) -> None:
+    made = generator(model)
+    blind = collect(made.generate(work("blind", num_inference_steps=4, preview_every=1), 60.0))
+    other = collect(made.generate(work("other", num_inference_steps=6, preview_every=1), 60.0))
+    failed, whole = await asyncio.gather(blind, other)
+    assert isinstance(failed[-1], Failed) and isinstance(failed[-1].error, GenerationFailed)
+    assert "secret" not in str(failed[-1].error)
+    assert [e.number for e in whole if isinstance(e, Finished)] == [0]
+    assert len([e for e in whole if isinstance(e, Preview)]) == 5
+    # The call that failed takes no further step, and the next one finds the thread alive.
+    assert model.steps_of("blind") <= 2
+    assert [e for e in await collect(made.generate(work("next"), 60.0)) if isinstance(e, Finished)]
+
+
+async def test_a_picture_that_cannot_be_decoded_is_its_own_error(model: DebugPipeline) -> None:
+    events = await collect(generator(model).generate(work("lost"), 60.0))
+    (finished,) = [e for e in events if isinstance(e, Finished)]
+    assert isinstance(finished.error, GenerationFailed) and "secret" not in str(finished.error)
+
+
+@pytest.mark.parametrize("kind", [Progress, Preview, Finished])
+async def test_a_caller_who_cannot_be_told_harms_nobody(model: DebugPipeline, kind: type) -> None:
+    engine = Engine(model, max_batch=2, max_queued=9, max_bytes=99)
+
+    def deaf(event: Event) -> None:
+        if isinstance(event, kind):
+            raise ValueError("nobody listens")
+
+    engine.submit(work("deaf", num_inference_steps=3, preview_every=1), deaf)
+    heard: list[Event] = []
+    engine.submit(work("heard", num_inference_steps=3), heard.append)
+    await until(lambda: any(isinstance(event, Finished) for event in heard))
+    # It waits for both threads, which would not end were one of them dead or a job left over.
+    await asyncio.to_thread(engine.close)
+
+
+async def test_an_engine_that_breaks_between_two_steps_fails_its_calls_and_goes_on(
+    model: DebugPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = generator(model)
+    model.hold()
+    call = asyncio.create_task(collect(made.generate(work("a"), 60.0)))
+    await begun(model)
+
+    def broken() -> None:
+        monkeypatch.undo()
+        raise IndexError("/secret/path")
+
+    monkeypatch.setattr(made._engine, "_admit", broken)
+    model.release()
+    (*_, last) = await call
+    assert isinstance(last, Failed) and isinstance(last.error, GenerationFailed)
+    assert [e for e in await collect(made.generate(work("next"), 60.0)) if isinstance(e, Finished)]
 
 
 async def test_twenty_cancelled_calls_leave_nothing_behind(model: DebugPipeline) -> None:

@@ -420,3 +420,16 @@ def test_weights_outside_the_bundle_are_taken_by_hash(load_kind: Load, tmp_path:
         pipeline_folder(bundle.path, entry)
     with pytest.raises(BundleFileError, match="not there"):
         pipeline_folder(bundle.path, replace(entry, reference=str(tmp_path / "nowhere")))
+
+
+def test_a_refusal_keeps_nothing_of_the_requests_that_it_ended(load_kind: Load) -> None:
+    bundle, imaging = load_kind("sd1")
+    request = ImageRequest("red circle", steering=Steering(EDITS, path="embedding"))
+    raised = []
+    for _ in range(2):
+        with pytest.raises(SteeringUnsupported) as caught:
+            imaging.condition(request)
+        raised.append(caught.value)
+    assert raised[0] is not raised[1]
+    assert str(raised[0]) == str(raised[1]) and raised[0].reason == "STEERING_PATH_UNSUPPORTED"
+    assert all(why is None or why.__traceback__ is None for why in imaging._condition.refusals.values())
