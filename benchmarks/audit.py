@@ -26,6 +26,7 @@ from rich.table import Table
 from benchmarks.samples import jpegs
 from deployments.settings import EMBEDDED_BUNDLE
 from services.bundle import Bundle
+from services.encoding.machine import usable_cores
 from tests.support.service import Service, start_service
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
@@ -139,7 +140,7 @@ def main(
     for name, value in figures.items():
         table.add_row(name.replace("_", " "), json.dumps(value))
     Console().print(table)
-    document = {"cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0],
+    document = {"cores": usable_cores(), "load": os.getloadavg()[0],
                 "bundle": Bundle.load(bundle, verify=False).id, **figures}  # fmt: skip
     (OUT / "audit.json").write_text(json.dumps(document, indent=1) + "\n")
 

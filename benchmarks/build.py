@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import tempfile
@@ -22,6 +21,7 @@ import torch
 from rich.console import Console
 
 from services.encoding.clip import build_clip, read_clip_config
+from services.encoding.machine import usable_cores
 from training.build.embed import store_key
 from training.build.progress import Reporter
 from training.build.run import Build
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--embed-dim", type=int, default=512)
     parser.add_argument("--features", type=int, default=0, help="n of the autoencoders; 0 is 8 d")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=usable_cores())
     parser.add_argument("--kind", action="append", choices=KINDS, help="dictionaries; default: all")
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()

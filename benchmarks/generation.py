@@ -30,6 +30,7 @@ from rich.table import Table
 from benchmarks.image_measures import Eye, kid, nearest
 from benchmarks.readme import UNET
 from services.bundle import Bundle
+from services.encoding.machine import usable_cores
 from services.imaging.edits import ImageRequest
 from services.imaging.generator import Imaging
 from training.autoencoder import to_tensor
@@ -109,7 +110,7 @@ def main(
     captions: Annotated[int, typer.Option(help="captions to follow")] = 500,
     combined: Annotated[int, typer.Option(help="pictures of combinations never seen together")] = 200,
     batch: Annotated[int, typer.Option(help="pictures in a step")] = 16,
-    threads: Annotated[int, typer.Option()] = len(os.sched_getaffinity(0)),
+    threads: Annotated[int, typer.Option()] = usable_cores(),
     out: Annotated[Path, typer.Option()] = OUT,
 ) -> None:
     """Generate, judge, print one table and write generation.json."""

@@ -40,6 +40,7 @@ from benchmarks.pictures import read_pictures, write_pictures
 from benchmarks.samples import jpegs
 from deployments.settings import EMBEDDED_BUNDLE
 from services.bundle import Bundle
+from services.encoding.machine import usable_cores
 from tests.support.service import start_service
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
@@ -151,7 +152,7 @@ def main(
     Console().print(table)
     document = {
         "machine": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "load": os.getloadavg()[0],
         "bundle": Bundle.load(bundle, verify=False).id,
         "callers": callers,

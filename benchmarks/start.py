@@ -28,6 +28,7 @@ from rich.table import Table
 from deployments.gateway.server import IMAGING
 from deployments.settings import EMBEDDED_BUNDLE
 from services.bundle import Bundle
+from services.encoding.machine import usable_cores
 from tests.support.service import Service, start_service
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
@@ -178,7 +179,7 @@ def main(
         "bundle": loaded.id,
         "figures": figures,
         "targets": targets,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "runs": runs,
     }
     (OUT / "start.json").write_text(json.dumps(document, indent=1) + "\n")

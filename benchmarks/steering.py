@@ -35,6 +35,7 @@ from benchmarks.image_measures import Eye, colour_distance, structure_distance
 from benchmarks.steering_statistics import dose_response, effects, interaction, plot
 from services.bundle import Bundle
 from services.dictionaries.base import Dictionary
+from services.encoding.machine import usable_cores
 from services.errors import InvalidInput
 from services.imaging.conditioning import activations
 from services.imaging.edits import Edit, FromReference, ImageRequest, Operation, Steering
@@ -232,7 +233,7 @@ def main(
     features: Annotated[int, typer.Option(help="features of an edit, at most")] = 16,
     doses: Annotated[str, typer.Option(help="sizes of the change, ascending")] = "0.2,0.4,0.6,0.8",
     batch: Annotated[int, typer.Option(help="pictures in a step")] = 16,
-    threads: Annotated[int, typer.Option()] = len(os.sched_getaffinity(0)),
+    threads: Annotated[int, typer.Option()] = usable_cores(),
     out: Annotated[Path, typer.Option()] = OUT,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:

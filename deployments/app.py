@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +24,7 @@ from deployments.process import (
     give_back_memory,
     keep_libraries_quiet,
 )
-from deployments.served import Served, read_served
+from deployments.served import Served, load_served, read_served
 from deployments.settings import Settings
 from deployments.work import EncoderFault, EncoderInfo, Reply, ScoreRequest, Work
 from services.errors import InvalidInput
@@ -92,13 +94,14 @@ class EncoderReplica:
 
 def _warm_encoder(settings: Settings) -> Any:
     # Imported in the replica: the process that only builds the application needs no torch.
-    from deployments.encoder import Encoder
-    from deployments.model import TowerModel, load_dictionaries
-    from services.bundle import Bundle
+    with ThreadPoolExecutor(1) as beside:
+        # Hashing leaves the interpreter to the imports, which take longer.
+        verified = beside.submit(load_served, settings)
+        from deployments.encoder import Encoder
+        from deployments.model import TowerModel, load_dictionaries
 
     def warm() -> Encoder:
-        # Whoever started the application has verified the hashes.
-        bundle = Bundle.load(settings.bundle, verify=False)
+        bundle = verified.result()
         log.info("loading")
         model = TowerModel(bundle, settings)
         log.info("loaded")
@@ -169,14 +172,15 @@ class GeneratorReplica:
 
 def _warm_pipeline(settings: Settings) -> Any:
     # Imported here: nobody but this replica pays for diffusers.
-    from deployments.generator import PipelineModel
-    from services.bundle import Bundle
-    from services.lean import import_pipelines, no_compiler
+    with ThreadPoolExecutor(1) as beside:
+        verified = beside.submit(load_served, settings)
+        from deployments.generator import PipelineModel
+        from services.lean import import_pipelines, no_compiler
 
-    with no_compiler():
-        import_pipelines()
-        log.info("loading")
-        model = PipelineModel(Bundle.load(settings.bundle, verify=False), settings)
+        with no_compiler():
+            import_pipelines()
+            log.info("loading")
+            model = PipelineModel(verified.result(), settings)
     give_back_memory()
     log.info("warm")
     return model
@@ -205,11 +209,10 @@ class GatewayReplica:
         from deployments.bundle_models import BundleModels
         from deployments.gateway.catalogue import Catalogue
         from deployments.gateway.server import GatewayServer
-        from services.bundle import Bundle
 
         confine_to_loopback(settings)
         logs.configure(settings.log_format, settings.log_level, "gateway")
-        catalogues = [Catalogue.read(Bundle.load(path, verify=False)) for path in settings.served]
+        catalogues = [Catalogue.read(load_served(bundle.settings)) for bundle in served]
         self._server = GatewayServer(settings, *catalogues)
         self._models = [
             BundleModels(self._server, bundle, encoder, generator)
@@ -242,7 +245,8 @@ class GatewayReplica:
         return ""
 
     async def _drain_once_there(self, file: Path) -> None:
-        while not file.exists():
+        # Not `exists`, which raises where a folder on the way cannot be read.
+        while not os.path.exists(file):
             await asyncio.sleep(_DRAIN_POLL_S)
         log.info("draining: %s is there", file.name)
         await self._server.drain()
@@ -392,7 +396,7 @@ def from_config(arguments: dict[str, Any]) -> serve.Application:
     from services.bundle import Bundle
 
     settings = Settings(**arguments)
-    # The replicas do not check the hashes again, so what starts them does.
+    # Each replica checks them again where it runs; here a bundle that cannot be served is told to whoever asks for it.
     for path in settings.served:
         Bundle.load(path)
     return build(settings)

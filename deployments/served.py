@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deployments.settings import Settings
 from services.errors import BundleError, BundleFileError
-from services.manifest import MANIFEST_NAME, Manifest, parse_manifest
+from services.manifest import MANIFEST_NAME, Manifest, manifest_sha256, parse_manifest
+
+if TYPE_CHECKING:
+    from services.bundle import Bundle
+
+
+class WrongBundle(BundleError):
+    """The bundle is whole, but not one that may be served here."""
 
 
 class NamesClash(ValueError):
@@ -23,7 +31,7 @@ class Served:
     name
         Of its manifest.
     settings
-        Those of the server, with this bundle as the only one: what its replicas get.
+        Those of the server, with this bundle as the only one and pinned to its id: what its replicas get.
     default
         Whether requests that name no bundle get it.
     draws
@@ -57,7 +65,7 @@ def read_served(settings: Settings) -> tuple[Served, ...]:
     Raises
     ------
     BundleError
-        When a manifest cannot be read; it names the directory.
+        When a manifest cannot be read, or is of a bundle that may not be served; it names the directory.
     NamesClash
         When two have one name.
     """
@@ -70,10 +78,34 @@ def read_served(settings: Settings) -> tuple[Served, ...]:
                 f"{known.settings.bundle} and {path} are both named {manifest.name!r}; bundles that are served "
                 "together must have different names"
             )
-        alone = settings.model_copy(update={"bundle": path, "bundles": ()})
+        full_id = f"{manifest.name}@{manifest_sha256(manifest)}"
+        _check_id(full_id, settings, f"{path}: ")
+        alone = settings.model_copy(update={"bundle": path, "bundles": (), "bundle_ids": (full_id,)})
         draws = settings.generator and manifest.diffusion is not None
         found[manifest.name] = Served(manifest.name, alone, not found, draws)
     return tuple(found.values())
+
+
+def load_served(settings: Settings) -> Bundle:
+    """Load the bundle that a replica is to serve, verified: its files may have changed since the server started.
+
+    Raises
+    ------
+    BundleError
+        When a file is not what the manifest says, or when another bundle lies there now.
+    """
+    from services.bundle import Bundle
+
+    bundle = Bundle.load(settings.bundle)
+    _check_id(f"{bundle.manifest.name}@{bundle.sha256}", settings)
+    return bundle
+
+
+def _check_id(full_id: str, settings: Settings, where: str = "") -> None:
+    if settings.bundle_ids and not full_id.startswith(settings.bundle_ids):
+        name, _, sha256 = full_id.partition("@")
+        allowed = ", ".join(id[: id.index("@") + 13] for id in settings.bundle_ids)
+        raise WrongBundle(f"{where}the bundle is {name}@{sha256[:12]}, and only {allowed} may be served")
 
 
 def _manifest(path: Path) -> Manifest:

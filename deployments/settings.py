@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,16 +18,13 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from services.encoding.images import MAX_PIXELS
+from services.encoding.machine import usable_cores
 
 MIB = 1024 * 1024
 EMBEDDED_BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "emoji"
 
 Backend = Literal["auto", "torch", "openvino"]
-
-
-def _usable_cores() -> int:
-    """Count the cores this process may run on, which in a container is fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_BUNDLE_ID = re.compile(r"[^@\s]+@[0-9a-f]{12,64}")
 
 
 class Settings(BaseSettings):
@@ -45,6 +43,13 @@ class Settings(BaseSettings):
         description="Directories of all bundles to serve, each with an encoder of its own; the first answers requests "
         "that name no bundle. In the environment separated by `:`, or a JSON list. Empty: `bundle` alone.",
     )
+    bundle_ids: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Ids of the only bundles that may be served, each `name@` and at least the first 12 hex digits of "
+        "its SHA-256, up to all 64. In the environment separated by commas, or a JSON list. Another ends the start "
+        "with one line. Empty: any may be served. Whatever is set, a replica that starts again serves only the bundle "
+        "that the server started with.",
+    )
     backend: Backend = Field(
         "auto",
         description="What runs the towers. auto: torch on a GPU, OpenVINO on a CPU where it is installed, unless "
@@ -55,7 +60,7 @@ class Settings(BaseSettings):
         description="Arithmetic of the towers. auto: bf16 on a GPU, and for OpenVINO on a CPU that has it; else f32.",
     )
     threads: int = Field(
-        default_factory=_usable_cores,
+        default_factory=usable_cores,
         ge=1,
         description="Threads of one tower forward. Default: the usable cores; Ray by itself would set 1.",
     )
@@ -66,7 +71,7 @@ class Settings(BaseSettings):
         "the defaults unmeasured.",
     )
     decode_threads: int = Field(
-        default_factory=lambda: max(1, min(4, _usable_cores())),
+        default_factory=lambda: max(1, min(4, usable_cores())),
         ge=1,
         description="Threads that decode images beside the model; Pillow releases the interpreter lock.",
     )
@@ -393,6 +398,25 @@ class Settings(BaseSettings):
         if value.lstrip().startswith("["):
             return json.loads(value)
         return tuple(path for path in value.split(os.pathsep) if path)
+
+    @field_validator("bundle_ids", mode="before")
+    @classmethod
+    def _listed_ids(cls, value: Any) -> Any:
+        """Read a list from the environment."""
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return json.loads(value)
+        return tuple(id.strip() for id in value.split(",") if id.strip())
+
+    @field_validator("bundle_ids")
+    @classmethod
+    def _ids(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse what could never be the id of a bundle."""
+        for id in value:
+            if not _BUNDLE_ID.fullmatch(id):
+                raise ValueError(f"{id!r} is no id of a bundle: `name@` and 12 to 64 hex digits")
+        return value
 
     @property
     def served(self) -> tuple[Path, ...]:

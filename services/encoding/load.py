@@ -9,7 +9,7 @@ import torch
 
 from services.bundle import Bundle
 from services.encoding.clip import ClipConfig, build_clip
-from services.encoding.machine import usable_cpus
+from services.encoding.machine import usable_cores
 from services.encoding.torch_backend import TorchTowers, best_precision
 from services.encoding.towers import Towers
 from services.errors import UnsupportedModel
@@ -65,7 +65,7 @@ def load_towers(
         bundle.clip_config,
         choose_backend(device) if backend == "auto" else backend,
         device=device,
-        threads=threads or len(usable_cpus()),
+        threads=threads or usable_cores(),
         precision=precision,
     )
 

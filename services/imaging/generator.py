@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from services.bundle import Bundle
 from services.encoding.images import DEFAULT_LIMITS, ImageLimits
+from services.encoding.machine import usable_cores
 from services.encoding.texts import DEFAULT_TEXT_LIMITS, TextLimits
 from services.errors import InvalidInput, NoPipeline, Violation
 from services.imaging.conditioning import Conditioner, Conditioning
@@ -118,7 +118,7 @@ class Imaging:
             raise NoPipeline("this bundle has no text-to-image pipeline")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(threads or usable_cores())
         # f32 means it: on a GPU convolutions would otherwise round their inputs to 10 bits (TF32).
         torch.backends.cudnn.allow_tf32 = False
         parts = load_parts(pipeline_folder(bundle.path, entry, verify), entry, device)

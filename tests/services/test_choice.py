@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
 
+from deployments.settings import Settings
 from services.bundle import Bundle
+from services.encoding import machine
 from services.encoding.choice import MARGIN, Candidate, candidates, choose, choose_towers
 from services.encoding.load import load_towers
-from services.encoding.machine import cores_of, cpu_quota, thread_counts, usable_cpus
+from services.encoding.machine import (
+    cores_of,
+    cpu_quota,
+    thread_counts,
+    usable_cores,
+    usable_cpus,
+)
+from services.imaging import generator
+from services.imaging.generator import Imaging
 
 OPENVINO, TORCH = Candidate("openvino", 2), Candidate("torch", 2)
 
@@ -30,10 +43,72 @@ OPENVINO, TORCH = Candidate("openvino", 2), Candidate("torch", 2)
 def test_a_containers_share_is_read_from_either_version_of_cgroups(
     tmp_path: Path, files: dict[str, str], quota: int | None
 ) -> None:
+    write(tmp_path, files)
+    assert cpu_quota(tmp_path, tmp_path / "none") == quota
+    assert usable_cores(tmp_path, tmp_path / "none") == min(len(usable_cpus()), quota or len(usable_cpus()))
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "quota"),
+    [
+        # Version 2: the tightest of all groups above counts.
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
+        ("0::/a/b\n", {"a/b/cpu.max": "200000 100000", "a/cpu.max": "300000 100000"}, 2),
+        ("0::/a/b\n", {"cpu.max": "100000 100000", "a/b/cpu.max": "200000 100000"}, 1),
+        # A container that sees its own group as the root, though the path says otherwise.
+        ("0::/docker/7f\n", {"cpu.max": "200000 100000"}, 2),
+        # Version 1, and the groups of other controllers beside it.
+        (
+            "5:memory:/c\n4:cpu,cpuacct:/a/b\n",
+            {"cpu/a/b/cpu.cfs_quota_us": "250000", "cpu/a/b/cpu.cfs_period_us": "100000", "c/cpu.max": "1 1"},
+            3,
+        ),
+        ("nonsense\n", {}, None),
+    ],
+)
+def test_the_limits_of_all_groups_that_a_process_is_in_hold(
+    tmp_path: Path, own: str, files: dict[str, str], quota: int | None
+) -> None:
+    write(tmp_path / "root", files)
+    (tmp_path / "own").write_text(own)
+    assert cpu_quota(tmp_path / "root", tmp_path / "own") == quota
+
+
+def write(root: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert cpu_quota(tmp_path) == quota
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.mark.parametrize("field", ["threads", "decode_threads"])
+def test_the_threads_of_the_settings_heed_a_containers_share(
+    field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(f"MONOFACET_{field.upper()}", raising=False)
+    monkeypatch.setattr(machine, "usable_cpus", lambda: set(range(64)))
+    monkeypatch.setattr(machine, "cpu_quota", lambda *_: 2)
+    assert getattr(Settings(), field) == 2
+
+
+def test_the_generator_heeds_a_containers_share(tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "usable_cpus", lambda: set(range(64)))
+    monkeypatch.setattr(machine, "cpu_quota", lambda *_: 2)
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(generator, "load_parts", stop)
+    monkeypatch.setattr(generator, "pipeline_folder", lambda *_: None)
+    drawing = SimpleNamespace(path=tiny.path, manifest=SimpleNamespace(diffusion=object()))
+    with pytest.raises(Stopped):
+        Imaging.load(cast(Bundle, drawing), "cpu")
+    assert set_to == [2]
+
+
+class Stopped(Exception):
+    """Nothing more is needed."""
+
+
+def stop(*_: object) -> None:
+    raise Stopped
 
 
 def test_threads_of_one_core_count_once(tmp_path: Path) -> None:

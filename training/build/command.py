@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from services.encoding.machine import usable_cores
 from training.build.look import add_commands
 from training.build.settings import KINDS, BuildSettings
 
@@ -146,7 +146,7 @@ def build(
         dtype=dtype,
         shard_rows=shard_rows,
         device=device,
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=workers or usable_cores(),
         features=features,
         k=k,
         steps=steps,
