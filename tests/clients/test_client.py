@@ -138,11 +138,11 @@ def test_a_stream_of_unreadable_items_ends_well(both: Call, tmp_path: Path) -> N
 
 
 def test_an_item_that_cannot_be_sent_is_its_own_result_whatever_is_wrong_with_it(both: Call) -> None:
-    jpeg = io.BytesIO()
-    PIL.Image.effect_noise((64, 64), 50).save(jpeg, "JPEG")
+    tiff = io.BytesIO()
+    PIL.Image.effect_noise((64, 64), 50).save(tiff, "TIFF")
     bad: list[Any] = [
         b"x" * (MAX_IMAGE_BYTES + 1),
-        PIL.Image.open(io.BytesIO(jpeg.getvalue()[:800])),
+        PIL.Image.open(io.BytesIO(tiff.getvalue()[:800])),
         PIL.Image.new("RGB", (0, 0)),
         "a lone \ud800 surrogate",
         # As the name of a file that is no UTF-8 comes from the system.

@@ -58,7 +58,6 @@ def test_a_palette_image_keeps_its_transparency() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (PIXELS.astype(np.float32), "float32"),
         (np.zeros((2, 3, 4, 6), dtype=np.uint8), r"\[2, 3, 4, 6\]"),
         (np.zeros((0, 5, 3), dtype=np.uint8), r"\[0, 5, 3\]"),
         (np.zeros((5, 5, 2), dtype=np.uint8), r"\[5, 5, 2\]"),
@@ -94,9 +93,6 @@ NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         (b"x" * 2000, "the image has 2,000 bytes; at most 1,000"),
         (bytearray(2000), "the image has 2,000 bytes"),
         (memoryview(b"x" * 2000), "the image has 2,000 bytes"),
-        # What is encoded here is larger than the file that it came from: the message says why.
-        (NOISE, "the image as PNG has"),
-        (PIL.Image.fromarray(NOISE), "the image as PNG has"),
         ("x" * 2000, "the text has"),
     ],
     ids=lambda value: type(value).__name__,
@@ -112,8 +108,8 @@ def test_no_input_past_the_limit_is_sent(
 
 def truncated() -> PIL.Image.Image:
     file = io.BytesIO()
-    PIL.Image.fromarray(NOISE).save(file, "JPEG")
-    # Pillow decodes it when its pixels are asked for.
+    PIL.Image.fromarray(NOISE).save(file, "TIFF")
+    # Pillow decodes it when its pixels are asked for; no server reads the file itself.
     return PIL.Image.open(io.BytesIO(file.getvalue()[:1000]))
 
 

@@ -1,27 +1,39 @@
-"""From what the caller has (paths, bytes, PIL images, arrays, strings) to the contract's inputs."""
+"""From what the caller has (paths, bytes, PIL images, arrays, tensors, strings) to the contract's inputs."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
-import io
 import os
+import re
+import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
 from monofacet import _exceptions as exceptions
-from monofacet._pictures import PICTURE_ERRORS
+from monofacet import _pictures as pictures
 from monofacet.v1 import common_pb2
 
 __all__ = ["Image", "Input", "Pair"]
 
-# Anything that is an image: a path object, a whole PNG, JPEG or WebP file, a PIL image, or pixels.
-Image: TypeAlias = os.PathLike[str] | bytes | PIL.Image.Image | npt.NDArray[Any]
 
-# Anything that can be encoded. A `str` is always a text, never a path.
+class Tensor(Protocol):
+    """What numpy can make an array of, such as a tensor of torch."""
+
+    def __array__(self) -> npt.NDArray[Any]:
+        """Give the array."""
+        ...
+
+
+# Anything that is an image: a path object, a whole PNG, JPEG or WebP file, a PIL image, or pixels. As a `str` only a
+# data URI is one.
+Image: TypeAlias = os.PathLike[str] | bytes | PIL.Image.Image | npt.NDArray[Any] | Tensor
+
+# Anything that can be encoded. A `str` is a text or the data URI of an image, and never a path.
 Input: TypeAlias = str | Image
 
 # An image and its text; the third is the group, of pairs that are not independent.
@@ -31,6 +43,8 @@ Pair: TypeAlias = tuple[Image, str] | tuple[Image, str, str]
 MAX_INPUTS = 256
 MAX_REQUEST_BYTES = 32 * 1024 * 1024
 MAX_IMAGE_BYTES = 16 * 1024 * 1024
+
+DATA_URI = re.compile(r"\s*data:image/[^,]*,", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -55,15 +69,17 @@ def sendable(what: str) -> Iterator[None]:
         raise exceptions.InputError(f"{what} cannot be sent: {error}") from error
 
 
-def image_bytes(image: Image) -> bytes:
+def image_bytes(image: Image | str) -> bytes:
     """Read or encode one image.
 
     Parameters
     ----------
     image
-        A path object (sent as it is on disk), the bytes of a file (sent as they are), a PIL image, or pixels
-        as uint8 of shape [height, width], [height, width, 3] or [height, width, 4] (both sent as PNG, without
-        loss).
+        A path object or the bytes of a file, sent as they are; the data URI of a file, sent as the file; a PIL image
+        of any mode, sent as the file that it was opened from or, once its pixels were read, without loss (see
+        `_pictures.encode`); or pixels, an array or anything that numpy makes one of: shape [height, width], or with
+        1, 3 or 4 channels last or first, floats in [0, 1], bool, uint16 in [0, 65535], or other integers in
+        [0, 255].
 
     Returns
     -------
@@ -78,19 +94,33 @@ def image_bytes(image: Image) -> bytes:
     if isinstance(image, bytes | bytearray | memoryview):
         data = bytes(image)
     elif isinstance(image, PIL.Image.Image):
-        data = _png(image)
-    elif isinstance(image, np.ndarray):
-        data = _png(_from_array(image))
+        data = pictures.encode(image, MAX_IMAGE_BYTES)
     elif isinstance(image, os.PathLike):
         data = _read(image)
+    elif isinstance(image, str) and DATA_URI.match(image):
+        data = _from_uri(image)
+    elif (pixels := pictures.as_array(image)) is not None:
+        data = pictures.encode(pictures.from_array(pixels), MAX_IMAGE_BYTES)
     else:
         raise exceptions.InputError(
-            f"{type(image).__name__} is no image: give a path object, bytes, a PIL image or a uint8 array"
+            f"{type(image).__name__} is no image: give a path object, bytes, a PIL image, an array or a data URI"
         )
     if not data:
         raise exceptions.InputError("the image is empty")
     _check_size("the image", len(data))
     return data
+
+
+def _from_uri(uri: str) -> bytes:
+    head, _, body = uri.partition(",")
+    data = urllib.parse.unquote_to_bytes(body)
+    if not head.rstrip().lower().endswith(";base64"):
+        return data
+    data = b"".join(data.split()).rstrip(b"=")
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error as error:
+        raise exceptions.InputError(f"the data URI cannot be read: {error}") from error
 
 
 def _check_size(what: str, size: int) -> None:
@@ -110,46 +140,13 @@ def _read(path: os.PathLike[str]) -> bytes:
         raise exceptions.InputError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _from_array(pixels: npt.NDArray[Any]) -> PIL.Image.Image:
-    channels = pixels.shape[2] if pixels.ndim == 3 else 1
-    if (
-        pixels.dtype != np.uint8
-        or pixels.ndim not in (2, 3)
-        or channels not in (1, 3, 4)
-        or 0 in pixels.shape
-    ):
-        raise exceptions.InputError(
-            f"an array of {pixels.dtype} with shape {list(pixels.shape)} is no image: it takes uint8 "
-            "in [0, 255] of shape [height, width], [height, width, 3] or [height, width, 4]"
-        )
-    return PIL.Image.fromarray(
-        np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels)
-    )
-
-
-def _png(image: PIL.Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    try:
-        if image.mode not in ("L", "RGB", "RGBA"):
-            transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
-            image = image.convert("RGBA" if transparent else "RGB")
-        # Level 1 is several times faster than the default, for a few per cent of size.
-        image.save(buffer, "PNG", compress_level=1)
-    except PICTURE_ERRORS as error:
-        # An opened file is decoded only now; an image may also be closed, or have no pixels.
-        raise exceptions.InputError(f"the image cannot be read: {error}") from error
-    data = buffer.getvalue()
-    _check_size("the image as PNG", len(data))
-    return data
-
-
 def to_input(value: Input) -> common_pb2.Input:
     """Make the contract's input.
 
     Parameters
     ----------
     value
-        A text, or an image as `image_bytes` takes it.
+        A text, or an image as `image_bytes` takes it: a data URI of an image is one.
 
     Returns
     -------
@@ -161,7 +158,7 @@ def to_input(value: Input) -> common_pb2.Input:
     InputError
         If the value cannot be sent.
     """
-    if isinstance(value, str):
+    if isinstance(value, str) and not DATA_URI.match(value):
         with sendable("the text"):
             message = common_pb2.Input(text=value)
         _check_size("the text", message.ByteSize())
@@ -175,7 +172,8 @@ def to_inputs(values: Input | Iterable[Input]) -> list[common_pb2.Input]:
     Parameters
     ----------
     values
-        Texts and images; a single one is a batch of one.
+        Texts and images; a single one is a batch of one. An array or tensor with four axes is a batch of images, an
+        array of strings one of texts.
 
     Returns
     -------
@@ -187,10 +185,7 @@ def to_inputs(values: Input | Iterable[Input]) -> list[common_pb2.Input]:
     InputError
         If there are none, or one cannot be sent; the message says which.
     """
-    single = isinstance(
-        values, str | bytes | bytearray | memoryview | os.PathLike | PIL.Image.Image | np.ndarray
-    )
-    items: Sequence[Input] = [values] if single else list(values)  # type: ignore[list-item, arg-type]
+    items = _items(values)
     if not items:
         raise exceptions.InputError("there is nothing to encode: the inputs are empty")
     inputs = []
@@ -200,6 +195,18 @@ def to_inputs(values: Input | Iterable[Input]) -> list[common_pb2.Input]:
         except exceptions.InputError as error:
             raise exceptions.InputError(f"inputs[{position}]: {error}") from error
     return inputs
+
+
+def _items(values: Any) -> list[Any]:
+    if isinstance(values, str | bytes | bytearray | memoryview | os.PathLike | PIL.Image.Image):
+        return [values]
+    array = pictures.as_array(values)
+    if array is None:
+        return list(values)
+    # Strings, of a fixed or any length, and Python objects: of pandas, say.
+    if array.ndim == 4 or (array.ndim and array.dtype.kind in "UTO"):
+        return list(array)
+    return [array[()]]
 
 
 def split(

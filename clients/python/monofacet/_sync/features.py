@@ -38,8 +38,9 @@ class FeatureCalls(SyncCore):
         Parameters
         ----------
         inputs
-            Strings are texts; path objects, bytes, PIL images and uint8 arrays are images. One alone is a
-            batch of one.
+            Strings are texts; path objects, bytes, data URIs, PIL images, arrays and tensors are images: floats in
+            [0, 1], bool, uint16 or integers in [0, 255] of shape [height, width], or with 1, 3 or 4 channels last or
+            first. One alone is a batch of one; an array with four axes is a batch of images.
         dictionary
             The dictionary whose features are wanted; an empty string is the default one; None for no
             features.
