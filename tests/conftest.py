@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
@@ -22,6 +23,10 @@ from tests.support.tiny_bias import with_bias  # noqa: E402
 from tests.support.tiny_bundle import make_tiny_bundle  # noqa: E402
 from tests.support.tiny_defense import with_defense  # noqa: E402
 from tests.support.tiny_pipeline import add_tiny_pipeline  # noqa: E402
+
+# An example that takes long on a busy machine is no failure.
+hypothesis.settings.register_profile("any machine", suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("any machine")
 
 # Where tests start Ray. On several workers it would be several clusters on the same cores, without shared fixtures.
 WITH_RAY = ("tests/e2e/", "tests/foreign/", "tests/observability/")

@@ -273,6 +273,6 @@ def test_tls_and_mutual_tls_connect_and_plain_text_does_not() -> None:
         with Client(target, tls=TLS(ca=certificate, certificate=certificate, key=key), token="t") as client:
             assert len(client.encode("a")) == 1
         for tls in (TLS(ca=certificate), True, False):
-            client = Client(target, tls=tls, retry=once, timeout=10)
+            client = Client(target, tls=tls, retry=once, timeout=HANGS)
             with client, pytest.raises(monofacet.UnavailableError):
                 client.encode("a")

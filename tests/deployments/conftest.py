@@ -21,6 +21,7 @@ from deployments.work import ScoreRequest
 from services.bundle import Bundle
 from services.tables import ModalityTable
 from tests.deployments.debug import DebugDictionary, DebugModel
+from tests.support.waiting import PATIENCE_S
 
 
 @dataclass
@@ -61,12 +62,11 @@ def open_gateway(tiny: Bundle) -> Open:
 
     @asynccontextmanager
     async def opened(**overrides: Any) -> AsyncIterator[Gateway]:
-        # A test that forgets its limits must not wait for half a minute.
         settings = Settings(
             **{
                 "port": 0,
                 "metrics_port": 0,
-                "drain_s": 5.0,
+                "drain_s": PATIENCE_S,
                 "linger_s": 0.0,
                 "retry_after_s": 0.25,
                 **overrides,

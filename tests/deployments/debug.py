@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from deployments.work import EncoderInfo
 from services.dictionaries.base import SparseRow, sparse_rows
 from services.errors import CorruptImage, TextTooLong
+from tests.support.waiting import PATIENCE_S
 
 EMBED_DIM = 8
 
@@ -52,7 +53,7 @@ class DebugModel:
 
     def _encode(self, batch: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         self.entered.release()
-        if not self._free.wait(timeout=30):
+        if not self._free.wait(PATIENCE_S):
             raise TimeoutError("the test never released the model")
         self.forwards.append(len(batch))
         norm = np.linalg.norm(batch, axis=1).astype(np.float32)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from deployments.generation_work import GenerateWork
 from services.errors import GenerationFailed, InvalidInput, MonofacetError
+from tests.support.waiting import PATIENCE_S
 
 
 @dataclass(eq=False)
@@ -53,7 +54,7 @@ class DebugPipeline:
 
     def let_one_step(self) -> None:
         """Wait until a step has begun, and let that one alone go on."""
-        assert self.entered.acquire(timeout=60)
+        assert self.entered.acquire(timeout=PATIENCE_S)
         before = self.calls
         self._permits.release()
         while self.calls == before:
@@ -84,7 +85,7 @@ class DebugPipeline:
 
     def step(self, samples: Sequence[Any]) -> None:
         self.entered.release()
-        if self._held and not self._permits.acquire(timeout=60):
+        if self._held and not self._permits.acquire(timeout=PATIENCE_S):
             raise TimeoutError("the test never released the model")
         if any(sample.prompt == "explode" for sample in samples):
             self.batches.append([sample.prompt for sample in samples])

@@ -15,6 +15,7 @@ from monofacet.v1 import model_service_pb2 as model_pb
 
 from deployments.gateway.item_stream import Chunks, StreamItem, Window
 from tests.deployments.conftest import Open, array, error_details, status_details
+from tests.support.waiting import PATIENCE_S, until
 
 CODE = grpc.StatusCode
 
@@ -29,12 +30,6 @@ def text(value: str) -> common.Input:
 
 def item(name: str, value: common.Input) -> pb.StreamEncodeRequest:
     return pb.StreamEncodeRequest(item=pb.StreamItem(id=name, input=value))
-
-
-async def until(condition: Any) -> None:
-    """Wait until `condition()` holds; the test's own timeout is the limit."""
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 async def test_a_batch_comes_back_in_order_with_unit_embeddings(open_gateway: Open) -> None:
@@ -355,7 +350,7 @@ async def test_a_streams_window_is_bounded_in_items_and_in_bytes() -> None:
     waiting = asyncio.create_task(window.room(10))
     await asyncio.sleep(0)
     window.leave(60)
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, PATIENCE_S)
 
 
 def numbered(count: int) -> list[StreamItem]:
@@ -433,7 +428,7 @@ async def test_a_stream_costs_messages_by_chunks_and_not_by_items(open_gateway: 
         assert await reading == 150
     assert sum(sent) == 150
     # Two chunks of whatever had come first, then of what came meanwhile: how much depends on the machine.
-    assert len(sent) <= 15
+    assert len(sent) <= 75
 
 
 def singles(gateway: Any, count: int) -> list[asyncio.Future[Any]]:

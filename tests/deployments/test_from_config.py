@@ -12,6 +12,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from deployments.app import GatewayReplica, from_config, placed, scaled
 from services.bundle import Bundle
 from services.errors import BundleError
+from tests.support.waiting import PATIENCE_S
 
 
 def test_serve_builds_the_application_from_settings_by_name(tiny: Bundle) -> None:
@@ -61,7 +62,7 @@ async def test_a_gateway_drains_once_the_file_is_there(
     await asyncio.sleep(0.05)
     assert not drained.is_set()
     (tmp_path / "drain").touch()
-    await asyncio.wait_for(watching, 5)
+    await asyncio.wait_for(watching, PATIENCE_S)
     assert drained.is_set()
     # The replica's own end drains as well; here there is nothing left to do.
     del gateway._server

@@ -17,18 +17,16 @@ ROUNDS, CALLS = 12, 50
 def measured(kind: str) -> list[float]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.deployments.leaking", str(ROUNDS), str(CALLS), kind],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280, check=True,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1200, check=True,
     )  # fmt: skip
     samples: list[float] = json.loads(done.stdout.splitlines()[-1])
     return samples
 
 
-@pytest.mark.timeout(300)
 def test_memory_stands_still() -> None:
     assert growth(measured("sound")) <= MOST_GROWTH
 
 
-@pytest.mark.timeout(300)
 def test_a_server_that_keeps_every_request_is_found_out() -> None:
     # 300 kB of each of 2 x 50 calls a round: 30 MB a round, 120 MB between the medians, on less than 1 GB.
     assert growth(measured("leaky")) > MOST_GROWTH

@@ -139,7 +139,7 @@ time.sleep(0.3)
 def test_every_line_of_the_log_has_the_form_that_was_asked_for(form: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LOGGING.format(form=form)],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True, timeout=100,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
     assert "too little" not in done.stderr
     if form == "console":
@@ -163,7 +163,7 @@ def test_lines_of_the_replicas_reach_the_commands_standard_error(tmp_path: Path)
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True, timeout=100,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
     assert [json.loads(line)["event"] for line in done.stderr.splitlines()][:2] == [
         "call",

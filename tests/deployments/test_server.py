@@ -22,6 +22,7 @@ from deployments.batching import QueueFull
 from deployments.gateway.interceptors.chain import refused
 from deployments.gateway.server import SERVICES
 from tests.deployments.conftest import Open, error_details
+from tests.support.waiting import PATIENCE_S
 
 ENCODE = "monofacet.v1.FeatureService/Encode"
 REQUEST = pb.EncodeRequest(inputs=[common.Input(text="a")])
@@ -47,6 +48,15 @@ async def test_reflection_lists_the_services(open_gateway: Open) -> None:
     assert set(SERVICES) <= {s.name for s in answer.list_services_response.service}
 
 
+async def not_serving(health: Any, service: str = "") -> None:
+    """Wait until the server says that it drains."""
+    while True:
+        answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
+        if answer.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+            return
+        await asyncio.sleep(0.005)
+
+
 async def test_draining_says_so_finishes_what_runs_and_refuses_the_rest(open_gateway: Open) -> None:
     async with open_gateway() as gateway:
         health = health_pb2_grpc.HealthStub(gateway.channel)
@@ -54,9 +64,7 @@ async def test_draining_says_so_finishes_what_runs_and_refuses_the_rest(open_gat
         running = asyncio.ensure_future(gateway.features.Encode(REQUEST))
         await asyncio.to_thread(gateway.model.entered.acquire)
         draining = asyncio.ensure_future(gateway.server.drain())
-        await asyncio.sleep(0.05)
-        answer = await health.Check(health_pb2.HealthCheckRequest(service=SERVICES[0]))
-        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await not_serving(health, SERVICES[0])
         with pytest.raises(aio.AioRpcError) as caught:
             await gateway.features.Encode(REQUEST)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
@@ -70,7 +78,7 @@ async def test_what_cannot_be_taken_is_refused_before_its_request_is_read(open_g
     async with open_gateway(max_concurrent_calls=1) as gateway:
 
         async def reason() -> str:
-            call = gateway.channel.stream_stream(f"/{ENCODE}")(timeout=10)
+            call = gateway.channel.stream_stream(f"/{ENCODE}")(timeout=PATIENCE_S)
             with pytest.raises(aio.AioRpcError) as caught:
                 await call.read()
             return error_details(caught.value)[0]
@@ -80,7 +88,7 @@ async def test_what_cannot_be_taken_is_refused_before_its_request_is_read(open_g
         await asyncio.to_thread(gateway.model.entered.acquire)
         reasons = [await reason()]
         draining = asyncio.ensure_future(gateway.server.drain())
-        await asyncio.sleep(0.05)
+        await not_serving(health_pb2_grpc.HealthStub(gateway.channel))
         reasons.append(await reason())
         gateway.model.release()
         assert (await running).norms
@@ -101,9 +109,7 @@ async def test_with_a_health_port_draining_closes_the_other_port_at_once(open_ga
         running = asyncio.ensure_future(gateway.features.Encode(REQUEST))
         await asyncio.to_thread(gateway.model.entered.acquire)
         draining = asyncio.ensure_future(gateway.server.drain())
-        await asyncio.sleep(0.05)
-        answer = await health.Check(health_pb2.HealthCheckRequest())
-        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await not_serving(health)
         # A new call finds no server, so a client with other addresses takes another one.
         with pytest.raises(aio.AioRpcError) as caught:
             await gateway.features.Encode(REQUEST)
@@ -117,14 +123,12 @@ async def test_with_a_health_port_draining_closes_the_other_port_at_once(open_ga
 async def test_a_call_that_was_on_its_way_when_the_server_was_told_to_stop_is_answered(
     open_gateway: Open,
 ) -> None:
-    async with open_gateway(linger_s=1.0) as gateway:
+    async with open_gateway(linger_s=PATIENCE_S) as gateway:
         health = health_pb2_grpc.HealthStub(gateway.channel)
         draining = asyncio.ensure_future(gateway.server.drain())
-        await asyncio.sleep(0.05)
-        answer = await health.Check(health_pb2.HealthCheckRequest())
-        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await not_serving(health)
         assert (await gateway.features.Encode(REQUEST)).norms
-        assert await draining
+        draining.cancel()
 
 
 async def test_a_call_that_outlasts_the_drain_is_cut_off(open_gateway: Open) -> None:

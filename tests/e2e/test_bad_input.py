@@ -17,8 +17,8 @@ from monofacet.v1 import feature_service_pb2_grpc
 from tests.deployments.conftest import status_details
 from tests.e2e import bad_images
 from tests.support.service import Service
+from tests.support.waiting import PATIENCE_S
 
-pytestmark = pytest.mark.timeout(900)
 CODE = grpc.StatusCode
 MIB = 2**20
 
@@ -81,7 +81,7 @@ def encode(channel: grpc.Channel) -> Any:
 
 def refusal(encode: Any, request: pb.EncodeRequest) -> tuple[grpc.StatusCode, str, list[str]]:
     with pytest.raises(grpc.RpcError) as caught:
-        encode(request, timeout=60)
+        encode(request, timeout=PATIENCE_S)
     error: Any = caught.value
     trailing = dict(error.trailing_metadata())
     status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])
@@ -92,7 +92,7 @@ def refusal(encode: Any, request: pb.EncodeRequest) -> tuple[grpc.StatusCode, st
 
 
 def serves(encode: Any) -> bool:
-    answer = encode(pb.EncodeRequest(inputs=[common.Input(text="still here")]), timeout=60)
+    answer = encode(pb.EncodeRequest(inputs=[common.Input(text="still here")]), timeout=PATIENCE_S)
     return bool(np.isfinite(answer.norms).all())
 
 
@@ -109,8 +109,8 @@ def test_both_of_the_oneof_is_the_last_of_them(channel: grpc.Channel, encode: An
     both = broken.SerializeToString() + text.SerializeToString()
     # Field 1 of EncodeRequest, length-delimited, with a length under 128.
     raw = b"\x0a" + bytes([len(both)]) + both
-    answer = channel.unary_unary("/monofacet.v1.FeatureService/Encode")(raw, timeout=60)
-    expected = encode(pb.EncodeRequest(inputs=[text]), timeout=60)
+    answer = channel.unary_unary("/monofacet.v1.FeatureService/Encode")(raw, timeout=PATIENCE_S)
+    expected = encode(pb.EncodeRequest(inputs=[text]), timeout=PATIENCE_S)
     assert pb.EncodeResponse.FromString(answer).embeddings == expected.embeddings
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,14 @@ from monofacet.v1 import (
     model_service_pb2_grpc,
 )
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.gateway.server import SERVICES
 from deployments.model import TowerModel
 from deployments.settings import Settings
 from services.bundle import Bundle
-from tests.support.service import Service
+from tests.support.service import Service, metric
 from tests.support.tiny_bundle import CAPTIONS
-
-pytestmark = pytest.mark.timeout(900)
+from tests.support.waiting import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +59,6 @@ def array(tensor: Any) -> np.ndarray[Any, Any]:
     return np.frombuffer(tensor.data, "<f4").reshape(tuple(tensor.shape))
 
 
-def metric(service: Service, name: str, **labels: str) -> float:
-    """Return the sum of a metric's samples that have these labels."""
-    page = urllib.request.urlopen(service.metrics_url).read().decode()
-    return sum(
-        sample.value
-        for family in text_string_to_metric_families(page)
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
-    )
-
-
 def settled_items(service: Service) -> float:
     """Return the items that have cost model time, once no call is in progress and the count stands still."""
     before = -1.0
@@ -88,11 +74,11 @@ def test_the_answer_is_what_the_towers_say_in_process(
     features: Any, channel: grpc.Channel, served: Bundle, images: list[bytes]
 ) -> None:
     answer = features.Encode(
-        pb.EncodeRequest(inputs=inputs(images), options=pb.EncodeOptions(dictionary="")), timeout=60
+        pb.EncodeRequest(inputs=inputs(images), options=pb.EncodeOptions(dictionary="")), timeout=PATIENCE_S
     )
     # What it measured as fastest at its start, this process might not.
     models = model_service_pb2_grpc.ModelServiceStub(channel)
-    backend = models.GetModel(model_service_pb2.GetModelRequest(), timeout=60).model.runtime.backend
+    backend = models.GetModel(model_service_pb2.GetModelRequest(), timeout=PATIENCE_S).model.runtime.backend
     model = TowerModel(served, Settings(backend=backend))
     unit_image, norm_image = model.encode_images(np.stack([model.prepare(i, False) for i in images]))
     unit_text, norm_text = model.encode_texts(np.stack([model.prepare(t, False) for t in CAPTIONS]))
@@ -106,12 +92,12 @@ def test_the_answer_is_what_the_towers_say_in_process(
 
 
 def test_a_stream_says_the_same_as_a_batch(features: Any, images: list[bytes]) -> None:
-    batch = features.Encode(pb.EncodeRequest(inputs=inputs(images)), timeout=60)
+    batch = features.Encode(pb.EncodeRequest(inputs=inputs(images)), timeout=PATIENCE_S)
     requests = [
         pb.StreamEncodeRequest(item=pb.StreamItem(id=str(n), input=value))
         for n, value in enumerate(inputs(images) * 20)
     ]
-    answers = list(features.StreamEncode(iter(requests), timeout=120))
+    answers = list(features.StreamEncode(iter(requests), timeout=PATIENCE_S))
     assert [a.id for a in answers] == [str(n) for n in range(len(requests))]
     served = np.stack([array(a.encoding.embedding) for a in answers])
     # Batches of other sizes may use other kernels; tests/services/test_towers.py measures their difference.
@@ -133,7 +119,7 @@ def test_pairs_are_scored_over_the_stream(channel: grpc.Channel, images: list[by
             ]
             yield modality_service_pb2.ScoreModalityRequest(batch=modality_service_pb2.PairBatch(pairs=pairs))
 
-    answer = stub.ScoreModality(requests(), timeout=120)
+    answer = stub.ScoreModality(requests(), timeout=PATIENCE_S)
     assert answer.pairs == 40
     assert [card.feature for card in answer.cards] == list(range(64))
     for card in answer.cards:
@@ -143,12 +129,12 @@ def test_pairs_are_scored_over_the_stream(channel: grpc.Channel, images: list[by
 
 def test_features_are_listed_and_inputs_classified(channel: grpc.Channel, images: list[bytes]) -> None:
     stub = modality_service_pb2_grpc.ModalityServiceStub(channel)
-    page = stub.ListFeatures(modality_service_pb2.ListFeaturesRequest(page_size=5), timeout=60)
+    page = stub.ListFeatures(modality_service_pb2.ListFeaturesRequest(page_size=5), timeout=PATIENCE_S)
     assert (len(page.cards), page.total) == (5, 64)
-    card = stub.GetFeature(modality_service_pb2.GetFeatureRequest(feature=3), timeout=60)
+    card = stub.GetFeature(modality_service_pb2.GetFeatureRequest(feature=3), timeout=PATIENCE_S)
     assert card.card.feature == 3
     answer = stub.ClassifyModality(
-        modality_service_pb2.ClassifyModalityRequest(inputs=inputs(images)), timeout=60
+        modality_service_pb2.ClassifyModalityRequest(inputs=inputs(images)), timeout=PATIENCE_S
     )
     for one in answer.classifications:
         assert sum(share.share for share in one.shares) == pytest.approx(1, abs=1e-6)
@@ -157,17 +143,17 @@ def test_features_are_listed_and_inputs_classified(channel: grpc.Channel, images
 def test_health_and_reflection(channel: grpc.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
     for name in ("", *SERVICES):
-        answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=60)
+        answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=PATIENCE_S)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     request = reflection_pb2.ServerReflectionRequest(list_services="")
-    (listed,) = stub.ServerReflectionInfo(iter([request]), timeout=60)
+    (listed,) = stub.ServerReflectionInfo(iter([request]), timeout=PATIENCE_S)
     assert set(SERVICES) <= {s.name for s in listed.list_services_response.service}
 
 
 def test_the_model_says_what_it_runs_on(channel: grpc.Channel, served: Bundle) -> None:
     stub = model_service_pb2_grpc.ModelServiceStub(channel)
-    model = stub.GetModel(model_service_pb2.GetModelRequest(), timeout=60).model
+    model = stub.GetModel(model_service_pb2.GetModelRequest(), timeout=PATIENCE_S).model
     assert model.bundle == served.id
     assert model.runtime.backend in ("torch", "openvino")
     assert (model.tower.embed_dim, model.tower.image_size, model.tower.context_length) == (16, 32, 16)
@@ -177,7 +163,7 @@ def test_the_model_says_what_it_runs_on(channel: grpc.Channel, served: Bundle) -
 def test_metrics_count_what_was_asked(features: Any, running_service: Service) -> None:
     method = "monofacet.v1.FeatureService/Encode"
     before = metric(running_service, "monofacet_items_total", method=method)
-    features.Encode(pb.EncodeRequest(inputs=[common.Input(text="a")] * 7), timeout=60)
+    features.Encode(pb.EncodeRequest(inputs=[common.Input(text="a")] * 7), timeout=PATIENCE_S)
     assert metric(running_service, "monofacet_items_total", method=method) == before + 7
     assert metric(running_service, "monofacet_model_info", bundle=running_service.bundle) == 1
     assert metric(running_service, "monofacet_inference_duration_seconds_count", deployment="encoder") > 0
@@ -204,8 +190,8 @@ def test_a_client_that_vanishes_mid_stream_costs_no_more_model_time(
     next(call)
     call.cancel()
     # The next reply carries the count of what ran for the one who left.
-    features.Encode(pb.EncodeRequest(inputs=[common.Input(text="after")]), timeout=60)
-    features.Encode(pb.EncodeRequest(inputs=[common.Input(text="after")]), timeout=60)
+    features.Encode(pb.EncodeRequest(inputs=[common.Input(text="after")]), timeout=PATIENCE_S)
+    features.Encode(pb.EncodeRequest(inputs=[common.Input(text="after")]), timeout=PATIENCE_S)
     ran = settled_items(running_service) - before - 2
     # What had been answered, and what was in the model or decoded beside it: messages in flight, no more.
     settings = Settings()
@@ -218,7 +204,7 @@ def test_expired_calls_cost_no_model_time(features: Any, running_service: Servic
         with pytest.raises(grpc.RpcError) as caught:
             features.Encode(pb.EncodeRequest(inputs=[common.Input(text="late")] * 20), timeout=1e-4)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    features.Encode(pb.EncodeRequest(inputs=[common.Input(text="after")]), timeout=60)
+    features.Encode(pb.EncodeRequest(inputs=[common.Input(text="after")]), timeout=PATIENCE_S)
     # A deadline of 0.1 ms is over before a message can have crossed to the encoder.
     assert settled_items(running_service) - before == 1
 

@@ -26,9 +26,8 @@ from deployments.access.scopes import Scope
 from deployments.access.tokens import new_token
 from services.bundle import Bundle
 from tests.support.certificates import Authority
-from tests.support.service import STOP_TIMEOUT_S, Service, start_service
-
-pytestmark = pytest.mark.timeout(900)
+from tests.support.service import START_TIMEOUT_S, STOP_TIMEOUT_S, Service, start_service
+from tests.support.waiting import PATIENCE_S
 
 
 def alive(pid: int) -> bool:
@@ -47,7 +46,7 @@ def red_circle(service: Service) -> bytes:
     return image.data
 
 
-def left(pids: set[int], grace_s: float = 10.0) -> list[int]:
+def left(pids: set[int], grace_s: float = PATIENCE_S) -> list[int]:
     """Return which of the processes still live after some seconds; one that is being ended is not left behind."""
     deadline = time.monotonic() + grace_s
     while (living := [pid for pid in pids if alive(pid)]) and time.monotonic() < deadline:
@@ -68,11 +67,13 @@ def test_another_start_makes_the_same_image_and_its_end_finishes_a_stream_in_fli
         for n in range(200):
             if n == 100:
                 # The rest is sent only once the service has been told to stop.
-                going.wait(60)
+                going.wait(PATIENCE_S)
             yield pb.StreamEncodeRequest(item=pb.StreamItem(id=str(n), input=common.Input(text=f"text {n}")))
 
     with grpc.insecure_channel(service.target) as channel:
-        answers = feature_service_pb2_grpc.FeatureServiceStub(channel).StreamEncode(requests(), timeout=120)
+        answers = feature_service_pb2_grpc.FeatureServiceStub(channel).StreamEncode(
+            requests(), timeout=PATIENCE_S
+        )
         received = [next(answers)]
         service.process.send_signal(signal.SIGTERM)
         going.set()
@@ -132,7 +133,7 @@ def test_a_guarded_service_survives_the_death_of_its_encoder_and_then_drains(
             time.sleep(1)
             os.kill(encoder_of(service), signal.SIGKILL)
             killed = time.monotonic()
-            while not late and time.monotonic() < killed + 200:
+            while not late and time.monotonic() < killed + START_TIMEOUT_S:
                 time.sleep(0.1)
                 late = [moment for moment in answered if moment > killed + 1]
             stop.set()
@@ -140,7 +141,14 @@ def test_a_guarded_service_survives_the_death_of_its_encoder_and_then_drains(
             for done in callers:
                 done.result()
             assert late
-            flying = [pool.submit(client.encode, [f"text {n}"] * 50) for n in range(4)]
+            sending = threading.Barrier(5)
+
+            def last(n: int) -> monofacet.EncodeResult:
+                sending.wait(PATIENCE_S)
+                return client.encode([f"text {n}"] * 50)
+
+            flying = [pool.submit(last, n) for n in range(4)]
+            sending.wait(PATIENCE_S)
             time.sleep(0.3)
             service.process.send_signal(signal.SIGTERM)
             for done in flying:

@@ -34,7 +34,7 @@ def node_encode(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path
 
     def run(target: str, image: Path, text: str) -> Any:
         done = subprocess.run(
-            [node, HERE / "encode.mjs", target, image, text], capture_output=True, text=True, timeout=120
+            [node, HERE / "encode.mjs", target, image, text], capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

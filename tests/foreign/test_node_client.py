@@ -49,14 +49,12 @@ def test_node_and_python_read_the_same_from_a_fake(picture: Path, node_encode: N
         compare(target, picture, node_encode)
 
 
-@pytest.mark.timeout(900)
 def test_node_and_python_read_the_same_from_the_service(
     running_service: Any, picture: Path, node_encode: NodeEncode
 ) -> None:
     compare(running_service.target, picture, node_encode)
 
 
-@pytest.mark.timeout(900)
 def test_the_service_refuses_a_foreign_clients_empty_batch(
     running_service: Any, picture: Path, node_encode: NodeEncode
 ) -> None:

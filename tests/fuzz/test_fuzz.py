@@ -21,8 +21,6 @@ CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.bin"))
 CASES = 150
 METHODS = [name for service in DESCRIPTORS for name in methods_of(service)]
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.mark.parametrize("service", DESCRIPTORS, ids=lambda service: service.name)
 async def test_hostile_messages_get_mapped_statuses(service: object, tiny: Bundle) -> None:
@@ -49,7 +47,7 @@ async def test_what_was_found_once_is_not_found_again(tiny: Bundle, tmp_path: Pa
     assert amiss == []
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.lists(st.binary(max_size=200), max_size=3), method=st.sampled_from(METHODS))
 def test_the_files_of_the_corpus_say_what_was_sent(data: list[bytes], method: str) -> None:
     case = Case(method, tuple(data))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ import yaml
 
 from deployments.chart import RULES
 from tests.observability.tools import tool
+from tests.support.waiting import PATIENCE_S, eventually
 
 JOB = "monofacet"
-START_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Prometheus:
         """Return the `data` of one answer of the HTTP interface."""
         query = f"?{urllib.parse.urlencode(parameters)}" if parameters else ""
         try:
-            with urllib.request.urlopen(f"{self.url}/api/v1/{path}{query}", timeout=20) as answer:
+            with urllib.request.urlopen(f"{self.url}/api/v1/{path}{query}", timeout=PATIENCE_S) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
             raise AssertionError(f"{path} {parameters}: {error.read().decode()}") from error
@@ -44,14 +43,6 @@ class Prometheus:
         moment = {} if at is None else {"time": f"{at:.3f}"}
         result = self.get("query", query=expression, **moment)["result"]
         return [(sample["metric"], float(sample["value"][1])) for sample in result]
-
-
-def eventually(condition: Callable[[], bool], what: str, timeout_s: float = START_TIMEOUT_S) -> None:
-    """Wait until `condition` holds."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not within {timeout_s:.0f} s"
-        time.sleep(0.1)
 
 
 def _free_port() -> int:
@@ -98,4 +89,4 @@ def running_prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
         yield server
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE_S)

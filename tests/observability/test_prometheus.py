@@ -24,10 +24,9 @@ from deployments.monitoring.dashboard import dashboard
 from deployments.monitoring.promql import quantile
 from deployments.monitoring.rules import INTERVAL_S, rules
 from services.bundle import Bundle
-from tests.observability.server import JOB, Prometheus, eventually, running_prometheus
-from tests.support.service import Service
-
-pytestmark = pytest.mark.timeout(900)
+from tests.observability.server import JOB, Prometheus, running_prometheus
+from tests.support.service import Service, metric
+from tests.support.waiting import PATIENCE_S, eventually
 
 ROOT = Path(__file__).parents[2]
 CALLERS = 4
@@ -37,11 +36,23 @@ ENCODE = "monofacet.v1.FeatureService/Encode"
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What the load generator measured (s), and the Prometheus that watched; `end` is a Unix time (s)."""
+    """What the load generator measured (s), and the Prometheus that watched.
+
+    `began` and `end` are Unix times (s); of the calls of Encode between them, `counts` took no longer than the bounds of
+    the buckets.
+    """
 
     prometheus: Prometheus
     latencies: np.ndarray[Any, np.dtype[np.float64]]
+    began: float
     end: float
+    counts: list[float]
+
+
+def bucket_counts(service: Service) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return how many calls of Encode took no longer than each bound of a bucket, as the service says itself."""
+    name, labels = f"{m.REQUEST_DURATION.name}_bucket", {"method": ENCODE, "code": "OK"}
+    return np.array([metric(service, name, le=f"{bound}", **labels) for bound in (*m.SECONDS, "+Inf")])
 
 
 def call_everything(target: str, image: bytes) -> None:
@@ -60,6 +71,7 @@ def observed(
     images = [path.read_bytes() for path in sorted((tiny.path / "samples").glob("*.png"))]
     write_pictures(images)
     target = urlsplit(running_service.metrics_url).netloc
+    before, began = bucket_counts(running_service), time.time()
     with running_prometheus(target, tmp_path_factory.mktemp("prometheus")) as prometheus:
         call_everything(running_service.target, images[0])
         # The first sample of a series is the zero that its growth is counted from.
@@ -79,8 +91,16 @@ def observed(
         call_everything(running_service.target, images[0])
         end = time.time()
         # One scrape after the last call.
-        time.sleep(1.5)
-        yield Observed(prometheus, np.array(json.loads(done.stdout)["latencies"]), end + 1.0)
+        scraped = f'timestamp(up{{job="{JOB}"}})'
+        eventually(lambda: prometheus.query(scraped)[0][1] > end, "a scrape after the last call")
+        counts = bucket_counts(running_service) - before
+        yield Observed(
+            prometheus,
+            np.array(json.loads(done.stdout)["latencies"]),
+            began,
+            prometheus.query(scraped)[0][1],
+            counts.tolist(),
+        )
 
 
 def test_the_service_is_scraped(observed: Observed) -> None:
@@ -96,7 +116,7 @@ def test_the_chart_s_rules_are_loaded_and_evaluate_without_error(observed: Obser
     assert [(rule["name"], rule.get("lastError")) for rule in loaded if rule["health"] == "err"] == []
     ratio = "monofacet:error_ratio:rate5m"
     # The group's turn comes once in its interval; two, in case the first found too few scrapes.
-    turns = 2 * INTERVAL_S + 5
+    turns = 2 * INTERVAL_S + PATIENCE_S
     eventually(lambda: bool(observed.prometheus.query(ratio)), "recorded", turns)
     # The recorded ratio of a service that failed nobody.
     assert [value for _, value in observed.prometheus.query(ratio)] == [0.0]
@@ -124,14 +144,16 @@ def test_every_query_of_the_dashboard_has_data(observed: Observed, expression: s
 
 
 @pytest.mark.parametrize("q", [0.5, 0.95, 0.99])
-def test_quantiles_are_within_one_bucket_of_the_callers_own(observed: Observed, q: float) -> None:
-    window = f"{math.ceil(LOAD_S) + 1}s"
+def test_quantiles_are_those_of_the_service_and_no_longer_than_the_callers_own(
+    observed: Observed, q: float
+) -> None:
+    window = f"{math.ceil(observed.end - observed.began)}s"
     expression = quantile(q, m.REQUEST_DURATION, window, (), method=f'="{ENCODE}"', code='="OK"')
     ((_, ours),) = observed.prometheus.query(expression, observed.end)
-    theirs = float(np.quantile(observed.latencies, q))
-    # A histogram cannot say more than the bucket; what the caller adds of its own may cross one bound.
-    apart = bisect.bisect_left(m.SECONDS, ours) - bisect.bisect_left(m.SECONDS, theirs)
-    print(
-        f"p{q * 100:g}: Prometheus {ours * 1e3:.1f} ms, callers {theirs * 1e3:.1f} ms, {apart} buckets apart"
-    )
-    assert abs(apart) <= 1
+    shown = bisect.bisect_left(m.SECONDS, ours)
+    counts = observed.counts
+    counted = next(i for i, below in enumerate(counts) if below >= q * counts[-1])
+    # Prometheus extrapolates to the ends of the window, which may cross one bound.
+    assert abs(shown - counted) <= 1
+    # What the callers measured holds what the service did; how much more it is depends on the machine.
+    assert shown <= bisect.bisect_left(m.SECONDS, float(np.quantile(observed.latencies, q))) + 1

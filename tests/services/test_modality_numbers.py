@@ -48,7 +48,7 @@ forms = pytest.mark.parametrize("form", [np.asarray, csr_array], ids=["dense", "
 
 
 @forms
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds)
 def test_energies_are_the_equation(form, seed):
     z, _ = sparse_pairs(seed)
@@ -58,7 +58,7 @@ def test_energies_are_the_equation(form, seed):
 
 
 @forms
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds)
 def test_the_papers_mds_is_the_equation(form, seed):
     image, text = sparse_pairs(seed)
@@ -70,7 +70,7 @@ def test_the_papers_mds_is_the_equation(form, seed):
         assert mds[j] == pytest.approx(np.mean(shares), rel=1e-5) if shares else np.isnan(mds[j])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds)
 def test_scores_lie_in_the_unit_interval_and_mirror_when_the_modalities_swap(seed):
     image, text = sparse_pairs(seed)
@@ -84,7 +84,7 @@ def test_scores_lie_in_the_unit_interval_and_mirror_when_the_modalities_swap(see
         np.testing.assert_allclose(forward + backward, np.where(alive, 1.0, np.nan), atol=1e-6)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=seeds)
 def test_intervals_mirror_and_hold_the_score(seed):
     image, text = sparse_pairs(seed, n=60)
@@ -247,7 +247,7 @@ def test_q_values_leave_out_what_was_not_tested():
     assert np.isnan(q[1])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=2, max_size=40))
 def test_kappa_is_scikit_learns(pairs):
     first, second = (np.array(side) for side in zip(*pairs, strict=True))
@@ -268,7 +268,7 @@ def test_agreement_leaves_out_features_dead_in_both():
 
 
 @forms
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds)
 def test_shares_of_energy_add_up_to_one_and_ignore_scale(form, seed):
     z, _ = sparse_pairs(seed)

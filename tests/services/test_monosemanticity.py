@@ -31,7 +31,7 @@ def world(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("form", [np.asarray, csr_array], ids=["dense", "sparse"])
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), m=st.integers(1, 6))
 def test_top_samples_are_the_strongest_positive_ones(form, seed, m):
     rng = np.random.default_rng(seed)

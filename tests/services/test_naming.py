@@ -35,7 +35,7 @@ def test_rare_words_are_left_out():
     assert words.present.toarray().tolist() == [[1, 1], [0, 1], [1, 1]]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000))
 def test_npmi_is_the_equation(seed):
     rng = np.random.default_rng(seed)
@@ -61,7 +61,7 @@ def test_npmi_is_one_for_words_that_always_go_with_a_feature_even_always():
     assert npmi(csr_array(always), half)[0, 0] == pytest.approx(0.0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000))
 def test_auc_is_scikit_learns_with_ties(seed):
     rng = np.random.default_rng(seed)

@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
 
 # Ray and three Python processes that import torch, on a machine that may be busy with something else.
 START_TIMEOUT_S = 420.0
@@ -134,6 +137,17 @@ def _start(
         for pid in below & descendants(1):
             os.kill(pid, signal.SIGKILL)
     raise RuntimeError(f"the service did not become ready:\n{log.read_text(errors='replace')}")
+
+
+def metric(service: Service, name: str, **labels: str) -> float:
+    """Return the sum of a metric's samples that have these labels."""
+    page = urllib.request.urlopen(service.metrics_url).read().decode()
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
 
 
 def descendants(pid: int) -> set[int]:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.support.processes import nothing_left
+from tests.support.waiting import PATIENCE_S
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
@@ -15,7 +16,7 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 def test_a_process_that_is_left_is_named_and_ended() -> None:
     with pytest.raises(AssertionError, match="time.sleep"), nothing_left(grace_s=0.2):
         process = subprocess.Popen(SLEEP)
-    assert process.wait(10) == -9
+    assert process.wait(PATIENCE_S) == -9
 
 
 def test_one_whose_parent_is_gone_is_found_too() -> None:
@@ -28,4 +29,4 @@ def test_one_whose_parent_is_gone_is_found_too() -> None:
 def test_one_that_ends_in_time_is_nobody_s_fault() -> None:
     with nothing_left(grace_s=60):
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
-    assert process.wait(1) == 0
+    assert process.wait(PATIENCE_S) == 0

@@ -80,7 +80,6 @@ def studied(tiny: Bundle, data: StudyData, tmp_path_factory: pytest.TempPathFact
     return study, calibration, figures, folder
 
 
-@pytest.mark.timeout(400)
 def test_the_study_writes_a_section_that_the_bundle_loads_with(studied) -> None:
     _, calibration, figures, folder = studied
     bundle = Bundle.load(folder)
@@ -93,7 +92,6 @@ def test_the_study_writes_a_section_that_the_bundle_loads_with(studied) -> None:
     assert json.loads((folder.parent / "work" / "defense.json").read_text()) == read.figures == figures
 
 
-@pytest.mark.timeout(400)
 def test_every_table_has_every_row(studied) -> None:
     _, _, figures, folder = studied
     attacks = {f"{a} {e}/255" for a in ("pgd", "apgd", "match") for e in (1, 4, 8)} | {"typographic"}
@@ -117,7 +115,6 @@ def test_every_table_has_every_row(studied) -> None:
     assert "nan" not in text
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("second_look", [False, True])
 @pytest.mark.parametrize(
     "choice", [FilterChoice(mode, keep) for mode in FilterMode for keep in (True, False)]
@@ -185,7 +182,6 @@ def test_a_careful_attacker_is_not_seen_by_the_noise_score() -> None:
     torch.testing.assert_close(noise(careful), noise(images), atol=1e-3, rtol=0)  # float32, in levels
 
 
-@pytest.mark.timeout(400)
 def test_the_adaptive_attack_keeps_to_its_budget_and_raises_its_loss(studied) -> None:
     study, calibration, _, _ = studied
     drawn = study.data.evaluation.first(4)
@@ -231,7 +227,6 @@ def test_the_baselines_do_what_they_say(tiny: Bundle) -> None:
     assert not np.allclose(counterattack(victim, study_images, epsilon=0.1, drift=10.0), unit, atol=1e-3)
 
 
-@pytest.mark.timeout(400)
 def test_redteam_attacks_files_on_disk_and_writes_a_report(studied, tmp_path: Path) -> None:
     _, _, _, folder = studied
     for i in range(3):
@@ -279,7 +274,6 @@ def subject(studied, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return Subject.open(studied[3], find_images([pictures]), [], True, 0.05)
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"typographic"}))
 def test_redteam_attacks_a_few_pictures_at_a_time_from_the_same_starts_to_the_same_aims(
     subject: Subject, name: str, monkeypatch: pytest.MonkeyPatch
@@ -315,7 +309,6 @@ def test_redteam_says_that_a_bundle_has_no_calibration(tiny: Bundle, tmp_path: P
     assert done.exit_code == 3
 
 
-@pytest.mark.timeout(400)
 def test_what_is_observed_does_not_depend_on_the_batch(studied) -> None:
     study = studied[0]
     images = study.data.evaluation.images

@@ -19,6 +19,7 @@ from deployments.access.scopes import SCOPES, MethodWithoutScope, Scope, allows,
 from deployments.access.tokens import new_token
 from deployments.gateway.server import DESCRIPTORS
 from tests.deployments.conftest import Open, error_details
+from tests.support.waiting import PATIENCE_S
 
 CODE = grpc.StatusCode
 LATER = datetime.now(UTC) + timedelta(hours=1)
@@ -64,7 +65,7 @@ async def status_of(channel: aio.Channel, method: str, header: str | None) -> tu
     metadata = (("authorization", header),) if header is not None else ()
     # On the wire every call is a stream of messages. This kind sends its one message together with the headers:
     # a later write may fail if the call was refused before it, which hides the refusal (grpc/grpc#36066).
-    call = channel.unary_stream(f"/{method}")(b"", metadata=metadata, timeout=30)
+    call = channel.unary_stream(f"/{method}")(b"", metadata=metadata, timeout=PATIENCE_S)
     try:
         async for _ in call:
             pass

@@ -21,6 +21,7 @@ from deployments.access.tls import CertificateInvalid, ServerCertificate
 from deployments.settings import Settings
 from tests.deployments.conftest import Open
 from tests.support.certificates import Authority
+from tests.support.waiting import PATIENCE_S
 
 OPTIONS = [("grpc.enable_retries", 0)]
 
@@ -60,7 +61,7 @@ async def ask(port: int, credentials: grpc.ChannelCredentials | None) -> grpc.St
     async with channel:
         try:
             await model_service_pb2_grpc.ModelServiceStub(channel).ListModels(
-                pb.ListModelsRequest(), timeout=10
+                pb.ListModelsRequest(), timeout=PATIENCE_S
             )
         except aio.AioRpcError as error:
             return error.code()

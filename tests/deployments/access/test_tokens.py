@@ -28,6 +28,7 @@ from deployments.access.tokens import (
     parse_tokens,
 )
 from tests.deployments.conftest import Open, error_details
+from tests.support.waiting import PATIENCE_S
 
 READ = frozenset([Scope.READ])
 REQUEST = pb.EncodeRequest(inputs=[common.Input(text="a")])
@@ -208,7 +209,7 @@ async def test_a_call_without_the_right_token_is_refused_before_its_request_is_r
         with pytest.raises(aio.AioRpcError) as read:
             await gateway.features.Encode(REQUEST, metadata=metadata)
         # Its request never comes.
-        call = gateway.channel.stream_stream(f"/{encode}")(metadata=metadata, timeout=10)
+        call = gateway.channel.stream_stream(f"/{encode}")(metadata=metadata, timeout=PATIENCE_S)
         with pytest.raises(aio.AioRpcError) as unread:
             await call.read()
         for caught in (read, unread):
@@ -242,7 +243,7 @@ async def test_one_token_may_begin_only_so_many_calls_and_is_told_when_the_next_
         assert seconds is not None and 3500 < seconds <= 3600
         # Nor is a request read that is refused for it: this one never comes.
         unread = gateway.channel.stream_stream("/monofacet.v1.FeatureService/Encode")(
-            metadata=[("authorization", f"Bearer {alice}")], timeout=10
+            metadata=[("authorization", f"Bearer {alice}")], timeout=PATIENCE_S
         )
         with pytest.raises(aio.AioRpcError) as unheard:
             await unread.read()

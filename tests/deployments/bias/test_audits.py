@@ -18,6 +18,7 @@ from deployments.work import Encoded, Features
 from tests.deployments.bias.conftest import CODE, words
 from tests.deployments.conftest import error_details
 from tests.support.gateway import Open
+from tests.support.waiting import PATIENCE_S
 
 
 def settings_message(**changes: Any) -> pb.AuditGenderRequest:
@@ -195,7 +196,9 @@ async def test_an_audit_ends_at_its_deadline_and_frees_its_place(opened: Open) -
             await service.bias.AuditGender(iter([long, batch(people(120))]), timeout=1.5)
         assert caught.value.code() is CODE.DEADLINE_EXCEEDED
         # The thread that computes is one: the next audit is answered once the first has felt that its caller is gone.
-        answer = await service.bias.AuditGender(iter([settings_message(), batch(people(15))]), timeout=60)
+        answer = await service.bias.AuditGender(
+            iter([settings_message(), batch(people(15))]), timeout=PATIENCE_S
+        )
     assert answer.women == 5
 
 

@@ -22,6 +22,7 @@ from deployments.gateway.server import IMAGING
 from services.errors import SteeringUnsupported
 from tests.deployments.conftest import error_details
 from tests.deployments.imaging.conftest import INFO, Gateway, Open, events, preview
+from tests.support.waiting import PATIENCE_S, until
 
 
 def chunk(data: bytes) -> pb.GenerateRequest:
@@ -212,16 +213,10 @@ async def test_a_cancelled_call_stops_its_steps(open_gateway: Open) -> None:
         call = gateway.imaging.Generate(pb.GenerateRequest(prompt="leaving", num_inference_steps=50))
         await asyncio.to_thread(gateway.model.let_one_step)
         await anext(aiter(call))
-        assert await asyncio.to_thread(gateway.model.entered.acquire, timeout=30)
+        assert await asyncio.to_thread(gateway.model.entered.acquire, timeout=PATIENCE_S)
         call.cancel()
-        # A call that is started after it proves that the server has seen the cancellation's turn.
-        for _ in range(200):
-            if (
-                gateway.sample("monofacet_requests_in_flight", method="monofacet.v1.ImagingService/Generate")
-                == 0
-            ):
-                break
-            await asyncio.sleep(0.02)
+        method = "monofacet.v1.ImagingService/Generate"
+        await until(lambda: gateway.sample("monofacet_requests_in_flight", method=method) == 0)
         gateway.model.release()
         await events(gateway.imaging.Generate(pb.GenerateRequest(prompt="next")))
         assert gateway.model.steps_of("leaving") <= 2
@@ -242,7 +237,7 @@ async def test_a_full_queue_says_when_to_come_back(open_gateway: Open) -> None:
     async with open_gateway(max_queued_images=1, max_batch_images=1) as gateway:
         gateway.model.hold()
         first = asyncio.ensure_future(events(gateway.imaging.Generate(pb.GenerateRequest(prompt="a"))))
-        assert await asyncio.to_thread(gateway.model.entered.acquire, timeout=30)
+        assert await asyncio.to_thread(gateway.model.entered.acquire, timeout=PATIENCE_S)
         second = asyncio.ensure_future(events(gateway.imaging.Generate(pb.GenerateRequest(prompt="b"))))
         while len(gateway.model.prepared) < 2:
             await asyncio.sleep(0.01)

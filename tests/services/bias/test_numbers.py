@@ -47,7 +47,7 @@ def random_labels(rng: np.random.Generator, n: int = 200) -> Labels:
     return Labels(gender, rng.integers(-1, 5, n), 5, 3)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDS)
 def test_the_weighted_auc_is_scikit_learns_ties_included(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -66,7 +66,7 @@ def test_an_auc_without_one_of_the_classes_is_undefined() -> None:
     assert np.isnan(weighted_auc(np.empty(0), np.empty(0, bool), np.ones((2, 0)))).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDS)
 def test_gaps_over_professions_are_fairlearns(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -98,7 +98,7 @@ def test_the_worst_group_is_the_smallest_accuracy_of_any_group_that_is_large_eno
     assert figures["gender_gap"][0] == pytest.approx(5 / 6 - 2 / 6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDS)
 def test_no_threshold_beats_the_best_one(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -119,7 +119,7 @@ def test_no_threshold_beats_the_best_one(seed: int) -> None:
         assert balanced(threshold) >= max(map(balanced, candidates)) - 1e-6
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(SEEDS, st.floats(-2, 2))
 def test_a_shift_of_all_scores_changes_nothing_at_recalibrated_thresholds(seed: int, shift: float) -> None:
     rng = np.random.default_rng(seed)

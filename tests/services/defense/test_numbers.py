@@ -120,7 +120,7 @@ def detector(clean: list[float]) -> Detector:
 @given(
     st.lists(st.floats(-5, 5), min_size=1, max_size=60), st.floats(-6, 6), st.sampled_from([0.01, 0.05, 0.2])
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_threshold_and_the_p_value_say_the_same(clean: list[float], logit: float, rate: float) -> None:
     known = detector(clean)
     assert (logit >= known.threshold(rate)) == (known.p_value(logit) <= rate)

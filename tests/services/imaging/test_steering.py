@@ -182,7 +182,7 @@ def test_no_change_gives_back_the_very_embedding() -> None:
         assert steered.delta == 0.0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(seed=st.integers(0, 10_000), delta=st.floats(0.001, 0.4), scale=st.floats(0.01, 100))
 def test_a_change_is_rescaled_to_the_size_that_is_asked(seed: int, delta: float, scale: float) -> None:
     rng = np.random.default_rng(seed)
