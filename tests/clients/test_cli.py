@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -292,8 +292,9 @@ def plugin(**options: Any) -> Any:
     return Entry(name, "some.module:thing", "monofacet.commands")
 
 
-def with_plugins(monkeypatch: pytest.MonkeyPatch, *plugins: Any) -> typer.Typer:
-    monkeypatch.setattr("monofacet.cli._plugins.entry_points", lambda group: list(plugins))
+def with_plugins(monkeypatch: pytest.MonkeyPatch, *plugins: Any, nested: Sequence[Any] = ()) -> typer.Typer:
+    groups = {"monofacet.commands": list(plugins), "monofacet.commands.extra": list(nested)}
+    monkeypatch.setattr("monofacet.cli._plugins.entry_points", lambda group: groups.get(group, []))
     fresh = typer.Typer()
     fresh.command("encode")(lambda: typer.echo("ours"))
     add_plugins(fresh)
@@ -346,3 +347,33 @@ def test_a_plugin_is_not_loaded_before_it_is_called_and_does_not_replace_ours(
     done = CliRunner().invoke(fresh, ["serve"])
     assert done.exit_code == 1
     assert "No module named 'ray'" in done.output
+
+
+def test_a_group_has_the_commands_of_other_packages_and_says_what_one_needs_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = typer.Typer()
+    group.command("one")(lambda: typer.echo("one"))
+
+    def two(times: int = 1) -> None:
+        typer.echo("two" * times)
+
+    def late() -> None:
+        raise ModuleNotFoundError("No module named 'sklearn'")
+
+    fresh = with_plugins(
+        monkeypatch,
+        plugin(name="extra", loaded=group),
+        plugin(name="late", loaded=late),
+        nested=[
+            plugin(name="two", loaded=two),
+            plugin(name="three", loaded=ImportError("No module named 'training'")),
+        ],
+    )
+    assert CliRunner().invoke(fresh, ["extra", "one"]).output == "one\n"
+    assert CliRunner().invoke(fresh, ["extra", "two", "--times", "2"]).output == "twotwo\n"
+    for command, module in ((["extra", "three", "--any", "thing"], "training"), (["late"], "sklearn")):
+        done = CliRunner().invoke(fresh, command)
+        assert done.exit_code == 1
+        assert len(done.output.splitlines()) == 1
+        assert module in done.output and "make setup" in done.output

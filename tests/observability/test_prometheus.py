@@ -38,8 +38,8 @@ ENCODE = "monofacet.v1.FeatureService/Encode"
 class Observed:
     """What the load generator measured (s), and the Prometheus that watched.
 
-    `began` and `end` are Unix times (s); of the calls of Encode between them, `counts` took no longer than the bounds of
-    the buckets.
+    `began` and `end` are Unix times (s); `counts` says how many calls of Encode between them took no longer than
+    each bound of a bucket.
     """
 
     prometheus: Prometheus

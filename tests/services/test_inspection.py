@@ -14,6 +14,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+from deployments.bundle_command import commands as group
 from services.bundle import Bundle, refresh_manifest
 from services.bundle_checks import run_checks
 from services.bundle_edit import add_dictionary
@@ -21,7 +22,6 @@ from services.dictionaries import SAE, Modality, SAEPair
 from services.encoding.clip import build_clip
 from services.errors import ManifestError
 from services.inspection import diff_bundles, inspect_bundle, match_rows
-from training.build.command import bundle as group
 
 Run = Callable[..., Result]
 

@@ -1,4 +1,4 @@
-"""``monofacet bundle``: make bundles, and look into them."""
+"""``monofacet bundle build``: make a bundle of your own model."""
 
 from __future__ import annotations
 
@@ -10,25 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from services.encoding.machine import usable_cores
-from training.build.look import add_commands
 from training.build.settings import KINDS, BuildSettings
 
-bundle = typer.Typer(
-    name="bundle",
-    help="Make bundles of your own models, and look into bundles.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
 DEFAULTS = BuildSettings(Path(), Path(), "")
 
 
-@bundle.callback()
-def group() -> None:
-    """Make bundles of your own models, and look into bundles."""
-
-
-@bundle.command("build")
 def build(
     out: Annotated[Path, typer.Argument(help="The bundle's folder; replaced when the new one is whole.")],
     model: Annotated[
@@ -182,6 +168,3 @@ def build(
     except KeyboardInterrupt as stopped:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(130) from stopped
-
-
-add_commands(bundle)

@@ -1,4 +1,7 @@
-"""``monofacet bundle verify|inspect|diff`` and dictionaries in and out: looking into finished bundles."""
+"""``monofacet bundle``: look into finished bundles, and dictionaries in and out.
+
+It needs no more than serving does. ``monofacet bundle build`` comes from `training`, by an entry point.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory of
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for programs.")]
 
 
-def add_commands(group: typer.Typer) -> None:
-    """Add the commands of this module to ``monofacet bundle``."""
-    group.command("verify")(verify)
-    group.command("inspect")(inspect)
-    group.command("diff")(diff)
-    group.command("export-dictionary")(export_dictionary)
-    group.command("import-dictionary")(import_dictionary)
+commands = typer.Typer(
+    name="bundle",
+    help="Look into bundles, and make bundles of your own models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
 
 
 @contextmanager
@@ -54,6 +57,7 @@ def _load(path: Path) -> Bundle:
     return Bundle.load(path, verify=False)
 
 
+@commands.command("verify")
 def verify(bundle: BundlePath, as_json: AsJson = False) -> None:
     """Check a bundle: hashes, fingerprints, shapes, every value finite, no pickle, and what its towers answer.
 
@@ -75,6 +79,7 @@ def verify(bundle: BundlePath, as_json: AsJson = False) -> None:
         raise typer.Exit(FAILED)
 
 
+@commands.command("inspect")
 def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
     """Show what a bundle holds: towers, dictionaries with their figures, sizes, licences, pipeline."""
     from services.inspection import inspect_bundle
@@ -152,6 +157,7 @@ def _labels(found: dict[str, Any]) -> Table:
     return table
 
 
+@commands.command("diff")
 def diff(
     a: Annotated[Path, typer.Argument(help="Directory of a bundle.")],
     b: Annotated[Path, typer.Argument(help="Directory of the bundle to compare it with.")],
@@ -213,6 +219,7 @@ def _short(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+@commands.command("export-dictionary")
 def export_dictionary(
     bundle: BundlePath,
     name: Annotated[str, typer.Argument(help="Dictionary of the bundle; '' is its default.")],
@@ -229,6 +236,7 @@ def export_dictionary(
             typer.echo(f"wrote {folder}")
 
 
+@commands.command("import-dictionary")
 def import_dictionary(
     bundle: BundlePath,
     name: Annotated[str, typer.Argument(help="What the dictionary is to be called in the bundle.")],
