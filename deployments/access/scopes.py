@@ -39,6 +39,7 @@ SCOPES: dict[str, Scope] = {
     _V1 + "ModelService/GetModel": Scope.READ,
     _V1 + "ModelService/ListModels": Scope.READ,
     # Reflection lists everything that there is to try.
+    "grpc.reflection.v1.ServerReflection/ServerReflectionInfo": Scope.ADMIN,
     "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Scope.ADMIN,
 }
 

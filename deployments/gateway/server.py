@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from monofacet.v1 import (
     bias_service_pb2,
     bias_service_pb2_grpc,
@@ -43,6 +42,7 @@ from deployments.gateway.interceptors.requests import requests_layer
 from deployments.gateway.interceptors.traces import encoder_spans, start_tracing, traces_layer
 from deployments.gateway.interceptors.validation import validation_layer
 from deployments.gateway.late import LateServices
+from deployments.gateway.reflection import add_reflection
 from deployments.gateway.servicers.bias import BiasServicer, RunAudit
 from deployments.gateway.servicers.defense import DefenseServicer
 from deployments.gateway.servicers.feature import FeatureServicer
@@ -224,8 +224,7 @@ class GatewayServer:
         settings = self._settings
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if settings.reflection:
-            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
+            add_reflection((*SERVICES, health.SERVICE_NAME), self._server)
         await self._set_health(_NOT_SERVING)
         address = f"{settings.host}:{settings.port}"
         if self._certificate is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import monofacet.v1
 import PIL.Image
 import pytest
 from monofacet import AsyncClient, Client, Retry
@@ -17,6 +19,22 @@ FAST = Retry(attempts=3, wait_initial=0.001, wait_jitter=0)
 
 
 Call = Callable[..., Any]
+
+
+def contract_files() -> list[Any]:
+    """Return the descriptor of every file of the contract: of every stub that the package has."""
+    stubs = Path(monofacet.v1.__path__[0]).glob("[!_]*_pb2.py")
+    return [importlib.import_module(f"monofacet.v1.{path.stem}").DESCRIPTOR for path in sorted(stubs)]
+
+
+def contract_methods() -> dict[str, Any]:
+    """Return the descriptor of every method of the contract by its path, `/monofacet.v1.Service/Method`."""
+    return {
+        f"/{service.full_name}/{method.name}": method
+        for file in contract_files()
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
 
 
 class Both:

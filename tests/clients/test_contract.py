@@ -11,6 +11,9 @@ import pytest
 from google.protobuf import descriptor_pool
 from monofacet.v1 import common_pb2, feature_service_pb2, modality_service_pb2, model_service_pb2
 
+from deployments.access.scopes import SCOPES
+from tests.clients.conftest import contract_files, contract_methods
+
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = ROOT / "clients" / "python" / "monofacet" / "v1"
 BUF = Path(sys.executable).with_name("buf")
@@ -130,33 +133,46 @@ def test_each_rule_names_its_field(message: Any, fields: set[str]) -> None:
     assert fields_of(message) == fields
 
 
-def contract_files() -> list[Any]:
-    pool = descriptor_pool.Default()
-    return [
-        pool.FindFileByName(f"monofacet/v1/{name}.proto")
-        for name in ("common", "feature_service", "modality_service", "model_service")
-    ]
+def test_every_file_of_the_contract_is_walked() -> None:
+    written = {f"monofacet/v1/{path.name}" for path in (ROOT / "protos" / "monofacet" / "v1").glob("*.proto")}
+    assert {file.name for file in contract_files()} == written
 
 
 def test_every_answer_carries_timings_and_the_bundle() -> None:
-    methods = [
-        method
-        for file in contract_files()
-        for service in file.services_by_name.values()
-        for method in service.methods
-    ]
-    assert len(methods) == 8
-    for method in methods:
+    methods = contract_methods()
+    # The table of scopes has a row for each, or the server does not start.
+    assert methods.keys() == {f"/{name}" for name in SCOPES if name.startswith("monofacet.")}
+    for name, method in methods.items():
         fields = method.output_type.fields_by_name
-        assert fields["timings"].message_type.full_name == "monofacet.v1.Timings", method.full_name
-        assert "bundle" in fields, method.full_name
+        # A stream of several kinds of messages has them in the last, or in the first.
+        messages = [method.output_type, *(f.message_type for f in fields.values() if f.containing_oneof)]
+        carry = [m for m in messages if m is not None and {"timings", "bundle"} <= set(m.fields_by_name)]
+        assert carry, name
+        for message in carry:
+            assert message.fields_by_name["timings"].message_type.full_name == "monofacet.v1.Timings", name
 
 
 def test_zero_of_every_enum_is_unspecified() -> None:
-    enums = [enum for file in contract_files() for enum in file.enum_types_by_name.values()]
-    assert len(enums) == 3
+    enums = [
+        enum
+        for file in contract_files()
+        for holder in (file, *messages_of(file))
+        for enum in holder.enum_types_by_name.values()
+    ]
+    assert {enum.file.name.rpartition("/")[2] for enum in enums} >= {
+        "bias_service.proto",
+        "common.proto",
+        "defense_service.proto",
+        "imaging_service.proto",
+    }
     for enum in enums:
         assert enum.values_by_number[0].name.endswith("_UNSPECIFIED")
+
+
+def messages_of(holder: Any) -> list[Any]:
+    """Return the messages of a file, or of a message, and those within them."""
+    direct = getattr(holder, "message_types_by_name", None) or getattr(holder, "nested_types_by_name", {})
+    return [inner for message in direct.values() for inner in (message, *messages_of(message))]
 
 
 def test_the_client_imports_nothing_of_the_server() -> None:

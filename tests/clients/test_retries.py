@@ -18,7 +18,7 @@ from monofacet._base import Deadline, Tries
 from monofacet.testing import FakeMonofacet, run_server
 from monofacet.testing._status import abort
 
-from tests.clients.conftest import FAST, Call
+from tests.clients.conftest import FAST, Call, contract_methods
 
 
 def test_a_bad_input_is_not_tried_again(both: Call) -> None:
@@ -253,10 +253,20 @@ def test_every_call_has_a_deadline_and_the_token(both: Call, picture: Path) -> N
     client.feature(1)
     client.classify_modality("a")
     client.score_modality([(picture, "red")])
+    client.classify_gender("a nurse")
+    client.audit_gender([monofacet.LabelledItem("a nurse", "woman", "nurse")])
+    client.filter_adversarial(picture)
+    made = client.generate("a heart")
+    client.generate_events("a heart")
+    client.generate_like(made.images[0].data)
+    client.preview_steering("a cat", monofacet.SteeringEdit([1], scale=0.0))
     client.models()
     client.model()
     client.health()
-    assert len(client.channel.timeouts) == 10
+    # Every method of the contract, so that one that is added cannot be left out here.
+    called = {method for method, _ in client.channel.calls}
+    assert called == {*contract_methods(), "/grpc.health.v1.Health/Check"}
+    assert len(client.channel.timeouts) == len(client.channel.metadata) >= 17
     assert all(timeout is not None and 0 < timeout <= 3600 for timeout in client.channel.timeouts)
     assert set(client.channel.metadata) == {(("authorization", "Bearer secret"),)}
     assert "secret" not in repr(client.client)

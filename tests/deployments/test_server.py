@@ -11,9 +11,10 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import model_service_pb2, model_service_pb2_grpc
@@ -39,13 +40,37 @@ async def test_health_is_answered_per_service(open_gateway: Open) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_reflection_lists_the_services(open_gateway: Open) -> None:
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_describes_every_service_and_itself(open_gateway: Open, version: str) -> None:
+    name = f"grpc.reflection.{version}.ServerReflection"
     async with open_gateway() as gateway:
-        stub = reflection_pb2_grpc.ServerReflectionStub(gateway.channel)
-        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
-        answer = await call.read()
+        # Without stubs: grpcio-reflection has none for v1.
+        call = gateway.channel.stream_stream(
+            f"/{name}/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )()
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        listed = {service.name for service in (await call.read()).list_services_response.service}
+        assert set(SERVICES) | {name, "grpc.health.v1.Health"} <= listed
+        for service in listed:
+            await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=service))
+            answer = await call.read()
+            files = [
+                descriptor_pb2.FileDescriptorProto.FromString(text)
+                for text in answer.file_descriptor_response.file_descriptor_proto
+            ]
+            assert service in {f"{file.package}.{s.name}" for file in files for s in file.service}
+            # What a client makes of them is whole: every type that a method names is in a file that came along.
+            pool, wanted = descriptor_pool.DescriptorPool(), {file.name: file for file in files}
+            while wanted:
+                # Those whose imports are there already; were one missing, nothing would ever be.
+                ready = [n for n, file in wanted.items() if not wanted.keys() & set(file.dependency)]
+                for file_name in ready:
+                    pool.Add(wanted.pop(file_name))
+                assert ready
+            assert pool.FindServiceByName(service).methods
         call.cancel()
-    assert set(SERVICES) <= {s.name for s in answer.list_services_response.service}
 
 
 async def not_serving(health: Any, service: str = "") -> None:
