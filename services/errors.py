@@ -26,16 +26,32 @@
         │   └── ProbeMismatch                 towers, preprocessing or tokenizer that answer otherwise than recorded
         └── UnsupportedModel              a configuration these towers cannot run
 
-Every error has a `reason`, a constant in UPPER_SNAKE that clients may branch on, and `violations`: pairs of a
-field path, relative to the item or to the request, and a description.
+Every error has a `reason`, a constant in UPPER_SNAKE that clients may branch on, and `violations`: what is wrong with
+which field, each with a reason of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, NamedTuple, Self
 
-Violation = tuple[str, str]
+
+class Violation(NamedTuple):
+    """What is wrong with one field.
+
+    Attributes
+    ----------
+    path
+        Of the field, relative to the item or to the request.
+    description
+        What is wrong.
+    reason
+        Constant in UPPER_SNAKE; empty for that of the error that holds it.
+    """
+
+    path: str
+    description: str
+    reason: str = ""
 
 
 class MonofacetError(Exception):
@@ -45,7 +61,7 @@ class MonofacetError(Exception):
     ----------
     message : str
         What is wrong, for a person; never a path or host of the server.
-    violations : iterable of (field path, description)
+    violations : iterable of Violation or of (path, description)
         The fields at fault; empty when the fault is not in a field.
     reason : str or None
         Overrides the class's reason.
@@ -54,12 +70,25 @@ class MonofacetError(Exception):
     default_reason: ClassVar[str] = "INTERNAL"
 
     def __init__(
-        self, message: str, violations: Iterable[Violation] = (), *, reason: str | None = None
+        self,
+        message: str,
+        violations: Iterable[Violation | tuple[str, str]] = (),
+        *,
+        reason: str | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.violations: tuple[Violation, ...] = tuple(violations)
         self.reason = reason or self.default_reason
+        filled = (Violation(*violation) for violation in violations)
+        self.violations = tuple(v._replace(reason=v.reason or self.reason) for v in filled)
+
+    def moved(self, move: Callable[[str], str]) -> Self:
+        """Return the same error with `move` of each field's path."""
+        violations = [violation._replace(path=move(violation.path)) for violation in self.violations]
+        error = _rebuild(type(self), self.message, violations, self.reason)
+        if not isinstance(error, type(self)):
+            raise TypeError(type(error))
+        return error
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword-only arguments do not survive a trip between processes by default.
@@ -67,7 +96,10 @@ class MonofacetError(Exception):
 
 
 def _rebuild(
-    kind: type[MonofacetError], message: str, violations: Sequence[Violation], reason: str
+    kind: type[MonofacetError],
+    message: str,
+    violations: Sequence[Violation | tuple[str, str]],
+    reason: str,
 ) -> MonofacetError:
     error = kind.__new__(kind)
     MonofacetError.__init__(error, message, violations, reason=reason)
@@ -90,7 +122,8 @@ class InvalidInput(MonofacetError):
     def gather(cls, errors: Sequence[InvalidInput]) -> InvalidInput:
         """Return one error that names every field of `errors`.
 
-        The reason is kept where all agree, so that a single bad item in a batch reads like a bad item alone.
+        The reason is kept where all agree, so that a single bad item in a batch reads like a bad item alone; where they
+        do not, each field keeps its own.
         """
         if len(errors) == 1:
             return errors[0]

@@ -201,19 +201,26 @@ def _cut(text: str, max_bytes: int) -> str:
     return encoded[: max_bytes - 3].decode(errors="ignore") + "..."
 
 
-def _bad_request(violations: Sequence[Violation], room: int) -> error_details_pb2.BadRequest:
-    """Return the first violations, as many as `room` bytes hold; where not all are, a last one counts the others."""
+def _bad_request(violations: Sequence[Violation], room: int, common: str) -> error_details_pb2.BadRequest:
+    """Return the first violations, as many as `room` bytes hold; where not all are, a last one counts the others.
+
+    A reason is told where it is not the `common` one.
+    """
     bad = error_details_pb2.BadRequest()
     listed = bad.field_violations
-    for field, description in violations:
-        listed.add(field=_cut(field, _MAX_FIELD_BYTES), description=_cut(description, MAX_MESSAGE_BYTES))
+    for field, description, reason in violations:
+        listed.add(
+            field=_cut(field, _MAX_FIELD_BYTES),
+            description=_cut(description, MAX_MESSAGE_BYTES),
+            reason="" if reason == common else reason,
+        )
         if bad.ByteSize() > room:
             break
     while bad.ByteSize() > room:
         # What counts the others takes the place of a violation, and may need more room than it left.
         del listed[-2:]
         left = len(violations) - len(listed)
-        field = _cut(violations[len(listed)][0], _MAX_FIELD_BYTES)
+        field = _cut(violations[len(listed)].path, _MAX_FIELD_BYTES)
         listed.add(field=field, description=f"and {left} more like it")
     return bad
 
@@ -253,7 +260,7 @@ def describe(
     _pack(status, error_details_pb2.ErrorInfo(reason=answer.reason or own, domain=DOMAIN, metadata=metadata))
     if isinstance(error, InvalidInput | UnknownModel) and error.violations:
         room = MAX_STATUS_BYTES - status.ByteSize() - _WRAPPING_BYTES
-        _pack(status, _bad_request(error.violations, room))
+        _pack(status, _bad_request(error.violations, room, answer.reason or own))
     if answer.retry:
         retry_after_s = getattr(error, "retry_after_s", None) or retry_after_s
         delay = duration_pb2.Duration(nanos=round(retry_after_s % 1 * 1e9), seconds=int(retry_after_s))

@@ -11,7 +11,7 @@ from monofacet.v1 import common_pb2
 from numpy.typing import NDArray
 
 from deployments.work import Features
-from services.errors import InvalidInput, Violation
+from services.errors import InvalidInput
 
 _ITEM = re.compile(r"\[(\d+)\](?:\.(.*))?")
 
@@ -50,16 +50,15 @@ def relocated(error: InvalidInput, place: Callable[[int], str]) -> InvalidInput:
         Path of an item in the request by its number: `inputs[2]`.
     """
 
-    def move(violation: Violation) -> Violation:
-        path, description = violation
+    def move(path: str) -> str:
         match = _ITEM.fullmatch(path)
         if match is None:
-            return violation
+            return path
         inner = match.group(2)
         where = place(int(match.group(1)))
-        return (f"{where}.{inner}" if inner else where), description
+        return f"{where}.{inner}" if inner else where
 
-    return type(error)(error.message, map(move, error.violations), reason=error.reason)
+    return error.moved(move)
 
 
 def tensor(array: NDArray[np.float32]) -> common_pb2.Tensor:

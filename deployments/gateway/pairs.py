@@ -11,7 +11,7 @@ from functools import partial
 from monofacet.v1 import modality_service_pb2 as pb
 
 from deployments.work import Encoded, Features, ScoreRequest
-from services.errors import InvalidInput, Violation
+from services.errors import InvalidInput
 
 _ITEM = re.compile(r"\[(\d+)\]\.(.*)")
 _BATCH = re.compile(r"batch\.pairs\[(\d+)\](.*)")
@@ -52,15 +52,14 @@ class Place:
             Pairs of the batch.
         """
 
-        def move(violation: Violation) -> Violation:
-            path, description = violation
+        def move(path: str) -> str:
             if (match := _BATCH.fullmatch(path)) is not None:
-                return f"pairs[{self.start + int(match.group(1))}]{match.group(2)}", description
+                return f"pairs[{self.start + int(match.group(1))}]{match.group(2)}"
             if (match := _ITEM.fullmatch(path)) is not None:
-                return f"pairs[{self.start + int(match.group(1)) % pairs}].{match.group(2)}", description
-            return violation
+                return f"pairs[{self.start + int(match.group(1)) % pairs}].{match.group(2)}"
+            return path
 
-        return type(error)(error.message, map(move, error.violations), reason=error.reason)
+        return error.moved(move)
 
 
 @dataclass(slots=True)

@@ -116,8 +116,7 @@ class SteeringPreviews:
         try:
             steered = await asyncio.to_thread(steer, embedding, z[0], steering, space, known.__getitem__)
         except InvalidInput as error:
-            violations = [(f"steering.{path}", what) for path, what in error.violations]
-            raise type(error)(error.message, violations, reason=error.reason) from error
+            raise error.moved(lambda path: f"steering.{path}") from error
         before, after = await self._near(max_captions, embedding.unit, steered.unit)
         return SteeringPreview(name, steered, before, after, encoded.queue_s, encoded.inference_s)
 
@@ -186,9 +185,9 @@ def _dense(features: Features, n_features: int) -> NDArray[np.float32]:
 
 
 def _replaced(error: InvalidInput, places: list[str]) -> InvalidInput:
-    violations = []
-    for path, what in error.violations:
+    def move(path: str) -> str:
         number, _, rest = path.removeprefix("[").partition("]")
         known = number.isdigit() and int(number) < len(places)
-        violations.append((places[int(number)] + rest if known else path, what))
-    return type(error)(error.message, violations, reason=error.reason)
+        return places[int(number)] + rest if known else path
+
+    return error.moved(move)

@@ -25,7 +25,8 @@ are the standard ones. Access and overload are in [operations.md](operations.md)
 
 ERRORS = """\
 Every error carries google.rpc.ErrorInfo (domain `monofacet`, a reason to branch on) and, where a field is at fault,
-google.rpc.BadRequest with paths such as `inputs[2].image.data`. A status has at most 4 KiB, since gRPC refuses larger
+google.rpc.BadRequest with paths such as `inputs[2].image.data`; where fields are wrong in different ways the reason is
+INVALID_INPUT, and each violation has a reason of its own. A status has at most 4 KiB, since gRPC refuses larger
 ones: of many fields at fault the first few dozen are listed, and a last entry, "and N more like it", counts the others
 and names the first of these. Where "again" is marked, RetryInfo says when the same call may succeed. Calls name below
 only the reasons that are not common to all: those of UNAUTHENTICATED, PERMISSION_DENIED, RESOURCE_EXHAUSTED,

@@ -150,8 +150,7 @@ class Conditioner:
         try:
             steered = steer(base, activations(dictionary, base), request.steering, space, refer)
         except InvalidInput as error:
-            violations = [(f"steering.{place}", what) for place, what in error.violations]
-            raise type(error)(error.message, violations, reason=error.reason) from error
+            raise error.moved(lambda path: f"steering.{path}") from error
         return (torch.from_numpy(steered.unit) - torch.from_numpy(base.unit)) * base.norm, steered
 
     def _base(self, request: ImageRequest) -> Embedding | None:

@@ -14,7 +14,7 @@ from services.bundle import Bundle
 from services.encoding.images import DEFAULT_LIMITS, ImageLimits
 from services.encoding.machine import usable_cores
 from services.encoding.texts import DEFAULT_TEXT_LIMITS, TextLimits
-from services.errors import InvalidInput, NoPipeline, Violation
+from services.errors import InvalidInput, NoPipeline
 from services.imaging.conditioning import Conditioner, Conditioning
 from services.imaging.denoiser import Batching, Denoiser, Sample
 from services.imaging.edits import FromReference, ImageRequest, Path
@@ -217,7 +217,7 @@ class Imaging:
 
     def check(self, request: ImageRequest) -> None:
         """Raise InvalidInput, naming every field, unless the pipeline can make an image of that size and length."""
-        entry, problems = self.entry, list[Violation]()
+        entry, problems = self.entry, list[tuple[str, str]]()
         multiple = self.parts.pixels_per_latent
         for name, value, largest in (
             ("height", request.height or entry.height, entry.max_height or entry.height),

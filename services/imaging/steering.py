@@ -154,8 +154,7 @@ def edited(
             ids = space.features(edit)
             target = _target(edit, steered, ids, space, modality, refer)
         except InvalidInput as error:
-            violations = [(f"edits[{i}].{path}", what) for path, what in error.violations]
-            raise type(error)(error.message, violations, reason=error.reason) from error
+            raise error.moved(lambda path: f"edits[{i}].{path}") from error  # noqa: B023  (called at once)
         moved = (1 - edit.strength) * steered[ids] + edit.strength * target
         steered[ids] = moved if space.signed else np.maximum(moved, 0)
     return steered

@@ -226,7 +226,7 @@ def test_details_of_an_error_are_read() -> None:
     error = error_from_status(status)
     assert isinstance(error, InvalidInputError)
     assert error.reason == "IMAGE_CORRUPT"
-    assert error.violations[1] == Violation("inputs[3].image.data", "not an image")
+    assert error.violations[1] == Violation("inputs[3].image.data", "not an image", "IMAGE_CORRUPT")
     assert error.retry_after == 1.5
     assert str(error).splitlines()[0] == "INVALID_ARGUMENT IMAGE_CORRUPT: 2 bad inputs"
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc import aio
+from monofacet._status import error_from_rpc
 from monofacet.v1 import feature_service_pb2_grpc, modality_service_pb2_grpc, model_service_pb2_grpc
 
 from deployments.encoder import Encoder
@@ -117,6 +118,11 @@ def status_details(status: status_pb2.Status) -> tuple[str, list[str], float | N
             seconds = retry.retry_delay.ToTimedelta().total_seconds()
     assert info.domain == "monofacet"
     return info.reason, [violation.field for violation in bad.field_violations], seconds
+
+
+def field_reasons(error: aio.AioRpcError) -> dict[str, str]:
+    """Return the reason of each field at fault, as the client reads them."""
+    return {violation.field: violation.reason for violation in error_from_rpc(error).violations}
 
 
 def array(tensor: Any) -> np.ndarray[Any, Any]:

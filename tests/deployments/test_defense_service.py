@@ -16,7 +16,7 @@ from monofacet.v1 import defense_service_pb2 as pb
 from PIL import Image
 
 from services.bundle import Bundle
-from tests.deployments.conftest import array, error_details
+from tests.deployments.conftest import array, error_details, field_reasons
 from tests.support.gateway import Open, Served, serve_here
 from tests.support.tiny_bundle import draw
 from tests.support.tiny_defense import LABELS, with_defense
@@ -175,6 +175,11 @@ async def test_bad_images_and_labels_are_named_by_their_own_paths(opened: Open) 
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
         _, fields, _ = error_details(caught.value)
         assert fields == ["images[1].data", "labels[1]"]
+        # Wrong in different ways, each tells its own.
+        assert field_reasons(caught.value) == {
+            "images[1].data": "IMAGE_FORMAT_UNSUPPORTED",
+            "labels[1]": "TEXT_TOO_LONG",
+        }
         assert service.sample("monofacet_adversarial_total", verdict="clean") == 0
 
 

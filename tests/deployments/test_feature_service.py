@@ -14,7 +14,7 @@ from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import model_service_pb2 as model_pb
 
 from deployments.gateway.item_stream import Chunks, StreamItem, Window
-from tests.deployments.conftest import Open, array, error_details, status_details
+from tests.deployments.conftest import Open, array, error_details, field_reasons, status_details
 from tests.support.waiting import PATIENCE_S, until
 
 CODE = grpc.StatusCode
@@ -70,6 +70,19 @@ async def test_one_bad_input_stops_the_whole_request_and_every_bad_one_is_named(
     assert error_details(caught.value) == (
         "IMAGE_CORRUPT", ["inputs[1].image.data", "inputs[3].image.data"], None
     )  # fmt: skip
+    assert set(field_reasons(caught.value).values()) == {"IMAGE_CORRUPT"}
+
+
+async def test_inputs_that_are_bad_in_different_ways_each_tell_their_own_reason(open_gateway: Open) -> None:
+    async with open_gateway() as gateway:
+        inputs = [image(b"bad"), text("good"), text("a" * 101)]
+        with pytest.raises(aio.AioRpcError) as caught:
+            await gateway.features.Encode(pb.EncodeRequest(inputs=inputs))
+    assert error_details(caught.value)[0] == "INVALID_INPUT"
+    assert field_reasons(caught.value) == {
+        "inputs[0].image.data": "IMAGE_CORRUPT",
+        "inputs[2].text": "TEXT_TOO_LONG",
+    }
 
 
 async def test_a_full_request_of_bad_inputs_is_told_why(open_gateway: Open) -> None:

@@ -29,7 +29,7 @@ def test_every_error_survives_a_trip_between_processes(kind):
     assert type(error) is kind
     assert (error.message, error.violations, error.reason, str(error)) == (
         "what",
-        (("a[0]", "why"),),
+        (("a[0]", "why", "SOME_REASON"),),
         "SOME_REASON",
         "what",
     )
@@ -39,10 +39,21 @@ def test_gathered_errors_keep_a_common_reason_and_name_every_field():
     gathered = InvalidInput.gather([CorruptImage("a").at("images[0]"), CorruptImage("b").at("images[2]")])
     assert isinstance(gathered, CorruptImage)
     assert gathered.reason == "IMAGE_CORRUPT"
-    assert gathered.violations == (("images[0]", "a"), ("images[2]", "b"))
+    assert [(v.path, v.description) for v in gathered.violations] == [("images[0]", "a"), ("images[2]", "b")]
 
 
 def test_gathered_errors_of_different_kinds_have_the_general_reason():
     gathered = InvalidInput.gather([ImageTooLarge("a").at("images[0]"), TextTooLong("b").at("texts[1]")])
     assert gathered.reason == "INVALID_INPUT"
-    assert len(gathered.violations) == 2
+    for error in (gathered, pickle.loads(pickle.dumps(gathered)), gathered.moved(str)):
+        assert [v.reason for v in error.violations] == ["IMAGE_TOO_LARGE", "TEXT_TOO_LONG"]
+
+
+def test_an_error_moves_with_all_that_it_says():
+    moved = ImageTooLarge("a", [("image", "b")], reason="OTHER").moved(lambda path: f"inputs[3].{path}")
+    assert type(moved) is ImageTooLarge
+    assert (moved.message, moved.reason, moved.violations) == (
+        "a",
+        "OTHER",
+        (("inputs[3].image", "b", "OTHER"),),
+    )

@@ -238,7 +238,7 @@ def test_a_batch_is_refused_whole_and_every_bad_item_named():
     good, bad, tiny = encoded(picture()), encoded(picture())[:60], encoded(picture(1, 1))
     with pytest.raises(InvalidInput) as caught:
         load_pixels([good, bad, good, tiny], ImagePreprocess(config()), field_path="inputs[{}].image".format)
-    assert [path for path, _ in caught.value.violations] == ["inputs[1].image", "inputs[3].image"]
+    assert [path for path, *_ in caught.value.violations] == ["inputs[1].image", "inputs[3].image"]
 
 
 def test_a_batch_of_one_bad_item_keeps_its_reason():

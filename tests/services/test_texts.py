@@ -43,7 +43,7 @@ THEIRS = open_clip.get_tokenizer("ViT-B-32", context_length=16)
 def test_a_text_that_does_not_fit_is_refused_and_named(tok):
     with pytest.raises(TextTooLong) as caught:
         tok.tokenise(["a cat", "cat " * 15, "a dog", "dog " * 99])
-    assert [path for path, _ in caught.value.violations] == ["texts[1]", "texts[3]"]
+    assert [path for path, *_ in caught.value.violations] == ["texts[1]", "texts[3]"]
     assert caught.value.reason == "TEXT_TOO_LONG"
 
 

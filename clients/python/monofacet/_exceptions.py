@@ -51,10 +51,13 @@ class Violation:
         Path of the field, such as ``inputs[2].image.data``.
     description
         What is wrong with it.
+    reason
+        A constant to branch on; that of the error, unless several fields are wrong in different ways.
     """
 
     field: str
     description: str
+    reason: str = ""
 
     def __str__(self) -> str:
         return f"{self.field}: {self.description}"

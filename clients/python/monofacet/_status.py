@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -64,7 +65,8 @@ def error_from_status(status: status_pb2.Status) -> exceptions.CallError:
         reason=info.reason,
         metadata=dict(info.metadata),
         violations=tuple(
-            exceptions.Violation(violation.field, violation.description) for violation in bad.field_violations
+            exceptions.Violation(violation.field, violation.description, violation.reason or info.reason)
+            for violation in bad.field_violations
         ),
         retry_after=retry.retry_delay.ToTimedelta().total_seconds() if has_retry else None,
     )
@@ -125,7 +127,7 @@ def shift_violations(error: exceptions.CallError, field: str, offset: int) -> ex
         return pattern.sub(lambda match: f"{field}[{int(match.group(1)) + offset}]", text)
 
     error.violations = tuple(
-        exceptions.Violation(shift(violation.field), violation.description) for violation in error.violations
+        replace(violation, field=shift(violation.field)) for violation in error.violations
     )
     error.message = shift(error.message)
     return error

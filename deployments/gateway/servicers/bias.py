@@ -202,23 +202,24 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
 def bad_items(error: InvalidInput) -> dict[int, InvalidInput]:
     """Return what is wrong with each item that `error` blames, by its number in the work."""
     found: dict[int, InvalidInput] = {}
-    for path, description in error.violations:
+    for path, description, reason in error.violations:
         match = _BAD_ITEM.match(path)
         if match is not None:
-            found[int(match.group(1))] = InvalidInput(description, reason=error.reason)
+            found[int(match.group(1))] = InvalidInput(description, reason=reason)
     return found
 
 
 def broken_items(error: InvalidInput) -> dict[int, InvalidInput]:
     """Return what is wrong with each item of a message, by its place in it; nothing where more than items is."""
     found: dict[int, list[Violation]] = {}
-    for path, description in error.violations:
-        match = _MESSAGE_ITEM.fullmatch(path)
+    for violation in error.violations:
+        match = _MESSAGE_ITEM.fullmatch(violation.path)
         if match is None:
             return {}
-        found.setdefault(int(match.group(1)), []).append((match.group(2).removeprefix("."), description))
+        inner = violation._replace(path=match.group(2).removeprefix("."))
+        found.setdefault(int(match.group(1)), []).append(inner)
     return {
-        i: InvalidInput(": ".join(part for part in violations[0] if part), violations)
+        i: InvalidInput(": ".join(part for part in violations[0][:2] if part), violations)
         for i, violations in sorted(found.items())
     }
 
@@ -235,5 +236,4 @@ def _in_stream(error: InvalidInput, start: int) -> InvalidInput:
         match = _MESSAGE_ITEM.fullmatch(path)
         return path if match is None else f"items[{start + int(match.group(1))}]{match.group(2)}"
 
-    violations = [(move(path), description) for path, description in error.violations]
-    return type(error)(error.message, violations, reason=error.reason)
+    return error.moved(move)

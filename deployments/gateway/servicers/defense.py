@@ -177,8 +177,4 @@ class DefenseServicer(defense_service_pb2_grpc.DefenseServiceServicer):
 def _blamed(error: InvalidInput, images: int) -> InvalidInput:
     """Return the error with paths of this request: items from `images` on are labels."""
     moved = relocated(error, lambda i: f"images[{i}]" if i < images else f"labels[{i - images}]")
-    violations = [
-        (path.replace("].image.data", "].data").removesuffix(".text"), what)
-        for path, what in moved.violations
-    ]
-    return type(moved)(moved.message, violations, reason=moved.reason)
+    return moved.moved(lambda path: path.replace("].image.data", "].data").removesuffix(".text"))

@@ -16,7 +16,7 @@ from monofacet.v1 import common_pb2
 from deployments.gateway.audits import AuditItems
 from deployments.work import Encoded, Features
 from tests.deployments.bias.conftest import CODE, words
-from tests.deployments.conftest import error_details
+from tests.deployments.conftest import error_details, field_reasons
 from tests.support.gateway import Open
 from tests.support.waiting import PATIENCE_S
 
@@ -105,6 +105,26 @@ async def test_bad_items_are_skipped_and_named_when_the_caller_says_so(opened: O
     assert skipped == {3: ("broken", "IMAGE_FORMAT_UNSUPPORTED"), 5: ("empty", "INVALID_INPUT")}
     assert answer.skipped_items[0].message == "input: value is required"
     assert answer.women + answer.men + answer.ungendered == 16
+
+
+async def test_each_bad_item_of_a_batch_keeps_its_own_reason(opened: Open) -> None:
+    items = people(18)
+    broken = common_pb2.Input(image=common_pb2.Image(data=b"no picture"))
+    items[3] = pb.LabelledItem(id="broken", input=broken)
+    items[7] = pb.LabelledItem(id="long", input=common_pb2.Input(text="word " * 500))
+    async with opened() as service:
+        answer = await service.bias.AuditGender(
+            iter([settings_message(on_bad_item=pb.BAD_ITEM_POLICY_SKIP), batch(items)])
+        )
+        with pytest.raises(aio.AioRpcError) as caught:
+            await service.bias.AuditGender(iter([settings_message(), batch(items)]))
+    skipped = {item.index: (item.id, item.reason) for item in answer.skipped_items}
+    assert skipped == {3: ("broken", "IMAGE_FORMAT_UNSUPPORTED"), 7: ("long", "TEXT_TOO_LONG")}
+    told = field_reasons(caught.value)
+    assert told == {
+        "items[3].input.image.data": "IMAGE_FORMAT_UNSUPPORTED",
+        "items[7].input.text": "TEXT_TOO_LONG",
+    }
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_restore_needs_a_second_look_and_choices_default_to_the_bundles() -> Non
     assert choose(known, FilterMode.KEEP_NORMAL, False, True) == FilterChoice(FilterMode.KEEP_NORMAL, False)
     with pytest.raises(InvalidInput) as caught:
         choose(known, FilterMode.RESTORE, None, False)
-    assert [path for path, _ in caught.value.violations] == ["options.mode"]
+    assert [path for path, *_ in caught.value.violations] == ["options.mode"]
 
 
 def test_zero_shot_is_argmax_and_softmax() -> None:

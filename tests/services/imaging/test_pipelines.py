@@ -328,7 +328,7 @@ def test_a_prompt_that_only_the_text_tower_refuses_is_named_as_the_request_has_i
     imaging = Imaging.load(bundle, threads=1, text_limits=TextLimits(12))
     with pytest.raises(TextTooLong) as caught:
         imaging.condition(ImageRequest("a red heart again", steering=Steering(EDITS)))
-    assert [path for path, _ in caught.value.violations] == ["prompt"]
+    assert [path for path, *_ in caught.value.violations] == ["prompt"]
 
 
 def test_a_bundle_without_a_pipeline_says_so(tiny: Bundle) -> None:
@@ -390,7 +390,7 @@ def test_a_manifest_whose_pipeline_leads_out_of_the_bundle_is_refused(
     document["diffusion"].update(change)
     with pytest.raises(ManifestError) as caught:
         parse_manifest(json.dumps(document))
-    assert f"diffusion.{key}" in [path for path, _ in caught.value.violations]
+    assert f"diffusion.{key}" in [path for path, *_ in caught.value.violations]
 
 
 def test_another_scheduler_is_built_from_the_same_config(load_kind: Load) -> None:
