@@ -8,6 +8,7 @@ from monofacet.v1 import modality_service_pb2 as pb
 
 from deployments.gateway.cards import LABELS, label_value
 from deployments.work import Features
+from services.energy import energy_share
 from services.tables import ModalityTable
 
 
@@ -23,19 +24,13 @@ def classify(features: Features, table: ModalityTable, top: int) -> pb.ModalityC
     top
         Features to list, strongest first.
     """
-    energy = features.values.astype(np.float64) ** 2
-    total = float(energy.sum())
-    share = energy / total if total > 0 else energy
     labels = table.label[features.indices]
-    shares = [float(share[labels == label].sum()) for label in LABELS]
+    share, by_label = energy_share(features.values, labels)
     strongest = np.argsort(-share, kind="stable")[:top]
     return pb.ModalityClassification(
-        shares=[
-            pb.LabelShare(label=label_value(label), share=value)
-            for label, value in zip(LABELS, shares, strict=True)
-        ],
-        dominant_label=label_value(LABELS[int(np.argmax(shares))])
-        if total > 0
+        shares=[pb.LabelShare(label=label_value(label), share=by_label[label]) for label in LABELS],
+        dominant_label=label_value(max(LABELS, key=lambda label: by_label[label]))
+        if share.any()
         else common_pb2.MODALITY_LABEL_UNSPECIFIED,
         top_features=[
             pb.ActiveFeature(

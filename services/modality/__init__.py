@@ -8,7 +8,6 @@ from services.modality.coactivation import benjamini_hochberg, coactivation, per
 from services.modality.labels import (
     Agreement,
     cohen_kappa,
-    energy_share,
     label_agreement,
     label_features,
     paper_labels,
@@ -36,7 +35,6 @@ __all__ = [
     "cohen_kappa",
     "energies",
     "energy_mds",
-    "energy_share",
     "firing_rates",
     "label_agreement",
     "label_features",

@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from services.modality.scores import Activations, Floats
+from services.modality.scores import Floats
 from services.tables import Label
 
 # Of fewer pairs that fire, a bootstrap at 95% misses all in more than 2.5% of its resamples, about exp(-units): its
@@ -77,31 +77,6 @@ def paper_labels(mds: Floats) -> NDArray[np.str_]:
         [Label.DEAD.value, Label.TEXT.value, Label.IMAGE.value],
         Label.CROSS.value,
     )
-
-
-def energy_share(z: Activations, labels: NDArray[np.str_]) -> dict[Label, Floats]:
-    """Return, for each input, the share of its energy on features of each label.
-
-    share_l = sum_{j in l} z_j^2 / sum_j z_j^2. The normalisation of a modality cancels within one input.
-
-    Parameters
-    ----------
-    z : activations, shape (B, n)
-        Of inputs of either modality.
-    labels : str array, shape (n,)
-        Values of `Label`.
-
-    Returns
-    -------
-    dict of Label to float64 array, shape (B,)
-        One entry a label; they add up to 1, or are all 0 for an input on which nothing fires.
-    """
-    squares = (z * z).astype(np.float64)
-    membership = np.stack([labels == label.value for label in Label], axis=1).astype(np.float64)
-    by_label = np.asarray(squares @ membership)
-    total = by_label.sum(axis=1, keepdims=True)
-    share = np.divide(by_label, total, out=np.zeros_like(by_label), where=total > 0)
-    return dict(zip(Label, share.T, strict=True))
 
 
 def cohen_kappa(first: NDArray[np.str_], second: NDArray[np.str_]) -> float:

@@ -51,3 +51,63 @@ def test_sources_are_numbered_in_order_and_all_used() -> None:
     }
     assert numbers == list(range(1, len(numbers) + 1))
     assert used == set(numbers)
+
+
+# What serving reads from the bundle's tables; `training` computes it when the bundle is made.
+OFFLINE = {
+    "associate",
+    "rank_by_association",
+    "gender_direction",
+    "Neurons",
+    "match_features",
+    "cohen_kappa",
+    "split_half_agreement",
+    "emb_sim",
+    "win_rate",
+    "mean_over_features",
+    "npmi",
+}
+
+
+def uses(package: str) -> dict[str, set[str]]:
+    """Return what each function, class and constant of a package, by its bare name, uses by name; "" for the rest."""
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.setdefault(node.name, set()).update(names_in(node))
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets:
+                    found.setdefault(getattr(target, "id", ""), set()).update(names_in(node))
+            elif isinstance(node, ast.Expr):
+                found.setdefault("", set()).update(names_in(node))
+    return found
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Return the names and attributes that a piece of code reads. Imports and strings are no use."""
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} | {
+        part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)
+    }
+
+
+def reached(*packages: str) -> set[str]:
+    """Return the names that packages use, themselves and through what they use of services."""
+    services = uses("services")
+    seen: set[str] = set()
+    ahead = {name for package in packages for used in uses(package).values() for name in used}
+    while ahead:
+        seen |= ahead
+        ahead = {name for at in ahead for name in services.get(at, ())} - seen
+    return seen
+
+
+def test_each_function_of_the_page_is_the_one_that_is_used() -> None:
+    # A twin of a formula elsewhere, with the page's own function left to its tests, would go unseen.
+    every = {name.rpartition(".")[2]: path for path, name in REFERENCES}
+    assert set(every) - reached("deployments", "training") == set()
+    served = reached("deployments")
+    computed = {name for name, path in every.items() if path.startswith("services/")}
+    # By names alone, some may be taken for used that are not; none for unused that is used.
+    assert computed - served <= OFFLINE <= computed
