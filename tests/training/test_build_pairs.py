@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from training.build.errors import BuildError
-from training.build.pairs import BadRow, Pair, open_sources
+from training.build.pairs import BadRow, Pair
+from training.build.sources import open_sources
 
 
 def png(colour: str = "red") -> bytes:

@@ -14,10 +14,11 @@ import pytest
 from rich.console import Console
 
 from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle
+from services.manifest import NAME
 from training.build.embed import fitting, read_images, store_key
 from training.build.errors import BuildError
 from training.build.progress import Reporter
-from training.build.run import Build, embed, only_readable
+from training.build.run import Build, check_bad_share, embed, only_readable
 from training.build.selection import Selection
 from training.build.settings import BuildSettings
 from training.build.store import ShardEntry, Store
@@ -178,3 +179,46 @@ def test_who_insists_has_a_skipped_calibration_tried_again(
     assert (settings.work / "bias.json").exists()
     # And what is done is not done again.
     assert study(settings, reporter, True, unreadable) == []
+
+
+def with_bad_rows(settings: BuildSettings, good: int, bad: int) -> Store:
+    """Write a store of so many rows, as an earlier run would."""
+    key = store_key(settings.work / "clip", ("{}",), "float16", "cpu")
+    store = Store(settings.work / "some", key)
+    rows: dict[str, Any] = {
+        "source": ["t.csv"] * good, "row": range(good), "key": [f"{i}" for i in range(good)],
+        "caption": ["x"] * good, "image_norm": [1.0] * good,
+        **dict.fromkeys(("gender", "profession", "label", "group", "split"), [""] * good),
+    }  # fmt: skip
+    skipped = [["t.csv", good + i, "", "no caption" if i else "no image"] for i in range(bad)]
+    size = good, key.embed_dim
+    store.write(ShardEntry("000-000000", "d", good, skipped), np.ones(size), np.ones((1, *size)), rows)
+    store.finish(["000-000000"])
+    return store
+
+
+def test_a_build_ends_where_more_rows_are_bad_than_may_be(settings: BuildSettings) -> None:
+    # 10% of the rows, and one more.
+    check_bad_share(with_bad_rows(settings, 27, 3), settings)
+    store = with_bad_rows(settings, 26, 4)
+    with pytest.raises(
+        BuildError, match=r"4 of 30 rows cannot be used, 13\.3%, and --max-bad-share is 10\.0%"
+    ) as e:
+        check_bad_share(store, settings)
+    assert "bad_rows.csv says why; most often: no caption" in str(e.value)
+    check_bad_share(store, replace(settings, max_bad_share=0.2))
+    with pytest.raises(BuildError, match="no row of the pairs can be used"):
+        check_bad_share(with_bad_rows(settings, 0, 2), replace(settings, max_bad_share=1.0))
+
+
+def test_a_bundle_is_called_as_its_folder_is_as_far_as_a_name_may(settings: BuildSettings) -> None:
+    names = {
+        "emoji": "emoji",
+        "Mes images é 😀 [1]": "Mes images é - -1-",
+        ".hidden": "hidden",
+        "😀": "bundle",
+    }
+    for folder, name in names.items():
+        made = replace(settings, out=Path(folder)).bundle_name
+        assert (made, NAME.fullmatch(made) is not None) == (name, True)
+    assert replace(settings, name="mine").bundle_name == "mine"

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from monofacet._tables import COLUMNS, help_text
 from rich.console import Console
 from rich.markup import escape
 
 from services.encoding.machine import usable_cores
+from services.manifest import NAME, NAME_RULE
 from training.build.settings import KINDS, BuildSettings
 
 DEFAULTS = BuildSettings(Path(), Path(), "")
@@ -25,8 +27,17 @@ def build(
     revision: Annotated[str | None, typer.Option(help="Of the model on the hub.")] = None,
     pairs: Annotated[
         list[Path] | None,
-        typer.Option(help="CSV, parquet or webdataset tar of pairs, or a folder of them. Repeatable."),
+        typer.Option(
+            help="CSV, TSV, JSON lines, parquet, Arrow or webdataset tar of pairs, a folder of them, or of pictures "
+            f"with a text beside each. Repeatable. Columns: {help_text(*COLUMNS)}."
+        ),
     ] = None,
+    max_bad_share: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Rows that cannot be used, of all: where there are more the build ends."
+        ),
+    ] = DEFAULTS.max_bad_share,
     embeddings: Annotated[
         Path | None,
         typer.Option(help="Finished embeddings of the same towers; --pairs then only gives thumbnails."),
@@ -115,6 +126,8 @@ def build(
             raise typer.BadParameter(f"{option} must be one of {', '.join(known)}")
     if any("{}" not in wording for wording in template or ()):
         raise typer.BadParameter("--template needs a {} where the caption goes")
+    if name and NAME.fullmatch(name) is None:
+        raise typer.BadParameter(f"--name {NAME_RULE}")
     if not pairs and embeddings is None:
         raise typer.BadParameter("give --pairs, or --embeddings of an earlier build")
     settings = BuildSettings(
@@ -124,6 +137,7 @@ def build(
         pretrained=pretrained,
         revision=revision,
         pairs=tuple(pairs or ()),
+        max_bad_share=max_bad_share,
         embeddings=embeddings,
         name=name,
         description=description,

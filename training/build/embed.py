@@ -15,7 +15,8 @@ from services.encoding.images import ImagePreprocess, decode_image
 from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
 from services.errors import ImageError
-from training.build.pairs import BadRow, Pair, Source, open_sources
+from training.build.pairs import BadRow, Pair, Source, bad_row
+from training.build.sources import open_sources
 from training.build.store import ShardEntry, Store, StoreKey
 from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
 
@@ -135,7 +136,7 @@ def make_shard(paths: tuple[Path, ...], clip: Path, store: Store, task: Task) ->
         try:
             pixels.append(towers.preprocess(decode_image(item.image)))
         except ImageError as error:
-            bad.append(BadRow(item.row, item.key, str(error)))
+            bad.append(bad_row(item.row, item.key, str(error)))
             continue
         # Without its bytes: a shard's images together may not fit in memory.
         kept.append(replace(item, image=b""))
@@ -190,7 +191,8 @@ def read_images(paths: tuple[Path, ...], wanted: Sequence[tuple[str, int]]) -> d
     """
     by_name = {source.name: source for source in sources(paths)}
     found = {}
-    for name, row in wanted:
+    # In order: images that a table holds are read by groups of rows.
+    for name, row in sorted(set(wanted)):
         source = by_name.get(name)
         if source is None or row >= len(source):
             continue

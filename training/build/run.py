@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -348,10 +349,31 @@ def embed(settings: BuildSettings, reporter: Reporter) -> Store:
     bad = write_bad_rows(store, settings.work / BAD_ROWS)
     good = sum(entry.rows for entry in store.shards())
     if bad:
-        reporter.say(f"{bad} of {bad + good} rows were skipped; {settings.work / BAD_ROWS} says why")
-    if not good:
-        raise BuildError(f"no row of the pairs can be used; {settings.work / BAD_ROWS} says why")
+        share = f"{bad / (bad + good):.1%}, at most {settings.max_bad_share:.1%} may be"
+        reporter.say(
+            f"{bad} of {bad + good} rows were skipped ({share}); {settings.work / BAD_ROWS} says why"
+        )
+    check_bad_share(store, settings)
     return store
+
+
+def check_bad_share(store: Store, settings: BuildSettings) -> None:
+    """Raise BuildError where more rows are bad than a user may be expected to know of."""
+    reasons = Counter(str(row[3]) for entry in store.shards() for row in entry.bad)
+    bad, good = reasons.total(), sum(entry.rows for entry in store.shards())
+    where = f"{settings.work / BAD_ROWS} says why"
+    if not good:
+        raise BuildError(f"no row of the pairs can be used; {where}{_most(reasons)}")
+    share = bad / (bad + good)
+    if share > settings.max_bad_share:
+        raise BuildError(
+            f"{bad} of {bad + good} rows cannot be used, {share:.1%}, and --max-bad-share is "
+            f"{settings.max_bad_share:.1%}; {where}{_most(reasons)}"
+        )
+
+
+def _most(reasons: Counter[str]) -> str:
+    return f"; most often: {reasons.most_common(1)[0][0]}" if reasons else ""
 
 
 def check_pairs(store: Store, settings: BuildSettings, reporter: Reporter) -> None:

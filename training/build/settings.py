@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ class BuildSettings:
         As for `training.build.towers.fetch_towers`.
     pairs : tuple of Path
         Tables, shards, and folders of them; may be empty where `embeddings` is given.
+    max_bad_share : float
+        Rows that may be unusable, of all: where there are more something else is wrong than a few files.
     embeddings : Path or None
         A finished store of embeddings of the same towers, instead of embedding the pairs.
     name, description : str
@@ -81,6 +84,7 @@ class BuildSettings:
     pretrained: str = ""
     revision: str | None = None
     pairs: tuple[Path, ...] = ()
+    max_bad_share: float = 0.1
     embeddings: Path | None = None
     name: str = ""
     description: str = ""
@@ -113,5 +117,5 @@ class BuildSettings:
 
     @property
     def bundle_name(self) -> str:
-        """The name, or the folder's."""
-        return self.name or self.out.name
+        """The name, or the folder's with a dash for each character that a name may not have."""
+        return self.name or re.sub(r"^\W|[^\w .+-]", "-", self.out.name).lstrip("- .+")[:64] or "bundle"

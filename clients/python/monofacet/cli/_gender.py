@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,9 @@ from rich.progress import track
 from rich.table import Table
 
 from monofacet import _exceptions as exceptions
-from monofacet._bias_requests import LabelledItem, gender_value
+from monofacet._bias_requests import LabelledItem
 from monofacet._inputs import image_bytes
+from monofacet._tables import Row, TableError, gender_of, help_text, picture_folder, read_csv, texts_of
 from monofacet._types import (
     Ablation,
     AblationAudit,
@@ -157,8 +157,8 @@ def audit(
         Path,
         typer.Option(
             "--csv",
-            help="CSV file with columns image or text (or both), gender (woman, man or empty), and optionally "
-            "profession, and cluster or group: items that are not independent.",
+            help="CSV file with columns for an image or a text, for gender, and optionally for profession and for "
+            f"group: items that are not independent. {help_text('image', 'text', 'gender', 'profession', 'group')}.",
         ),
     ],
     features: Features = None,
@@ -185,7 +185,8 @@ def audit(
     html: Annotated[Path | None, typer.Option(help="Write a page with tables and plots here.")] = None,
 ) -> None:
     """Audit what an ablation does to labelled inputs of your own; by default of the 16 most gendered features."""
-    rows = read_labels(labels)
+    unreadable: list[str] = []
+    rows = read_labels(labels, unreadable if skip_bad else None)
     if html is not None and not html.parent.is_dir():
         raise exceptions.InputError(f"there is no folder {html.parent}")
     asked = chosen(features, label, top, mode, dictionary) or Ablation(
@@ -200,7 +201,6 @@ def audit(
         seed=seed,
         truncate_text=truncate,
     )
-    unreadable: list[str] = []
     items = track(
         _readable(rows, skip_bad, unreadable),
         "auditing",
@@ -257,14 +257,17 @@ def _count(session: Session, ablation: Ablation) -> int:
     return session.client.features_page(page_size=1, dictionary=ablation.dictionary, labels=labels).total
 
 
-def read_labels(path: Path) -> list[LabelledItem]:
+def read_labels(path: Path, left_out: list[str] | None = None) -> list[LabelledItem]:
     """Read a CSV of labelled inputs.
 
     Parameters
     ----------
     path
-        With columns image or text, gender, and optionally profession, and cluster or, as in a file of pairs,
-        group. Image paths are relative to the file, so that it can be moved with its images.
+        With columns for an image or a text, for gender, and optionally for profession and group, by any of their names
+        in `monofacet._tables.COLUMNS`. Image paths are relative to the file, so that it can be moved with its images.
+        Where a row has both, the image is taken.
+    left_out
+        Gets the rows that cannot be taken, with their lines; None raises for the first.
 
     Returns
     -------
@@ -274,39 +277,45 @@ def read_labels(path: Path) -> list[LabelledItem]:
     Raises
     ------
     InputError
-        If the file cannot be read, or a row has neither an image nor a text, or an unknown gender.
+        If the file cannot be read, or a row has neither an image nor a text, an unknown gender, or cells that no column
+        is for.
     """
-    items = []
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = set(reader.fieldnames or ())
-            if not columns & {"image", "text"} or "gender" not in columns:
-                raise exceptions.InputError(f"{path} needs the columns gender, and image or text")
-            cluster = "cluster" if "cluster" in columns else "group"
-            for line, row in enumerate(reader, start=2):
-                image, text = (row.get("image") or "").strip(), row.get("text") or ""
-                if not image and not text:
-                    raise exceptions.InputError(f"{path}, line {line}: neither an image nor a text")
-                gender = (row.get("gender") or "").strip()
-                try:
-                    gender_value(gender)
-                except exceptions.InputError as error:
-                    raise exceptions.InputError(f"{path}, line {line}: {error}") from error
-                items.append(
-                    LabelledItem(
-                        input=path.parent / image if image else text,
-                        gender=gender,
-                        profession=(row.get("profession") or "").strip(),
-                        cluster=(row.get(cluster) or "").strip(),
-                        id=(image or text)[:256],
-                    )
-                )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise exceptions.InputError(f"cannot read {path}: {error}") from error
+        table = read_csv(path, ("image", "text", "gender", "profession", "group"))
+        table.need("gender", "text" if "text" in table.columns else "image")
+    except TableError as error:
+        raise exceptions.InputError(str(error)) from error
+    folder = picture_folder(path.parent, [row.cells.get("image", "") for row in table.rows])
+    items: list[LabelledItem] = []
+    for row in table.rows:
+        try:
+            items += _items(folder, row)
+        except TableError as error:
+            message = f"{path}, line {row.line}: {error}"
+            if left_out is None:
+                raise exceptions.InputError(message) from error
+            left_out.append(message)
     if not items:
         raise exceptions.InputError(f"{path} holds no items")
     return items
+
+
+def _items(folder: Path, row: Row) -> list[LabelledItem]:
+    if row.problem:
+        raise TableError(row.problem)
+    image, texts = row.cells.get("image", ""), texts_of(row.cells.get("text", ""))
+    if not image and not texts:
+        raise TableError("neither an image nor a text")
+    return [
+        LabelledItem(
+            input=folder / image if image else text,
+            gender=gender_of(row.cells.get("gender", "")),
+            profession=row.cells.get("profession", ""),
+            cluster=row.cells.get("group", ""),
+            id=(image or text)[:256],
+        )
+        for text in (texts[:1] if image else texts) or [""]
+    ]
 
 
 def _readable(items: list[LabelledItem], skip: bool, unreadable: list[str]) -> Iterator[LabelledItem]:

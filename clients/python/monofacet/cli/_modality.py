@@ -14,6 +14,7 @@ from rich.table import Table
 
 from monofacet import _exceptions as exceptions
 from monofacet._inputs import Pair
+from monofacet._tables import Row, TableError, help_text, picture_folder, read_csv, texts_of
 from monofacet._types import ClassificationResult, FeatureCard, ModalityLabel, ModalityTable, ScoreSettings
 from monofacet.cli._features import COLOURS, card_table
 from monofacet.cli._inputs import Inputs, Texts, Truncate, read_inputs, shorten
@@ -28,7 +29,8 @@ def modality(
     pairs: Annotated[
         Path | None,
         typer.Option(
-            help="CSV file with columns image, text and optionally group: score the features on its pairs."
+            help="CSV file with columns for image, text and optionally group: score the features on its pairs. "
+            f"{help_text('image', 'text', 'group')}."
         ),
     ] = None,
     dictionary: Annotated[str, typer.Option(help="Dictionary; '' is the default one.")] = "",
@@ -100,27 +102,25 @@ def _score(session: Session, path: Path, settings: ScoreSettings, out: Path | No
 
 def _read_pairs(path: Path) -> list[Pair]:
     try:
-        # Excel begins a UTF-8 file with a mark, which would be part of the first column's name.
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = {"image", "text"} - set(reader.fieldnames or ())
-            if missing:
-                raise exceptions.InputError(f"{path} has no column {' or '.join(sorted(missing))}")
-            pairs = [_pair(path, row, reader.line_num) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise exceptions.InputError(f"cannot read {path}: {error}") from error
+        table = read_csv(path, ("image", "text", "group"))
+        table.need("image", "text")
+    except TableError as error:
+        raise exceptions.InputError(str(error)) from error
+    # Paths are relative to the file that names them, so that it can be moved with its images.
+    folder = picture_folder(path.parent, [row.cells.get("image", "") for row in table.rows])
+    pairs = [pair for row in table.rows for pair in _pairs(path, folder, row)]
     if not pairs:
         raise exceptions.InputError(f"{path} holds no pairs")
     return pairs
 
 
-def _pair(path: Path, row: dict[str, str | None], line: int) -> Pair:
-    image, text = row["image"], row["text"]
+def _pairs(path: Path, folder: Path, row: Row) -> list[Pair]:
+    image, text = row.cells.get("image"), row.cells.get("text")
     # A text may be empty; one that is None is of a row with too few cells.
-    if not image or text is None:
-        raise exceptions.InputError(f"{path}, line {line}: no {'text' if image else 'image'}")
-    # Paths are relative to the file that names them, so that it can be moved with its images.
-    return path.parent / image, text, row.get("group") or ""
+    if row.problem or not image or text is None:
+        problem = row.problem or f"no {'text' if image else 'image'}"
+        raise exceptions.InputError(f"{path}, line {row.line}: {problem}")
+    return [(folder / image, one, row.cells.get("group", "")) for one in texts_of(text) or [""]]
 
 
 def _write_table(path: Path, table: ModalityTable) -> None:
