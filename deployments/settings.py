@@ -207,6 +207,77 @@ class Settings(BaseSettings):
     max_concurrent_calls: int = Field(
         512, ge=1, description="RPCs in progress at once; one more is refused, so that memory is bounded."
     )
+    max_held_bytes: int = Field(
+        512 * MIB,
+        ge=1,
+        description="Memory for unary requests, from before they are read until they are answered. gRPC says how "
+        "large a message is only once it has it, so each that is being read counts as `max_request_bytes`: 15 at once, "
+        "7 of one caller, each for milliseconds unless it is sent slowly. Others wait.",
+    )
+    read_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds in which a unary request must have come: 32 MiB at 4.5 Mbit/s.",
+    )
+    read_patience_s: float = Field(
+        5.0,
+        gt=0,
+        description="The same while others wait for the room that it takes. An image of 3 MiB takes 5 s at 5 Mbit/s.",
+    )
+    max_streams: int = Field(
+        64,
+        ge=1,
+        description="Client streams (StreamEncode, AuditGender, ScoreModality) at once, half of them of one caller. "
+        "Each may hold a message that has half come and a window of items: `max_request_bytes` each.",
+    )
+    stream_idle_s: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds that a client stream may send nothing before it is ended: some wait for a person.",
+    )
+    stream_patience_s: float = Field(
+        30.0, gt=0, description="The same while another caller waits for its place."
+    )
+    untaken_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds in which the caller of a stream must take an answer, or its call is ended.",
+    )
+    max_watchers: int = Field(
+        64, ge=2, description="Watch calls of the health service at once, half of them from one address."
+    )
+    max_connections: int = Field(
+        1_000,
+        ge=1,
+        description="Connections to the gRPC port; one more is closed. Each costs about 100 KB, and a file descriptor, "
+        "of which a process often has 1,024.",
+    )
+    max_connection_calls: int = Field(
+        512,
+        ge=1,
+        description="Calls of one connection at once. 10,000 streams that are opened and reset at once held up others "
+        "for 0.3 s with 512, 0.8 s with 1,024 and 6 s without it; a client that has more in progress sees some fail.",
+    )
+    handshake_s: float = Field(
+        10.0, gt=0, description="Seconds in which a new connection must have said who it is (TLS, HTTP/2)."
+    )
+    connection_idle_s: float = Field(
+        900.0,
+        gt=0,
+        description="Seconds without a call after which a connection is closed; clients reconnect.",
+    )
+    connection_age_s: float = Field(
+        3_600.0,
+        gt=0,
+        description="Seconds after which a connection takes no new calls, so that clients come back through their "
+        "balancer; those in progress go on.",
+    )
+    connection_age_grace_s: float = Field(
+        86_400.0,
+        gt=0,
+        description="Seconds that calls may go on after that: a corpus takes hours. Then the connection is closed, "
+        "which also frees what a caller holds that takes no answers.",
+    )
     max_client_streams: int = Field(
         4,
         ge=1,

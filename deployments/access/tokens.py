@@ -206,7 +206,19 @@ class TokenStore:
         UnknownToken, ExpiredToken
             As it says.
         """
-        digest = digest_of(presented[: MAX_TOKEN_LENGTH + 1])
+        return self._in_force(digest_of(presented[: MAX_TOKEN_LENGTH + 1]))
+
+    def renewed(self, token: Token) -> Token:
+        """Return what the line of a token says now.
+
+        Raises
+        ------
+        UnknownToken, ExpiredToken
+            When it has been removed since, or its time has passed.
+        """
+        return self._in_force(token.digest)
+
+    def _in_force(self, digest: bytes) -> Token:
         found = None
         for token in self.tokens:
             if hmac.compare_digest(token.digest, digest):

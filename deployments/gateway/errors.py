@@ -69,6 +69,14 @@ class StreamIdle(GatewayError):
     """The stream sent nothing for so long that its place was given to others."""
 
 
+class RequestSlow(GatewayError):
+    """The request did not come in time, and others waited for the room that it takes."""
+
+
+class AnswerNotTaken(GatewayError):
+    """The caller did not take an answer in time."""
+
+
 class EncoderUnavailable(GatewayError):
     """No encoder answered: its replica died or is starting."""
 
@@ -154,6 +162,8 @@ TABLE: tuple[tuple[type[BaseException], Answer], ...] = (
     (RequestTooLarge, Answer(_Code.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE")),
     (TooManyCalls, Answer(_Code.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS", retry=True)),
     (StreamIdle, Answer(_Code.ABORTED, "STREAM_IDLE")),
+    (RequestSlow, Answer(_Code.RESOURCE_EXHAUSTED, "REQUEST_SLOW", retry=True)),
+    (AnswerNotTaken, Answer(_Code.ABORTED, "ANSWER_NOT_TAKEN")),
     (QueueFull, Answer(_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full; try later", retry=True)),
     (DeadlineExpired, Answer(_Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed")),
     (TimeoutError, Answer(_Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed")),

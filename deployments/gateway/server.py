@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from monofacet.v1 import (
     bias_service_pb2,
     bias_service_pb2_grpc,
@@ -27,17 +28,20 @@ from prometheus_client import start_http_server
 
 from deployments.access.check import open_certificate, open_tokens
 from deployments.access.scopes import check_scopes, methods_of
+from deployments.batching import QueueFull
 from deployments.gateway.bundles import Backend, Bundles, Routed
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.client_streams import ClientStreams
 from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient, Send
-from deployments.gateway.interceptors.access import TokenLimits, access_layer, admitted_token
-from deployments.gateway.interceptors.chain import Chain, decoded_layer
+from deployments.gateway.health import Health
+from deployments.gateway.interceptors.access import Access, TokenLimits
+from deployments.gateway.interceptors.chain import Call, Chain, Group
 from deployments.gateway.interceptors.deadlines import deadlines_layer
 from deployments.gateway.interceptors.errors import errors_layer
 from deployments.gateway.interceptors.limits import Admission
 from deployments.gateway.interceptors.metrics import metrics_layer
+from deployments.gateway.interceptors.reading import Requests, checked_deserializer
 from deployments.gateway.interceptors.requests import requests_layer
 from deployments.gateway.interceptors.traces import encoder_spans, start_tracing, traces_layer
 from deployments.gateway.interceptors.validation import validation_layer
@@ -49,6 +53,7 @@ from deployments.gateway.servicers.feature import FeatureServicer
 from deployments.gateway.servicers.imaging import ImagingServicer, Stream
 from deployments.gateway.servicers.modality import ModalityServicer, Score
 from deployments.gateway.servicers.model import ModelServicer
+from deployments.gateway.transport import options
 from deployments.generation_work import GeneratorInfo
 from deployments.metrics import Metrics
 from deployments.served import deployment_of
@@ -97,9 +102,16 @@ ENCODING = frozenset(
     )
 )
 # A message a little over the limit is answered by us, with a reason; only a far larger one by gRPC itself.
-_SLACK_BYTES = 4 * MIB
-# Calls that have arrived and that nobody has looked at yet: seconds of them at the rate at which they are refused.
-_PENDING = 10_000
+_SLACK_BYTES = 1 * MIB
+# Bytes of a request to health or reflection, which name one thing.
+_SMALL_BYTES = 4096
+# Requests to health that are read at once, apart from all others: whatever the load, it must answer.
+_HEALTH_READS = 4
+# Seconds in which such a request must have come.
+_HEALTH_READ_S = 5.0
+# Seconds between two looks whether the tokens of the calls in progress are still in force.
+_LOOK_AT_TOKENS_S = 1.0
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -131,26 +143,30 @@ class GatewayServer:
         self._bundles = Bundles([catalogue, *others])
         self.metrics = Metrics()
         self._admission = Admission(settings.max_concurrent_calls)
+        largest = settings.max_request_bytes + _SLACK_BYTES
+        self._requests = Requests(
+            settings.max_held_bytes,
+            largest,
+            settings.read_s,
+            settings.read_patience_s,
+            settings.max_streams,
+            settings.stream_idle_s,
+            settings.stream_patience_s,
+        )
+        self._health_requests = Requests(
+            _HEALTH_READS * largest, largest, _HEALTH_READ_S, _HEALTH_READ_S / 4, 1, 1, 1
+        )
         self._client_streams = ClientStreams(settings.max_client_streams, settings.client_stream_idle_s)
-        self._health = health.aio.HealthServicer()
+        self._health = Health(settings.max_watchers)
         self._certificate = open_certificate(
             settings, self.metrics.tls_expiry.set, self.metrics.tls_refused.inc
         )
+        self._access = Access(open_tokens(settings))
+        self._looking: asyncio.Task[None] | None = None
         self._traces, self._stop_traces = None, _nothing
         if settings.otlp_endpoint:
             self._traces, self._stop_traces = start_tracing(settings.otlp_endpoint, self.bundle_id)
-        self._server: Any = aio.server(
-            interceptors=[self._chain()],
-            options=[
-                ("grpc.max_receive_message_length", settings.max_request_bytes + _SLACK_BYTES),
-                ("grpc.max_send_message_length", settings.max_response_bytes),
-                # Two servers on one port would share its callers between them without a word.
-                ("grpc.so_reuseport", 0),
-                # Beyond, gRPC itself drops calls with a bare CANCELLED; we refuse them with a reason.
-                ("grpc.server.max_pending_requests", _PENDING),
-                ("grpc.server.max_pending_requests_hard_limit", 2 * _PENDING),
-            ],
-        )
+        self._server: Any = aio.server(interceptors=[self._chain()], options=options(settings, largest))
         self._alive = dict.fromkeys(self._bundles, True)
         self._draining = False
         self._encoders: list[EncoderClient] = []
@@ -170,44 +186,53 @@ class GatewayServer:
             *([traces_layer(self._traces)] if self._traces is not None else []),
             errors_layer(metrics, settings.retry_after_s),
         ]
-        store = open_tokens(settings)
-        access = access_layer(store)
+        access = self._access.layer
         token_limits = TokenLimits(settings.token_calls, settings.token_rate)
-
-        def check(method: str, metadata: object) -> None:
-            token_limits.check(admitted_token(store, method, metadata))
-            self._admission.check()
-
-        return Chain(
+        deadlines = deadlines_layer(settings.default_deadline_s, settings.max_call_s)
+        ours = Group(
             [
                 *told,
                 access,
                 token_limits.layer,
                 self._admission.layer,
-            ],
-            [
-                deadlines_layer(settings.default_deadline_s, settings.max_call_s),
-                decoded_layer,
+                self._shut_layer,
+                deadlines,
+                self._requests.layer,
                 validation_layer,
             ],
-            settings.max_request_bytes,
-            reflection_layers=[*told, access],
-            awaited=[name for service in DESCRIPTORS for name in methods_of(service)],
-            check=check,
-            shut=self._shut,
-            told=told,
+            lambda decode: checked_deserializer(decode, settings.max_request_bytes),
+        )
+        return Chain(
+            {
+                "monofacet.": ours,
+                "grpc.reflection.": Group([*told, access, self._requests.layer], _small),
+                "grpc.health.": self._health_group(),
+            },
+            [name for service in DESCRIPTORS for name in methods_of(service)],
+            settings.untaken_s,
         )
 
-    def _shut(self, method: str) -> bool:
-        """Return whether a call is refused unread because every encoder is overloaded.
+    def _health_group(self) -> Group:
+        """Return what is around health: neither tokens nor lines of the log, since probers ask every few seconds."""
+        errors = errors_layer(self.metrics, self._settings.retry_after_s)
+        return Group([errors, self._health_requests.layer], _small)
+
+    @asynccontextmanager
+    async def _shut_layer(self, call: Call) -> AsyncIterator[None]:
+        """Refuse a call unread because every encoder is overloaded.
 
         With several bundles one of them may still take the call, and its own backlog decides.
         """
-        if method not in ENCODING or not self._encoders or not all(e.shut for e in self._encoders):
-            return False
-        for encoder in self._encoders:
-            encoder.refuse()
-        return True
+        if call.method in ENCODING and self._encoders and all(e.shut for e in self._encoders):
+            for encoder in self._encoders:
+                encoder.refuse()
+            raise QueueFull
+        yield
+
+    async def _look_at_tokens(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_AT_TOKENS_S)
+            self._access.look()
 
     async def open(self) -> tuple[int, int]:
         """Listen, and say NOT_SERVING.
@@ -224,16 +249,21 @@ class GatewayServer:
         settings = self._settings
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if settings.reflection:
-            add_reflection((*SERVICES, health.SERVICE_NAME), self._server)
-        await self._set_health(_NOT_SERVING)
+            add_reflection((*SERVICES, HEALTH), self._server)
+        self._set_health(_NOT_SERVING)
         address = f"{settings.host}:{settings.port}"
         if self._certificate is None:
             port = self._server.add_insecure_port(address)
         else:
             port = self._server.add_secure_port(address, self._certificate.credentials())
         await self._server.start()
+        self._looking = asyncio.create_task(self._look_at_tokens())
         if settings.health_port:
-            self._health_server = aio.server()
+            # Plain text, for whoever reaches it: what it reads is bounded by gRPC itself.
+            self._health_server = aio.server(
+                interceptors=[Chain({}, untaken_s=settings.untaken_s)],
+                options=options(settings, _SMALL_BYTES),
+            )
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
             self._health_server.add_insecure_port(f"{settings.host}:{settings.health_port}")
             await self._health_server.start()
@@ -358,7 +388,7 @@ class GatewayServer:
     async def _tell(self) -> None:
         if not self._draining:
             serving = self._admission.open and any(self._alive.values())
-            await self._set_health(_SERVING if serving else _NOT_SERVING)
+            self._set_health(_SERVING if serving else _NOT_SERVING)
 
     async def drain(self) -> bool:
         """Say NOT_SERVING, take what is on its way, refuse new calls, wait for those in flight, and stop.
@@ -369,12 +399,13 @@ class GatewayServer:
         """
         self.metrics.draining.set(1)
         first, self._draining = not self._draining, True
-        await self._set_health(_NOT_SERVING)
-        await self._health.enter_graceful_shutdown()
+        self._set_health(_NOT_SERVING)
+        self._health.end()
         if first:
             # What was sent before its caller could know has not arrived yet, and would be refused.
             await asyncio.sleep(self._settings.linger_s)
         self._admission.close()
+        self._requests.drain()
         stopping: asyncio.Task[None] | None = None
         if self._health_server is not None:
             # Health has a port of its own, so this one closes at once: open connections are told to go to
@@ -396,15 +427,21 @@ class GatewayServer:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
             self._metrics_server = None
+        if self._looking is not None:
+            self._looking.cancel()
         await asyncio.to_thread(self._stop_traces)
         return finished
 
-    async def _set_health(self, status: Any) -> None:
+    def _set_health(self, status: Any) -> None:
         for name in ("", *SERVICES):
             lost = self._alive_generators and not any(self._alive_generators.values())
             said = _NOT_SERVING if name == IMAGING and lost else status
-            await self._health.set(name, said)
+            self._health.set(name, said)
             self.metrics.serving.labels(name or "server").set(said == _SERVING)
+
+
+def _small(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    return checked_deserializer(decode, _SMALL_BYTES)
 
 
 def _nothing() -> None:

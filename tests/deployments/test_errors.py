@@ -54,6 +54,8 @@ EXPECTED = {
     DeadlineExpired: (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     TimeoutError: (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     errors.StreamIdle: (CODE.ABORTED, "STREAM_IDLE"),
+    errors.RequestSlow: (CODE.RESOURCE_EXHAUSTED, "REQUEST_SLOW"),
+    errors.AnswerNotTaken: (CODE.ABORTED, "ANSWER_NOT_TAKEN"),
     errors.EncoderUnavailable: (CODE.UNAVAILABLE, "MODEL_UNAVAILABLE"),
     errors.Starting: (CODE.UNAVAILABLE, "MODEL_STARTING"),
     errors.TokenMissing: (CODE.UNAUTHENTICATED, "TOKEN_MISSING"),
@@ -88,6 +90,7 @@ def test_retry_info_comes_with_shedding_and_with_nothing_else(kind: type[BaseExc
     retry = details(status).get("RetryInfo")
     may_retry = code is CODE.UNAVAILABLE or kind in (
         QueueFull,
+        errors.RequestSlow,
         errors.TooManyCalls,
         errors.TokenBusy,
         errors.TokenRate,

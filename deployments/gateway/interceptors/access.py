@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -12,9 +13,9 @@ import limits.storage
 import limits.strategies
 
 from deployments.access.scopes import SCOPES, allows
-from deployments.access.tokens import Token, TokenStore
+from deployments.access.tokens import ExpiredToken, Token, TokenStore, UnknownToken
 from deployments.gateway.errors import ScopeMissing, TokenBusy, TokenMissing, TokenRate
-from deployments.gateway.interceptors.chain import Call, Layer
+from deployments.gateway.interceptors.chain import Call
 
 _SCHEME = "bearer"
 
@@ -43,30 +44,52 @@ def check_scope(token: Token, method: str) -> None:
         raise ScopeMissing(f"this token may not call {method}; it needs scope {needed}")
 
 
-def admitted_token(store: TokenStore | None, method: str, metadata: object) -> Token | None:
-    """Return who calls, or raise what `access_layer` would, when no more than a call's metadata has come."""
-    if store is None:
-        return None
-    token = store.find(presented_token(metadata))
-    check_scope(token, method)
-    return token
-
-
-def access_layer(store: TokenStore | None) -> Layer:
-    """Return the layer that admits by token and scope.
+class Access:
+    """Admits by token and scope, for as long as the token is in force.
 
     Parameters
     ----------
     store
-        The tokens in force; None admits everyone.
+        The tokens; None admits everyone.
     """
 
-    @asynccontextmanager
-    async def around(call: Call) -> AsyncIterator[None]:
-        call.token = admitted_token(store, call.method, call.context.invocation_metadata())
-        yield
+    def __init__(self, store: TokenStore | None) -> None:
+        self._store = store
+        self._calls: dict[Call, asyncio.Timeout] = {}
+        self._ended: dict[Call, Exception] = {}
 
-    return around
+    @asynccontextmanager
+    async def layer(self, call: Call) -> AsyncIterator[None]:
+        """Admit one call; end it when its token is revoked or expires on the way."""
+        if self._store is None:
+            yield
+            return
+        call.token = self._store.find(presented_token(call.context.invocation_metadata()))
+        check_scope(call.token, call.method)
+        try:
+            async with asyncio.timeout(None) as timeout:
+                self._calls[call] = timeout
+                yield
+        except TimeoutError:
+            # Others within have time limits, too.
+            raise self._ended.get(call) or TimeoutError from None
+        finally:
+            self._calls.pop(call, None)
+            self._ended.pop(call, None)
+
+    def look(self) -> None:
+        """End the calls whose token is no longer in force, or may no longer do what they do."""
+        if self._store is None:
+            return
+        now = asyncio.get_running_loop().time()
+        for call, timeout in self._calls.items():
+            if call.token is None or call in self._ended or timeout.expired():
+                continue
+            try:
+                check_scope(self._store.renewed(call.token), call.method)
+            except (UnknownToken, ExpiredToken, ScopeMissing) as error:
+                self._ended[call] = error
+                timeout.reschedule(now)
 
 
 class TokenLimits:
@@ -87,15 +110,6 @@ class TokenLimits:
         # A moving window keeps one time a call. It is exact, so RetryInfo can say when the next call fits.
         self._limiter = limits.strategies.MovingWindowRateLimiter(limits.storage.MemoryStorage())
 
-    def check(self, token: Token | None) -> None:
-        """Raise what `layer` would, without counting a call."""
-        if token is None:
-            return
-        self._check_calls(token)
-        rate = token.rate or self._rate
-        if rate is not None and not self._limiter.test(rate, token.name):
-            raise self._too_often(token, rate)
-
     @asynccontextmanager
     async def layer(self, call: Call) -> AsyncIterator[None]:
         """Admit one call of a token, or refuse it; callers without tokens share the server's own limits."""
@@ -103,7 +117,9 @@ class TokenLimits:
         if token is None:
             yield
             return
-        self._check_calls(token)
+        most = token.calls or self._calls
+        if self._in_progress[token.name] >= most:
+            raise TokenBusy(f"{most} calls of this token are in progress; try later")
         rate = token.rate or self._rate
         if rate is not None and not self._limiter.hit(rate, token.name):
             raise self._too_often(token, rate)
@@ -114,11 +130,6 @@ class TokenLimits:
             self._in_progress[token.name] -= 1
             if not self._in_progress[token.name]:
                 del self._in_progress[token.name]
-
-    def _check_calls(self, token: Token) -> None:
-        most = token.calls or self._calls
-        if self._in_progress[token.name] >= most:
-            raise TokenBusy(f"{most} calls of this token are in progress; try later")
 
     def _too_often(self, token: Token, rate: limits.RateLimitItem) -> TokenRate:
         reset = self._limiter.get_window_stats(rate, token.name).reset_time

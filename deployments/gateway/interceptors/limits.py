@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from deployments.gateway.errors import STARTING, Draining, Starting, TooManyCalls
 from deployments.gateway.interceptors.chain import Call
+from deployments.gateway.interceptors.reading import share
 
 
 class Admission:
@@ -16,37 +18,38 @@ class Admission:
     Parameters
     ----------
     max_calls
-        Calls in progress at once.
+        Calls in progress at once. Half of them is the most for one caller: a token, or an address without one.
     """
 
     def __init__(self, max_calls: int) -> None:
         self._max_calls = max_calls
-        self._calls = 0
+        self._calls: Counter[str] = Counter()
         self.closed = False
         # Whether the models are there; `GatewayServer` says so.
         self.open = False
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def check(self) -> None:
-        """Raise what refuses a call that begins now."""
+    @asynccontextmanager
+    async def layer(self, call: Call) -> AsyncIterator[None]:
+        """Admit one call, or refuse it."""
         if self.closed:
             raise Draining
         if not self.open:
             raise Starting(STARTING)
-        if self._calls >= self._max_calls:
-            raise TooManyCalls(f"{self._calls} calls are in progress; try later")
-
-    @asynccontextmanager
-    async def layer(self, _: Call) -> AsyncIterator[None]:
-        """Admit one call, or refuse it."""
-        self.check()
-        self._calls += 1
+        caller, in_progress = call.caller, self._calls.total()
+        if in_progress >= self._max_calls:
+            raise TooManyCalls(f"{in_progress} calls are in progress; try later")
+        if self._calls[caller] >= share(self._max_calls):
+            raise TooManyCalls(f"{self._calls[caller]} calls of this caller are in progress; try later")
+        self._calls[caller] += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self._calls -= 1
+            self._calls[caller] -= 1
+            if not self._calls[caller]:
+                del self._calls[caller]
             if not self._calls:
                 self._idle.set()
 
