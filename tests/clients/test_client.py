@@ -200,6 +200,29 @@ def test_features_go_over_all_pages(both: Call) -> None:
     assert rest.next_page_token == ""
 
 
+@pytest.mark.parametrize(
+    ("limit", "pages"), [(None, [200]), (1000, [200]), (20, [20]), (3, [3]), (1, [1]), (0, [])]
+)
+def test_features_end_at_a_limit_without_asking_for_more(
+    both: Call, limit: int | None, pages: list[int]
+) -> None:
+    client = both()
+    assert [card.feature for card in client.features(limit=limit)] == list(range(20))[:limit]
+    assert [request.page_size for _, request in client.channel.calls] == pages
+
+
+def test_a_limit_goes_over_pages_as_small_as_the_server_makes_them(both: Call) -> None:
+    class Small(FakeMonofacet):
+        def ListFeatures(self, request: Any, context: Any) -> Any:
+            # Of the request as it is noted, too.
+            request.page_size = min(request.page_size, 4)
+            return super().ListFeatures(request, context)
+
+    client = both(Small())
+    assert [card.feature for card in client.features(limit=10)] == list(range(10))
+    assert [request.page_size for _, request in client.channel.calls] == [4, 4, 2]
+
+
 def test_dead_features_have_no_measures(both: Call) -> None:
     (card, *_) = both().features(labels=[monofacet.ModalityLabel.DEAD])
     assert card.mds_energy is None
@@ -265,6 +288,8 @@ def test_a_bad_pair_is_named(both: Call, picture: Path) -> None:
         (lambda c: c.audit_gender([], monofacet.AuditSettings(seed=2**64)), "seed cannot be sent"),
         (lambda c: c.audit_gender([monofacet.LabelledItem("a", id="\ud800")]), r"items\[0\]"),
         (lambda c: c.features(min_mds="x"), "min_mds cannot be sent"),
+        (lambda c: c.features(limit=-1), "limit is a number from 0"),
+        (lambda c: c.features(limit="x"), "limit cannot be sent"),
         (lambda c: c.features(labels=[3]), "3 is no label"),
         (lambda c: c.features(labels=3), "the query cannot be sent"),
         (lambda c: c.features(order_by=3), "cannot be ordered by 3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from google.protobuf.message import Message
@@ -117,6 +118,28 @@ def stream_encode(name: str, value: Input) -> feature_service_pb2.StreamEncodeRe
     return feature_service_pb2.StreamEncodeRequest(
         item=feature_service_pb2.StreamItem(id=name, input=to_input(value))
     )
+
+
+@sendable("the limit")
+def limit(features: int | None) -> float:
+    """Check how many features are asked for.
+
+    Parameters
+    ----------
+    features
+        None for all.
+
+    Returns
+    -------
+    float
+        Infinite for all.
+
+    Raises
+    ------
+    InputError
+        If it is no count.
+    """
+    return math.inf if features is None else _unsigned("limit", features)
 
 
 @sendable("the query")

@@ -17,15 +17,16 @@ class ModalityCalls(AsyncCore):
     """Which features are about images, which about texts, and which about both."""
 
     async def features(
-        self, *, timeout: float | None = None, **query: Unpack[types.FeatureQuery]
+        self, *, limit: int | None = None, timeout: float | None = None, **query: Unpack[types.FeatureQuery]
     ) -> AsyncIterator[types.FeatureCard]:
         """Iterate over the features of a dictionary; see `Client.features`."""
-        token = ""
-        while True:
-            page = await self.features_page(page_token=token, timeout=timeout, **query)
+        token, left = "", requests.limit(limit)
+        while left > 0:
+            size = int(min(left, requests.DEFAULT_PAGE_SIZE))
+            page = await self.features_page(page_size=size, page_token=token, timeout=timeout, **query)
             for card in page.cards:
                 yield card
-            token = page.next_page_token
+            token, left = page.next_page_token, left - len(page.cards)
             if not token:
                 return
 

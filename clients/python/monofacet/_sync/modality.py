@@ -17,12 +17,14 @@ class ModalityCalls(SyncCore):
     """Which features are about images, which about texts, and which about both."""
 
     def features(
-        self, *, timeout: float | None = None, **query: Unpack[types.FeatureQuery]
+        self, *, limit: int | None = None, timeout: float | None = None, **query: Unpack[types.FeatureQuery]
     ) -> Iterator[types.FeatureCard]:
         """Iterate over the features of a dictionary; pages are fetched as they are needed.
 
         Parameters
         ----------
+        limit
+            At most so many features. Default all.
         timeout
             Seconds for each page.
         **query
@@ -33,11 +35,12 @@ class ModalityCalls(SyncCore):
         FeatureCard
             In order.
         """
-        token = ""
-        while True:
-            page = self.features_page(page_token=token, timeout=timeout, **query)
+        token, left = "", requests.limit(limit)
+        while left > 0:
+            size = int(min(left, requests.DEFAULT_PAGE_SIZE))
+            page = self.features_page(page_size=size, page_token=token, timeout=timeout, **query)
             yield from page.cards
-            token = page.next_page_token
+            token, left = page.next_page_token, left - len(page.cards)
             if not token:
                 return
 

@@ -9,6 +9,7 @@ import typer
 from monofacet._version import __version__
 from monofacet.cli import _encode, _features, _filter, _gender, _generate, _modality, _models, _preview
 from monofacet.cli._plugins import add_plugins
+from monofacet.cli._session import settle_streams
 
 app = typer.Typer(
     name="monofacet",
@@ -49,4 +50,5 @@ add_plugins(app)
 
 def main() -> None:
     """Run the command line."""
+    settle_streams()
     app()

@@ -15,6 +15,7 @@ from rich.table import Table
 from monofacet import _exceptions as exceptions
 from monofacet._types import StreamResult
 from monofacet.cli._inputs import Inputs, Texts, Truncate, read_inputs, shorten
+from monofacet.cli._out import check_out, write_arrays
 from monofacet.cli._session import BAD_INPUT, Session, connected, error_as_dict, print_json
 
 # A similarity table of more does not fit a screen.
@@ -34,7 +35,10 @@ def encode(
     ] = None,
     truncate: Truncate = False,
     out: Annotated[
-        Path | None, typer.Option(help="Write ids, embeddings, norms and features to this .npz file.")
+        Path | None,
+        typer.Option(
+            help="Write ids, embeddings, norms and features to this .npz file; - for standard output."
+        ),
     ] = None,
 ) -> None:
     """Encode images and texts to embeddings, and to sparse features if a dictionary is named.
@@ -42,8 +46,7 @@ def encode(
     With --json one line an input. A bad input does not stop the others; the exit code is then 3.
     """
     labelled = read_inputs(inputs or (), text or ())
-    if out is not None and not out.parent.is_dir():
-        raise exceptions.InputError(f"there is no folder {out.parent}")
+    check_out(session, out)
     # Ids are positions: a text may be longer than an id, and given twice.
     stream = session.client.stream_encode(
         [value for _, value in labelled], dictionary=dictionary, max_features=max_features, truncate=truncate
@@ -129,7 +132,4 @@ def _save(path: Path, results: list[StreamResult]) -> None:
         arrays["indptr"] = np.cumsum([0, *(len(item) for item in features)])
         arrays["indices"] = np.concatenate([item.indices for item in features])
         arrays["values"] = np.concatenate([item.values for item in features])
-    try:
-        np.savez(path, **arrays)
-    except OSError as error:
-        raise exceptions.InputError(f"cannot write {path}: {error.strerror}") from error
+    write_arrays(path, arrays)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from monofacet import _exceptions as exceptions
 from monofacet._types import FeatureCard, FeatureDetail, FeatureQuery, ModalityLabel
+from monofacet.cli._out import check_folder
 from monofacet.cli._session import Session, connected, print_json
 
 COLOURS = {
@@ -49,6 +50,7 @@ def features(
     save_images: Annotated[Path | None, typer.Option(help="With FEATURE: write its images here.")] = None,
 ) -> None:
     """List the features of a dictionary and what they are about, or show one of them."""
+    check_folder(save_images)
     if feature is not None:
         detail = session.client.feature(feature, dictionary=dictionary)
         if session.as_json:

@@ -13,6 +13,7 @@ from rich.table import Table
 from monofacet import _exceptions as exceptions
 from monofacet._types import FilteredImage, FilterResult, Verdict
 from monofacet.cli._inputs import read_inputs, shorten
+from monofacet.cli._out import check_out, write_arrays
 from monofacet.cli._session import Session, connected, print_json
 
 COLOURS = {Verdict.CLEAN: "green", Verdict.ADVERSARIAL: "red"}
@@ -46,13 +47,17 @@ def filter_images(
     top: Annotated[int, typer.Option(min=0, max=1000, help="Suspicious features listed an image.")] = 5,
     truncate: Annotated[bool, typer.Option(help="Cut long labels instead of refusing them.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Write ids, verdicts, scores and both embeddings to this .npz file.")
+        Path | None,
+        typer.Option(
+            help="Write ids, verdicts, scores and both embeddings to this .npz file; - for standard output."
+        ),
     ] = None,
 ) -> None:
     """Tell adversarial images from clean ones, and filter what an attack moved out of their embeddings.
 
     CLEAN means that nothing was found; an attacker who knows the defence can see to that.
     """
+    check_out(session, out)
     labelled = read_inputs(images, ())
     texts = [value for _, value in labelled if isinstance(value, str)]
     if texts:
@@ -108,14 +113,11 @@ def _features(image: FilteredImage) -> str:
 
 
 def _save(path: Path, names: list[str], result: FilterResult) -> None:
-    try:
-        np.savez(
-            path,
-            ids=np.array(names),
-            adversarial=np.array([image.adversarial for image in result.images]),
-            scores=np.array([image.score for image in result.images], np.float32),
-            before=np.stack([image.before for image in result.images]),
-            after=np.stack([image.after for image in result.images]),
-        )
-    except OSError as error:
-        raise exceptions.InputError(f"cannot write {path}: {error.strerror}") from error
+    arrays = {
+        "ids": np.array(names),
+        "adversarial": np.array([image.adversarial for image in result.images]),
+        "scores": np.array([image.score for image in result.images], np.float32),
+        "before": np.stack([image.before for image in result.images]),
+        "after": np.stack([image.after for image in result.images]),
+    }
+    write_arrays(path, arrays)

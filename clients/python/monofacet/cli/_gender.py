@@ -29,6 +29,7 @@ from monofacet._types import (
 )
 from monofacet.cli._gender_page import VERDICTS, page
 from monofacet.cli._inputs import Inputs, Texts, Truncate, read_inputs, shorten
+from monofacet.cli._out import STDOUT, check_out, write_out
 from monofacet.cli._session import Session, connected, print_json
 
 app = typer.Typer(
@@ -182,13 +183,14 @@ def audit(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random.")] = None,
     truncate: Truncate = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with tables and plots here.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with tables and plots here; - for standard output.")
+    ] = None,
 ) -> None:
     """Audit what an ablation does to labelled inputs of your own; by default of the 16 most gendered features."""
+    check_out(session, html, is_text=True)
     unreadable: list[str] = []
     rows = read_labels(labels, unreadable if skip_bad else None)
-    if html is not None and not html.parent.is_dir():
-        raise exceptions.InputError(f"there is no folder {html.parent}")
     asked = chosen(features, label, top, mode, dictionary) or Ablation(
         top_gender_features=16, mode=mode, dictionary=dictionary
     )
@@ -211,12 +213,12 @@ def audit(
     )
     result = session.client.audit_gender(items, settings)
     if html is not None:
-        _write(html, page(result))
+        write_out(html, page(result).encode())
     if session.as_json:
         print_json(result)
     else:
         _show(session, result)
-        if html is not None:
+        if html is not None and html != STDOUT:
             session.progress.print(f"the page is {html}")
     for name in unreadable:
         session.progress.print(f"left out: {name}")
@@ -329,13 +331,6 @@ def _readable(items: list[LabelledItem], skip: bool, unreadable: list[str]) -> I
                 unreadable.append(str(error))
                 continue
         yield item
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise exceptions.InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _show(session: Session, result: AuditResult) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ from monofacet.cli._edits import (
 )
 from monofacet.cli._grid import grid
 from monofacet.cli._inputs import Truncate
+from monofacet.cli._out import STDOUT, check_folder, check_out, write_out
 from monofacet.cli._session import FAILED, Session, connected, error_as_dict, print_json
 
 
@@ -42,7 +44,10 @@ def generate(
     session: Session,
     prompt: Annotated[str, typer.Argument(help="What to draw.")] = "",
     out: Annotated[
-        Path, typer.Option(help="PNG to write: one image as the server made it, several as a grid.")
+        Path,
+        typer.Option(
+            help="PNG to write: one image as the server made it, several as a grid; - for standard output."
+        ),
     ] = Path("generated.png"),
     folder: Annotated[
         Path | None, typer.Option(help="Also write every image by itself into this folder.")
@@ -85,9 +90,8 @@ def generate(
 
     An edit is features (--label or --feature) and a target (--from-image, --from-text, --quantile or --scale).
     """
-    for place in (out.parent, *([folder.parent] if folder is not None else [])):
-        if not place.is_dir():
-            raise exceptions.InputError(f"there is no folder {place}")
+    check_out(session, out)
+    check_folder(folder)
     if like is not None:
         result = _watched(session, lambda told: session.client.generate_like(like, on_event=told))
     else:
@@ -142,14 +146,16 @@ def _watched(
 
 
 def _write(result: GenerationResult, made: list[GeneratedImage], out: Path, folder: Path | None) -> None:
+    if len(made) == 1:
+        write_out(out, made[0].data)
+    else:
+        rows = [result.images] + ([result.twins] if result.twins else [])
+        sheet = io.BytesIO()
+        grid([[one.image if one.ok else None for one in row] for row in rows]).save(sheet, "PNG")
+        write_out(out, sheet.getvalue())
     try:
-        if len(made) == 1:
-            out.write_bytes(made[0].data)
-        else:
-            rows = [result.images] + ([result.twins] if result.twins else [])
-            grid([[one.image if one.ok else None for one in row] for row in rows]).save(out, "PNG")
         if folder is not None:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             for one in made:
                 twin = "-unsteered" if one.unsteered else ""
                 (folder / f"{one.index:02d}-seed-{one.seed}{twin}.png").write_bytes(one.data)
@@ -177,7 +183,7 @@ def _report(session: Session, result: GenerationResult, out: Path | None) -> Non
         seconds = f"{image.timings.queue:.1f} + {image.timings.inference:.1f}"
         table.add_row(name, str(image.seed), f"{image.delta:.3f}" if image.delta else "-", seconds)
     session.console.print(table)
-    if out is not None:
+    if out is not None and out != STDOUT:
         session.console.print(f"written to {escape(str(out))}")
 
 

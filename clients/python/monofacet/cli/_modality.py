@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,7 @@ from monofacet._tables import Row, TableError, help_text, picture_folder, read_c
 from monofacet._types import ClassificationResult, FeatureCard, ModalityLabel, ModalityTable, ScoreSettings
 from monofacet.cli._features import COLOURS, card_table
 from monofacet.cli._inputs import Inputs, Texts, Truncate, read_inputs, shorten
+from monofacet.cli._out import check_out, write_out
 from monofacet.cli._session import Session, connected, print_json
 
 
@@ -40,7 +42,10 @@ def modality(
     bootstrap: Annotated[int | None, typer.Option(help="Bootstrap samples over pairs.")] = None,
     shuffles: Annotated[int | None, typer.Option(help="Shuffles for the p-value of co-activation.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of both.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With --pairs: write the table to this CSV file.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With --pairs: write the table to this CSV file; - for standard output."),
+    ] = None,
 ) -> None:
     """Tell whether inputs activate features about images, texts or both; or score features on your own pairs."""
     if pairs is not None:
@@ -54,6 +59,7 @@ def modality(
             seed=seed,
             truncate_text=truncate,
         )
+        check_out(session, out, is_text=True)
         _score(session, pairs, settings, out)
         return
     labelled = read_inputs(inputs or (), text or ())
@@ -128,10 +134,8 @@ def _write_table(path: Path, table: ModalityTable) -> None:
         for card in table.cards:
             yield {name: getattr(card, name) for name in FeatureCard.__dataclass_fields__}
 
-    try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(FeatureCard.__dataclass_fields__))
-            writer.writeheader()
-            writer.writerows(rows())
-    except OSError as error:
-        raise exceptions.InputError(f"cannot write {path}: {error.strerror}") from error
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(FeatureCard.__dataclass_fields__))
+    writer.writeheader()
+    writer.writerows(rows())
+    write_out(path, file.getvalue().encode())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import inspect
 import io
 import json
-import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ from monofacet._client import Client
 from monofacet._config import TLS, Timeout
 
 FAILED, BAD_INPUT, NOT_AVAILABLE, NOT_ALLOWED, INTERRUPTED = 1, 3, 4, 5, 130
+# As of a program that SIGPIPE ended: `monofacet encode pictures/ --json | head -1`.
+PIPE_CLOSED = 141
 
 EXIT_CODES: tuple[tuple[type[exceptions.MonofacetError], int], ...] = (
     (exceptions.InputError, BAD_INPUT),
@@ -96,6 +99,35 @@ class Session:
     progress: rich.console.Console
 
 
+class Console(rich.console.Console):
+    """A console that ends the command where its reader has gone."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave in silence; rich leaves with 1, which says that the server failed."""
+        leave_pipe()
+
+
+def leave_pipe() -> NoReturn:
+    """Leave in silence: whoever read the output has seen enough.
+
+    Raises
+    ------
+    SystemExit
+        With the code that a shell gives for SIGPIPE.
+    """
+    # What is still buffered would be written at the end, and fail once more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    raise SystemExit(PIPE_CLOSED)
+
+
+def settle_streams() -> None:
+    """Have text that the terminal's encoding lacks shown as escapes, where Python would raise an error."""
+    for stream in (sys.stdout, sys.stderr):
+        # Names of files too, which may be no UTF-8.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def connected(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command its session, and the options that the session takes.
 
@@ -124,19 +156,19 @@ def connected(command: Callable[..., None]) -> Callable[..., None]:
         as_json: bool,
         **own: Any,
     ) -> None:
-        # Retries are logged as warnings; here the outcome is what counts.
-        logging.getLogger("stamina").setLevel(logging.ERROR)
-        # The name of a file may be no UTF-8; shown as an escape it is readable, and in JSON still itself.
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")
+        settle_streams()
+        # gRPC's own notes on connections; what they mean for the call is reported here.
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
         keys = TLS(ca=ca, certificate=cert, key=key) if (ca or cert or key) and tls is not False else tls
         try:
             limits = Timeout() if timeout is None else Timeout(call=timeout, stream=timeout)
             with Client(target, token=token, tls=keys, timeout=limits, bundle=served_bundle) as client:
-                out, err = rich.console.Console(), rich.console.Console(stderr=True)
+                out, err = Console(), Console(stderr=True)
                 command(Session(client, timeout, as_json, out, err), **own)
         except exceptions.MonofacetError as error:
             fail(error, as_json, target)
+        except BrokenPipeError:
+            leave_pipe()
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
 
@@ -185,7 +217,7 @@ def fail(error: exceptions.MonofacetError, as_json: bool, target: str) -> NoRetu
     if as_json:
         print_json({"error": error_as_dict(error)}, sys.stderr)
     else:
-        console = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         advice = _advice(error, target)
         if advice:
@@ -243,11 +275,11 @@ def print_json(value: Any, file: Any = None) -> None:
     file
         Default standard output.
     """
-    print(
-        json.dumps(value, default=_plain, ensure_ascii=False, allow_nan=False),
-        file=file or sys.stdout,
-        flush=True,
-    )
+    file = file or sys.stdout
+    # In UTF-8 only a lone surrogate is escaped on the way, as \udcff, which is JSON. Other encodings lack characters,
+    # and Python's escapes of those, such as \xe9, are not.
+    is_utf8 = codecs.lookup(file.encoding or "ascii").name == "utf-8"
+    print(json.dumps(value, default=_plain, ensure_ascii=not is_utf8, allow_nan=False), file=file, flush=True)
 
 
 def _plain(value: Any) -> Any:
