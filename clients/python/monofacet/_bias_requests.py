@@ -9,13 +9,14 @@ from monofacet import _exceptions as exceptions
 from monofacet._inputs import MAX_REQUEST_BYTES, Input, sendable, to_input
 from monofacet._requests import label_value, set_given
 from monofacet._types import Ablation, AblationMode, AuditSettings, Gender
+from monofacet._types.brief import Brief
 from monofacet.v1 import bias_service_pb2, common_pb2
 
 __all__ = ["ItemBatcher", "LabelledItem", "ablation_message", "audit_settings", "classify_gender"]
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledItem:
+@dataclass(frozen=True, slots=True, repr=False)
+class LabelledItem(Brief):
     """An input with what is known of it.
 
     Attributes

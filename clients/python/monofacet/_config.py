@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -93,7 +93,7 @@ class TLS:
 
     ca: str | Path | bytes | None = None
     certificate: str | Path | bytes | None = None
-    key: str | Path | bytes | None = None
+    key: str | Path | bytes | None = field(default=None, repr=False)
     server_name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
@@ -172,7 +172,7 @@ class Connection:
     """
 
     target: str
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     tls: TLS | bool | None = None
 
     def __post_init__(self) -> None:

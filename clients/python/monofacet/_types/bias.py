@@ -6,6 +6,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from monofacet._types.brief import Brief
 from monofacet._types.encoding import Floats, Timings
 from monofacet._types.modality import ModalityLabel
 
@@ -54,8 +55,8 @@ class AuditVerdict(enum.StrEnum):
     EFFECT = "EFFECT"
 
 
-@dataclass(frozen=True, slots=True)
-class Ablation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Ablation(Brief):
     """Which features are removed from an embedding, and how. One of the first three is set, except with LEACE.
 
     Attributes
@@ -90,8 +91,8 @@ class Ablation:
         return f"{what}, {self.mode}"
 
 
-@dataclass(frozen=True, slots=True)
-class GenderScore:
+@dataclass(frozen=True, slots=True, repr=False)
+class GenderScore(Brief):
     """The gender score of one embedding.
 
     Attributes
@@ -109,8 +110,8 @@ class GenderScore:
     p_woman_calibrated: float
 
 
-@dataclass(frozen=True, slots=True)
-class GenderClassification:
+@dataclass(frozen=True, slots=True, repr=False)
+class GenderClassification(Brief):
     """How gendered one input is.
 
     Attributes
@@ -129,8 +130,8 @@ class GenderClassification:
     ablated_features: int
 
 
-@dataclass(frozen=True, slots=True)
-class GenderResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class GenderResult(Brief):
     """The classifications of a batch, in the order of the inputs.
 
     Attributes
@@ -155,8 +156,8 @@ class GenderResult:
         return len(self.classifications)
 
 
-@dataclass(frozen=True, slots=True)
-class AuditSettings:
+@dataclass(frozen=True, slots=True, repr=False)
+class AuditSettings(Brief):
     """How ablations are audited. What is None takes the server's default; a result's own settings have no None.
 
     Attributes
@@ -184,8 +185,8 @@ class AuditSettings:
     truncate_text: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+@dataclass(frozen=True, slots=True, repr=False)
+class Estimate(Brief):
     """A figure with its 95% bootstrap interval over clusters; None where it is undefined."""
 
     value: float | None
@@ -193,8 +194,8 @@ class Estimate:
     high: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+@dataclass(frozen=True, slots=True, repr=False)
+class Change(Brief):
     """A figure before and after an ablation, and the paired difference, after minus before."""
 
     before: Estimate
@@ -202,8 +203,8 @@ class Change:
     difference: Estimate
 
 
-@dataclass(frozen=True, slots=True)
-class GenderMeasures:
+@dataclass(frozen=True, slots=True, repr=False)
+class GenderMeasures(Brief):
     """The figures of an audit at one threshold, all in [0, 1].
 
     Attributes
@@ -232,8 +233,8 @@ class GenderMeasures:
     skew: Change
 
 
-@dataclass(frozen=True, slots=True)
-class ProfessionAudit:
+@dataclass(frozen=True, slots=True, repr=False)
+class ProfessionAudit(Brief):
     """The figures of one profession, at the threshold 0.
 
     Attributes
@@ -255,8 +256,8 @@ class ProfessionAudit:
     p_woman: Change
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class NullTest:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class NullTest(Brief):
     """An ablation against random feature sets of the same size and of like firing rates and energies.
 
     Attributes
@@ -275,8 +276,8 @@ class NullTest:
     p: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class AblationAudit:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class AblationAudit(Brief):
     """The audit of one ablation.
 
     Attributes
@@ -320,8 +321,8 @@ class AblationAudit:
     neighbours_kept: float
 
 
-@dataclass(frozen=True, slots=True)
-class SkippedItem:
+@dataclass(frozen=True, slots=True, repr=False)
+class SkippedItem(Brief):
     """An item that was left out: its place in the stream, its id, and why."""
 
     index: int
@@ -330,8 +331,8 @@ class SkippedItem:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class AuditResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class AuditResult(Brief):
     """The audit of the caller's items.
 
     Attributes

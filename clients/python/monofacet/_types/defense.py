@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from monofacet._types.brief import Brief
 from monofacet._types.encoding import Floats, Timings
 from monofacet._types.modality import ModalityLabel
 
@@ -53,8 +54,8 @@ class SuspicionReason(enum.StrEnum):
     UNSTABLE = "UNSTABLE"
 
 
-@dataclass(frozen=True, slots=True)
-class DetectionScores:
+@dataclass(frozen=True, slots=True, repr=False)
+class DetectionScores(Brief):
     """What a verdict is made of; larger is more suspicious.
 
     Attributes
@@ -76,8 +77,8 @@ class DetectionScores:
     instability: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SuspiciousFeature:
+@dataclass(frozen=True, slots=True, repr=False)
+class SuspiciousFeature(Brief):
     """A suspicious feature of an image.
 
     Attributes
@@ -98,8 +99,8 @@ class SuspiciousFeature:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class ZeroShotLabel:
+@dataclass(frozen=True, slots=True, repr=False)
+class ZeroShotLabel(Brief):
     """The text that an embedding is nearest to.
 
     Attributes
@@ -118,8 +119,8 @@ class ZeroShotLabel:
     similarity: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FilteredImage:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class FilteredImage(Brief):
     """What was found of one image.
 
     Attributes
@@ -163,8 +164,8 @@ class FilteredImage:
         return self.verdict is Verdict.ADVERSARIAL
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FilterResult:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class FilterResult(Brief):
     """The verdicts on a batch, in the order of the images.
 
     Attributes

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from monofacet import _exceptions as exceptions
+from monofacet._types.brief import Brief
 
 __all__ = [
     "EncodeResult",
@@ -20,8 +21,8 @@ __all__ = [
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
+@dataclass(frozen=True, slots=True, repr=False)
+class Timings(Brief):
     """Where a call's time went on the server.
 
     Attributes
@@ -36,8 +37,8 @@ class Timings:
     inference: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SparseFeatures:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class SparseFeatures(Brief):
     """The active features of one input.
 
     Attributes
@@ -75,8 +76,8 @@ class SparseFeatures:
         return z
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class EncodeResult:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class EncodeResult(Brief):
     """Embeddings and features of a batch, in the order of the inputs.
 
     Attributes
@@ -104,8 +105,8 @@ class EncodeResult:
         return len(self.norms)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StreamResult:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class StreamResult(Brief):
     """The answer to one item of a stream: an embedding, or an error of this item alone.
 
     Attributes

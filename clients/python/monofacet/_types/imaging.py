@@ -11,6 +11,7 @@ import PIL.Image
 from monofacet import _exceptions as exceptions
 from monofacet._inputs import Image, Input
 from monofacet._pictures import decode
+from monofacet._types.brief import Brief
 from monofacet._types.encoding import Floats, SparseFeatures, Timings
 from monofacet._types.modality import ModalityLabel
 
@@ -27,8 +28,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class SteeringEdit:
+@dataclass(frozen=True, slots=True, repr=False)
+class SteeringEdit(Brief):
     """Moves the activations of features towards a target: z' = (1 - strength) z + strength * target.
 
     Exactly one of `scale`, `quantile` and `reference` is set.
@@ -112,8 +113,8 @@ class GenerateOptions(TypedDict, total=False):
     truncate: bool
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationProgress:
+@dataclass(frozen=True, slots=True, repr=False)
+class GenerationProgress(Brief):
     """How far the images of a call are.
 
     Attributes
@@ -136,8 +137,8 @@ class GenerationProgress:
         return sum(self.steps) / max(1, self.num_steps * len(self.steps))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class GenerationPreview:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class GenerationPreview(Brief):
     """A rough picture of an unfinished image.
 
     Attributes
@@ -156,8 +157,8 @@ class GenerationPreview:
     image: PIL.Image.Image
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class GeneratedImage:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class GeneratedImage(Brief):
     """A finished image, or why there is none.
 
     Attributes
@@ -203,8 +204,8 @@ class GeneratedImage:
 GenerationEvent: TypeAlias = GenerationProgress | GenerationPreview | GeneratedImage
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class GenerationResult:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class GenerationResult(Brief):
     """All images of a call.
 
     Attributes
@@ -225,16 +226,16 @@ class GenerationResult:
         return len(self.images)
 
 
-@dataclass(frozen=True, slots=True)
-class NearCaption:
+@dataclass(frozen=True, slots=True, repr=False)
+class NearCaption(Brief):
     """A caption and its cosine, in [-1, 1]."""
 
     text: str
     similarity: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class SteeringPreview:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class SteeringPreview(Brief):
     """What edits do to an embedding.
 
     Attributes

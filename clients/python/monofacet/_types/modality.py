@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from monofacet._types.brief import Brief
 from monofacet._types.encoding import Timings
 
 __all__ = [
@@ -87,8 +88,8 @@ class FeatureQuery(TypedDict, total=False):
     descending: bool
 
 
-@dataclass(frozen=True, slots=True)
-class FeatureCard:
+@dataclass(frozen=True, slots=True, repr=False)
+class FeatureCard(Brief):
     """What is known about one feature. A measure that is undefined is None.
 
     Attributes
@@ -139,8 +140,8 @@ class FeatureCard:
     win_rate_text: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class FeaturePage:
+@dataclass(frozen=True, slots=True, repr=False)
+class FeaturePage(Brief):
     """A page of features.
 
     Attributes
@@ -162,8 +163,8 @@ class FeaturePage:
     bundle: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageExample:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class ImageExample(Brief):
     """An image that activates a feature.
 
     Attributes
@@ -182,8 +183,8 @@ class ImageExample:
     activation: float
 
 
-@dataclass(frozen=True, slots=True)
-class TextExample:
+@dataclass(frozen=True, slots=True, repr=False)
+class TextExample(Brief):
     """A text that activates a feature.
 
     Attributes
@@ -199,8 +200,8 @@ class TextExample:
     activation: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FeatureDetail:
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class FeatureDetail(Brief):
     """One feature with what activates it most.
 
     Attributes
@@ -220,8 +221,8 @@ class FeatureDetail:
     bundle: str
 
 
-@dataclass(frozen=True, slots=True)
-class ActiveFeature:
+@dataclass(frozen=True, slots=True, repr=False)
+class ActiveFeature(Brief):
     """A feature that an input activates.
 
     Attributes
@@ -241,8 +242,8 @@ class ActiveFeature:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class ModalityClassification:
+@dataclass(frozen=True, slots=True, repr=False)
+class ModalityClassification(Brief):
     """How the energy of one input is spread.
 
     Attributes
@@ -263,8 +264,8 @@ class ModalityClassification:
     active_features: int
 
 
-@dataclass(frozen=True, slots=True)
-class ClassificationResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class ClassificationResult(Brief):
     """The classifications of a batch, in the order of the inputs.
 
     Attributes
@@ -286,8 +287,8 @@ class ClassificationResult:
         return len(self.classifications)
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreSettings:
+@dataclass(frozen=True, slots=True, repr=False)
+class ScoreSettings(Brief):
     """How pairs are scored. What is None takes the server's default; a table's own settings have no None.
 
     Attributes
@@ -315,8 +316,8 @@ class ScoreSettings:
     truncate_text: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ModalityTable:
+@dataclass(frozen=True, slots=True, repr=False)
+class ModalityTable(Brief):
     """The features of a dictionary, scored on the caller's pairs.
 
     Attributes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from monofacet._types.brief import Brief
+
 __all__ = [
     "DictionaryInfo",
     "Limits",
@@ -13,8 +15,8 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Tower:
+@dataclass(frozen=True, slots=True, repr=False)
+class Tower(Brief):
     """The CLIP model of a bundle.
 
     Attributes
@@ -38,8 +40,8 @@ class Tower:
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True)
-class DictionaryInfo:
+@dataclass(frozen=True, slots=True, repr=False)
+class DictionaryInfo(Brief):
     """A dictionary of a bundle.
 
     Attributes
@@ -70,8 +72,8 @@ class DictionaryInfo:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Runtime:
+@dataclass(frozen=True, slots=True, repr=False)
+class Runtime(Brief):
     """What a bundle runs on.
 
     Attributes
@@ -89,8 +91,8 @@ class Runtime:
     replicas: int
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+@dataclass(frozen=True, slots=True, repr=False)
+class Limits(Brief):
     """Every limit of the server; sizes in bytes, images in pixels, durations in seconds (0: none).
 
     Attributes
@@ -129,8 +131,8 @@ class Limits:
     max_queued_images: int
 
 
-@dataclass(frozen=True, slots=True)
-class Pipeline:
+@dataclass(frozen=True, slots=True, repr=False)
+class Pipeline(Brief):
     """The text-to-image pipeline.
 
     Attributes
@@ -167,8 +169,8 @@ class Pipeline:
     ready: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+@dataclass(frozen=True, slots=True, repr=False)
+class Model(Brief):
     """A bundle that the server serves.
 
     Attributes
