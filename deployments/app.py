@@ -5,185 +5,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import time
-from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from deployments import logs
-from deployments.batching import BatcherClosed, QueueFull
-from deployments.gateway.errors import EncoderUnavailable
-from deployments.generation_work import Events, Failed, GenerateWork, GeneratorInfo
 from deployments.process import (
-    computing_thread,
     confine_to_loopback,
-    give_back_memory,
-    keep_libraries_quiet,
 )
+from deployments.replicas import EncoderReplica, GeneratorReplica
 from deployments.served import Served, load_served, read_served
 from deployments.settings import Settings
-from deployments.work import EncoderFault, EncoderInfo, Reply, ScoreRequest, Work
-from services.errors import InvalidInput
-from services.tables import ModalityTable
+from deployments.work import EncoderFault, EncoderInfo
 
 log = logging.getLogger("monofacet")
 
 APP_NAME = "monofacet"
-# How much nicer loading the generator is than computing: what is asked for now comes before what is asked for later,
-# but a busy encoder must not keep it from ever being loaded.
-_LATER = 5
 # Seconds between two looks for the file that asks a gateway to drain.
 _DRAIN_POLL_S = 0.5
-
-
-class EncoderReplica:
-    """A replica of the encoder; ready once it is warm.
-
-    A replica that cannot be warmed stays, and says why: Serve would only start it again and again, and the
-    reason would drown.
-
-    Parameters
-    ----------
-    settings
-        Of the server.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        confine_to_loopback(settings)
-        keep_libraries_quiet()
-        logs.configure(settings.log_format, settings.log_level, "encoder")
-        self._encoder: Any = None
-        self._fault = EncoderFault("")
-        try:
-            self._encoder = _warm_encoder(settings)
-        except Exception as error:
-            log.exception("the encoder cannot be started")
-            self._fault = EncoderFault(f"{type(error).__name__}: {error}".splitlines()[0])
-
-    async def encode(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
-        """See `deployments.encoder.Encoder.encode`."""
-        if self._encoder is None:
-            unavailable = EncoderUnavailable("the model is not available; try later")
-            return Reply(tuple(unavailable for _ in works))
-        reply: Reply = await self._encoder.encode(works, remaining_s)
-        return reply
-
-    async def score(self, request: ScoreRequest) -> ModalityTable | InvalidInput | EncoderUnavailable:
-        """See `deployments.encoder.Encoder.score`."""
-        if self._encoder is None:
-            return EncoderUnavailable("the model is not available; try later")
-        answer: ModalityTable | InvalidInput = await self._encoder.score(request)
-        return answer
-
-    def info(self) -> EncoderInfo | EncoderFault:
-        """See `deployments.encoder.Encoder.info`; or why there is no encoder."""
-        if self._encoder is None:
-            return self._fault
-        info: EncoderInfo = self._encoder.info()
-        return info
-
-    async def __del__(self) -> None:
-        """Finish what is queued; Serve awaits this when it stops the replica."""
-        if getattr(self, "_encoder", None) is not None:
-            await self._encoder.close()
-
-
-def _warm_encoder(settings: Settings) -> Any:
-    # Imported in the replica: the process that only builds the application needs no torch.
-    with ThreadPoolExecutor(1) as beside:
-        # Hashing leaves the interpreter to the imports, which take longer.
-        verified = beside.submit(load_served, settings)
-        from deployments.encoder import Encoder
-        from deployments.model import TowerModel, load_dictionaries
-
-    def warm() -> Encoder:
-        bundle = verified.result()
-        log.info("loading")
-        model = TowerModel(bundle, settings)
-        log.info("loaded")
-        model.warm_up(settings.max_batch_items)
-        dictionaries = load_dictionaries(bundle)
-        give_back_memory()
-        log.info("warm")
-        return Encoder(settings, model, dictionaries)
-
-    with computing_thread(settings.compute_niceness) as thread:
-        return thread.submit(warm).result()
-
-
-class GeneratorReplica:
-    """A replica of the generator. It loads its pipeline in a thread, so that the rest need not wait for it.
-
-    Parameters
-    ----------
-    settings
-        Of the server.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        confine_to_loopback(settings)
-        logs.configure(settings.log_format, settings.log_level, "generator")
-        self._settings = settings
-        self._loading = computing_thread(settings.compute_niceness).submit(self._load)
-
-    def _load(self) -> tuple[Any, GeneratorInfo] | EncoderFault:
-        try:
-            # In a thread that gives way to the encoder's, without which nothing is served.
-            with computing_thread(min(19, self._settings.compute_niceness + _LATER)) as thread:
-                model = thread.submit(_warm_pipeline, self._settings).result()
-            from deployments.generator import Generator
-
-            return Generator(self._settings, model), model.info()
-        except Exception as error:
-            log.exception("the generator cannot be started")
-            return EncoderFault(f"{type(error).__name__}: {error}".splitlines()[0])
-
-    async def generate(self, work: GenerateWork, remaining_s: float | None) -> AsyncIterator[Events]:
-        """See `deployments.generator.Generator.generate`; what it raises comes as a last event."""
-        began = time.monotonic()
-        loaded = await asyncio.wrap_future(self._loading)
-        if isinstance(loaded, EncoderFault):
-            yield Events((Failed(EncoderUnavailable("the generator is not available; try later")),))
-            return
-        left = None if remaining_s is None else remaining_s - (time.monotonic() - began)
-        try:
-            async with aclosing(loaded[0].generate(work, left)) as messages:
-                async for message in messages:
-                    yield message
-        except (QueueFull, BatcherClosed) as error:
-            yield Events((Failed(error),))
-
-    async def info(self) -> GeneratorInfo | EncoderFault:
-        """Describe what it runs on, once it is warm; or say why it is not."""
-        loaded = await asyncio.wrap_future(self._loading)
-        return loaded if isinstance(loaded, EncoderFault) else loaded[1]
-
-    async def __del__(self) -> None:
-        """Finish what is there; Serve awaits this when it stops the replica."""
-        if hasattr(self, "_loading") and self._loading.done():
-            loaded = self._loading.result()
-            if not isinstance(loaded, EncoderFault):
-                await loaded[0].close()
-
-
-def _warm_pipeline(settings: Settings) -> Any:
-    # Imported here: nobody but this replica pays for diffusers.
-    with ThreadPoolExecutor(1) as beside:
-        verified = beside.submit(load_served, settings)
-        from deployments.generator import PipelineModel
-        from services.lean import import_pipelines, no_compiler
-
-        with no_compiler():
-            import_pipelines()
-            log.info("loading")
-            model = PipelineModel(verified.result(), settings)
-    give_back_memory()
-    log.info("warm")
-    return model
+# Serve has no use for what the gateway asks of replicas by this name.
+_UNASKED: Any = RequestRouterConfig(**cast(Any, {"request_routing_stats_period_s": 86_400.0}))
+# Seconds after which encoders that could not be warmed are asked again.
+_AGAIN_S = 5.0
 
 
 class GatewayReplica:
@@ -209,6 +55,7 @@ class GatewayReplica:
         from deployments.bundle_models import BundleModels
         from deployments.gateway.catalogue import Catalogue
         from deployments.gateway.server import GatewayServer
+        from deployments.watch import RayReplicas, Watch
 
         confine_to_loopback(settings)
         logs.configure(settings.log_format, settings.log_level, "gateway")
@@ -218,21 +65,31 @@ class GatewayReplica:
             BundleModels(self._server, bundle, encoder, generator)
             for bundle, encoder, generator in zip(served, encoders, generators, strict=True)
         ]
-        self._generating: list[asyncio.Task[None]] = []
+        handles = {name: handle for models in self._models for name, handle in models.handles.items()}
+        watch = Watch(RayReplicas(APP_NAME), handles, self._server.metrics)
+        self._tasks = [asyncio.create_task(watch.run())]
+        self._verdict: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         if settings.drain_file is not None:
             settings.drain_file.unlink(missing_ok=True)
             self._watching = asyncio.create_task(self._drain_once_there(settings.drain_file))
         self._ports = await self._server.open()
         log.info("listening")
-        self._warming = asyncio.create_task(self._serve_when_warm())
+        warming = asyncio.create_task(self._serve_when_warm())
+        warming.add_done_callback(self._warming_ended)
+        self._tasks.append(warming)
 
-    async def _serve_when_warm(self) -> str:
-        infos = await asyncio.gather(*(models.encoder_info() for models in self._models))
+    async def _serve_when_warm(self) -> None:
+        infos = await self._infos()
         # Only what was asked for is served: a bundle left out would be missed by its callers alone.
-        for models, info in zip(self._models, infos, strict=True):
-            if isinstance(info, EncoderFault):
-                log.error("not serving: %s: %s", models.bundle.encoder, info.why)
-                return f"{models.bundle.encoder}: {info.why}"
+        while faults := [
+            f"{models.bundle.encoder}: {info.why}"
+            for models, info in zip(self._models, infos, strict=True)
+            if isinstance(info, EncoderFault)
+        ]:
+            log.error("not serving: %s", faults[0])
+            self._decide(faults[0])
+            await asyncio.sleep(_AGAIN_S)
+            infos = await self._infos()
         await self._server.serve_all(
             [
                 models.backend(info)
@@ -241,8 +98,20 @@ class GatewayReplica:
             ]
         )
         log.info("serving")
-        self._generating = [asyncio.create_task(models.generate_when_warm()) for models in self._models]
-        return ""
+        self._tasks += [asyncio.create_task(models.generate_when_warm()) for models in self._models]
+        self._decide("")
+
+    async def _infos(self) -> list[EncoderInfo | EncoderFault]:
+        return list(await asyncio.gather(*(models.encoder_info() for models in self._models)))
+
+    def _decide(self, why: str) -> None:
+        if not self._verdict.done():
+            self._verdict.set_result(why)
+
+    def _warming_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("not serving", exc_info=error)
+            self._decide(f"{type(error).__name__}: {error}".splitlines()[0])
 
     async def _drain_once_there(self, file: Path) -> None:
         # Not `exists`, which raises where a folder on the way cannot be read.
@@ -256,8 +125,8 @@ class GatewayReplica:
         return self._ports
 
     async def warmed(self) -> str:
-        """Wait for the models; return why they cannot be served, or an empty string when they are."""
-        return await asyncio.shield(self._warming)
+        """Wait for the models; return why they cannot be served yet, or an empty string when they are."""
+        return await asyncio.shield(self._verdict)
 
     async def drain(self) -> bool:
         """See `GatewayServer.drain`."""
@@ -265,8 +134,7 @@ class GatewayReplica:
 
     async def __del__(self) -> None:
         """Drain; Serve awaits this when it stops the replica, whoever asked for it."""
-        warming = [self._warming] if hasattr(self, "_warming") else []
-        for task in (*warming, *getattr(self, "_generating", ())):
+        for task in getattr(self, "_tasks", ()):
             task.cancel()
         if hasattr(self, "_server"):
             await self._server.drain()
@@ -330,8 +198,10 @@ def build(settings: Settings) -> serve.Application:
     """
     served = read_served(settings)
     common: dict[str, Any] = {
-        "health_check_period_s": 10,
-        "health_check_timeout_s": 60,
+        # Three in a row must fail. The gateway's own watch is faster; this one is for what it does not see.
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 20,
+        "request_router_config": _UNASKED,
         "graceful_shutdown_timeout_s": settings.linger_s + settings.drain_s + 5.0,
     }
     gateway = _deployment(GatewayReplica).options(

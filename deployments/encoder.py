@@ -26,6 +26,7 @@ from deployments.audit import run_audit, until
 from deployments.audit_request import AuditRequest
 from deployments.batching import BatcherClosed, DeadlineExpired, GreedyBatcher, QueueFull
 from deployments.process import give_way
+from deployments.pulse import Activity
 from deployments.settings import Settings
 from deployments.work import BatchRecord, Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work
 from services.bias.audit import Audit
@@ -90,6 +91,8 @@ _Decoded = _Prepared | InvalidInput | _Failed
 _DECODED_TOGETHER = 4
 # Items from which on a larger batch gains little on a CPU: 4% from 8 to 32, with the embedded bundle's tower.
 _EFFICIENT = 8
+# Seconds for which a check of the model's health waits for its turn.
+_TRY_S = 12.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,7 @@ class Encoder:
         self._dictionaries = dictionaries
         self._records: list[BatchRecord] = []
         self._name = secrets.token_hex(8)
+        self.activity = Activity()
         self._closed = False
         self._messages = 0
         self._idle = asyncio.Event()
@@ -170,6 +174,8 @@ class Encoder:
         pool = partial(ThreadPoolExecutor, initializer=give_way, initargs=(settings.compute_niceness,))
         self._decoders = pool(settings.decode_threads, thread_name_prefix="decode")
         self._item_s = 0.0
+        # When the model last worked, as of the last check of its health.
+        self._tried = self.activity.worked
         # One thread: two forwards at once would only share the same cores.
         self._forward_thread = pool(1, thread_name_prefix="forward")
         # One thread here too: it bounds the dense activations in memory to those of one call.
@@ -272,6 +278,34 @@ class Encoder:
         )
         return score_pairs(images, texts, settings, group_numbers(request.groups), check)
 
+    async def check_health(self) -> None:
+        """Try the model, unless it has worked since the last time.
+
+        Raises
+        ------
+        EncoderFailed
+            When it is stuck.
+        Exception
+            Whatever the model raises.
+        """
+        if stuck := self.activity.stuck:
+            raise EncoderFailed(stuck)
+        if self.activity.worked > self._tried:
+            self._tried = self.activity.worked
+            return
+        tried = asyncio.get_running_loop().run_in_executor(self._forward_thread, self._try)
+        # A forward that runs first may take long, and is seen by its own time.
+        done, _ = await asyncio.wait([tried], timeout=_TRY_S)
+        if done:
+            await tried
+        elif stuck := self.activity.stuck:
+            raise EncoderFailed(stuck)
+
+    def _try(self) -> None:
+        with self.activity.running("forward"):
+            self._model.encode_texts(self._model.prepare("a", True)[None])
+        self._tried = self.activity.worked
+
     async def close(self) -> None:
         """Answer what has come, take no more, and free the towers. Scores that have not begun are given up."""
         self._closed = True
@@ -363,6 +397,10 @@ class Encoder:
         return await asyncio.get_running_loop().run_in_executor(self._forward_thread, self._forward, items)
 
     def _forward(self, items: list[_Prepared]) -> list[_Row]:
+        with self.activity.running("forward"):
+            return self._forward_now(items)
+
+    def _forward_now(self, items: list[_Prepared]) -> list[_Row]:
         started = time.perf_counter()
         rows: list[_Row | None] = [None] * len(items)
         for modality in Modality:

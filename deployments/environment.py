@@ -29,6 +29,8 @@ ENVIRONMENT = {
     # default, took 2.4% of a core of an idle server, more than any other process; nobody reads Serve's own metrics.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+    # A replica that failed three health checks does not come back, and is not asked to finish what it cannot.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # Ray keeps what its processes print in files, without a bound unless told.
     "RAY_ROTATION_MAX_BYTES": str(16 * 1024 * 1024),
     "RAY_ROTATION_BACKUP_COUNT": "1",

@@ -24,10 +24,13 @@ from numpy.typing import NDArray
 
 from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
 from deployments.generation_work import Event, Failed, Finished, GenerateWork, Preview, Progress
+from deployments.pulse import Activity
 from deployments.work import BatchRecord
 from services.errors import GenerationFailed, MonofacetError
 
 log = logging.getLogger("monofacet.generator")
+
+_LEAST_STUCK_S = 60.0
 
 
 class Sample(Protocol):
@@ -152,6 +155,8 @@ class Engine:
         self._steps = 0
         self._records: list[BatchRecord] = []
         self._closed = False
+        # A step of large pictures on a slow CPU takes seconds, and no other tells how many.
+        self.activity = Activity(_LEAST_STUCK_S)
         self._helper = ThreadPoolExecutor(1, thread_name_prefix="generator-helper")
         self._thread = threading.Thread(target=self._run, name="generator-steps", daemon=True)
         self._thread.start()
@@ -194,6 +199,13 @@ class Engine:
             records, self._records = tuple(self._records), []
         return records
 
+    def check_health(self) -> None:
+        """Raise GenerationFailed when a thread is dead or stuck."""
+        if not self._thread.is_alive():
+            raise GenerationFailed("the thread of the steps has ended")
+        if stuck := self.activity.stuck:
+            raise GenerationFailed(stuck)
+
     def close(self) -> None:
         """Take no more jobs, and wait for those that are there."""
         with self._lock:
@@ -206,7 +218,8 @@ class Engine:
         images: list[_Image] = []
         try:
             if self._alive(job):
-                samples, deltas = self._model.prepare(job.work)
+                with self.activity.running("preparation of a call"):
+                    samples, deltas = self._model.prepare(job.work)
                 for number, (sample, delta) in enumerate(zip(samples, deltas, strict=True)):
                     sample.preview = job.work.preview_every > 0
                     images.append(_Image(job, number, sample, delta, self._model.bytes_of(sample)))
@@ -298,7 +311,8 @@ class Engine:
     def _step(self, batch: list[_Image]) -> None:
         started = time.perf_counter()
         try:
-            self._model.step([image.sample for image in batch])
+            with self.activity.running("step"):
+                self._model.step([image.sample for image in batch])
         except BaseException:  # the thread must outlive the batch, or all later requests hang
             log.exception("a step failed")
             for image in batch:
@@ -323,7 +337,8 @@ class Engine:
         if not every or sample.index % every or sample.done or image.job.gone:
             return
         try:
-            pixels = self._model.preview(sample)
+            with self.activity.running("preview"):
+                pixels = self._model.preview(sample)
         except BaseException:  # one call's preview is not its neighbours' step
             log.exception("a preview cannot be made")
             self._fail(image.job, GenerationFailed("a preview of this call cannot be made"))
@@ -341,7 +356,8 @@ class Engine:
     def _finished(self, image: _Image) -> Finished:
         pixels, error = None, None
         try:
-            pixels = self._model.decode(image.sample)
+            with self.activity.running("decoding of a picture"):
+                pixels = self._model.decode(image.sample)
         except MonofacetError as caught:
             error = caught
         except BaseException:  # one image's failure is not its neighbours'

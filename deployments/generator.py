@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from deployments.batching import DeadlineExpired
 from deployments.generation import Engine, GenerationModel
 from deployments.generation_work import Event, Events, Failed, Finished, GenerateWork, GeneratorInfo
+from deployments.pulse import Activity
 from deployments.settings import Settings
 from services.bundle import Bundle
 from services.encoding.images import ImageLimits
@@ -160,6 +161,15 @@ class Generator:
                 yield Events(tuple(events), self._engine.take_records())
         finally:
             self._engine.cancel(job)
+
+    @property
+    def activity(self) -> Activity:
+        """What its threads are at."""
+        return self._engine.activity
+
+    def check_health(self) -> None:
+        """See `Engine.check_health`."""
+        self._engine.check_health()
 
     async def close(self) -> None:
         """Finish what is there."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray import exceptions as ray_errors
 from ray.serve import exceptions as serve_errors
 
+from deployments.batching import DeadlineExpired
 from deployments.gateway.errors import EncoderUnavailable
-from deployments.work import EncoderFault
+from deployments.work import EncoderFault, ReplicaFaulty
 
 log = logging.getLogger("monofacet.gateway")
 
@@ -27,7 +30,15 @@ GONE = (
 _PROBE_S = 2.0
 # Seconds between two questions to a deployment whose replicas die, and to one whose replica cannot be warmed.
 _AGAIN_S = 0.2
-_AGAIN_WHEN_FAULTY_S = 10.0
+_AGAIN_WHEN_FAULTY_S = 2.0
+# Seconds for which a call looks for a replica with a model beside those without, and between two looks.
+_LOOK_S = 5.0
+_LOOK_AGAIN_S = 0.1
+# A call to a replica ends before its caller's deadline, so that the gateway can still say why.
+_MARGIN = 0.05
+_MOST_MARGIN_S = 0.25
+# Seconds that a call may take whose caller set no deadline: a stream's chunk, on a slow tower.
+_LONGEST_S = 600.0
 
 
 class ModelHandle:
@@ -42,7 +53,7 @@ class ModelHandle:
     lost
         Called once for each death that was noticed.
     changed
-        Awaited with False when no replica is left, and with True when one answers again.
+        Awaited with False when no replica is left or all are hung, and with True when one answers again.
     """
 
     def __init__(
@@ -57,69 +68,167 @@ class ModelHandle:
         self._lost = lost
         self._changed = changed
         self._watch: asyncio.Task[None] | None = None
-        self.alive = True
+        self._left = True
+        self._hung = False
+        self._counted = False
+        self._told = True
+        self._calls: dict[object, float] = {}
+        self._answered = time.monotonic()
 
-    async def call(self, method: str, *args: Any) -> Any:
+    @property
+    def alive(self) -> bool:
+        """Whether a replica is left that is not hung."""
+        return self._left and not self._hung
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since anything was answered while something was in flight; 0 while nothing is."""
+        # Read by the thread that answers a scrape.
+        oldest = min(list(self._calls.values()), default=None)
+        return 0.0 if oldest is None else max(0.0, time.monotonic() - max(oldest, self._answered))
+
+    async def call(self, method: str, *args: Any, remaining_s: float | None = None) -> Any:
         """Call one replica; once more if it died, since every call can be repeated unharmed.
 
         While no replica is left the second try waits for the next one, as long as its caller does.
 
+        Parameters
+        ----------
+        method, args
+            What to call.
+        remaining_s
+            Seconds until the caller's deadline; None for none. The call ends a little earlier.
+
         Raises
         ------
         EncoderUnavailable
-            When the second replica died as well.
+            When the second replica died as well, none has a model, or none answered anything meanwhile.
+        DeadlineExpired
+            When there was no time left, though replicas answer.
         """
-        for attempt in (1, 2):
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(_within(remaining_s)):
+                with self._in_flight():
+                    return await self._call(method, args, began)
+        except TimeoutError:
+            if self._answered < began or not self.alive:
+                raise EncoderUnavailable("no replica of the model answered in time; try later") from None
+            raise DeadlineExpired from None
+
+    async def _call(self, method: str, args: tuple[Any, ...], began: float) -> Any:
+        deaths = 0
+        while True:
             response = getattr(self._handle, method).remote(*args)
             try:
-                return await response
+                answer = await response
             except GONE as error:
+                deaths += 1
                 log.warning(
-                    "no answer from the %s (%s), attempt %d", self._name, type(error).__name__, attempt
+                    "no answer from the %s (%s), attempt %d", self._name, type(error).__name__, deaths
                 )
-                self._notice()
+                self.notice()
+                if deaths == 2:
+                    break
+            except ReplicaFaulty:
+                # It answers at once, so Serve would send it more than the others until it is replaced.
+                self.notice()
+                if time.monotonic() - began > _LOOK_S:
+                    break
+                await asyncio.sleep(_LOOK_AGAIN_S)
             except asyncio.CancelledError:
                 response.cancel()
                 raise
+            except BaseException:
+                # An error is an answer, too.
+                self._answered = time.monotonic()
+                raise
+            else:
+                self._answered = time.monotonic()
+                return answer
         raise EncoderUnavailable("the model is not available; try later")
 
-    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+    async def stream(self, method: str, *args: Any, remaining_s: float | None = None) -> AsyncIterator[Any]:
         """Call a method of one replica that answers in a stream; once more if it died before its first answer.
 
         Leaving the iteration cancels the call at the replica.
 
+        Parameters
+        ----------
+        method, args, remaining_s
+            As for `call`.
+
         Raises
         ------
         EncoderUnavailable
-            When the second replica died as well, or the first one on the way.
+            When the second replica died as well, or the first one on the way, or none answered in time.
+        DeadlineExpired
+            As `call`.
         """
-        for attempt in (1, 2):
-            begun = False
-            response = getattr(self._handle.options(stream=True), method).remote(*args)
-            try:
-                async for message in response:
-                    begun = True
-                    yield message
-                return
-            except GONE as error:
-                log.warning(
-                    "no answer from the %s (%s), attempt %d", self._name, type(error).__name__, attempt
-                )
-                self._notice()
-                if begun:
+        began = time.monotonic()
+        within = _within(remaining_s)
+        with self._in_flight():
+            for attempt in (1, 2):
+                begun = False
+                response = getattr(self._handle.options(stream=True), method).remote(*args)
+                messages = aiter(response)
+                try:
+                    while True:
+                        # Not around the whole iteration: its body is the caller's.
+                        async with asyncio.timeout(began + within - time.monotonic()):
+                            message = await anext(messages, _END)
+                        if message is _END:
+                            return
+                        self._answered = time.monotonic()
+                        begun = True
+                        yield message
+                except GONE as error:
+                    log.warning(
+                        "no answer from the %s (%s), attempt %d", self._name, type(error).__name__, attempt
+                    )
+                    self.notice()
+                    if begun:
+                        break
+                except TimeoutError:
+                    if begun or self._answered >= began:
+                        raise DeadlineExpired from None
                     break
-            except serve_errors.RequestCancelledError:
-                # Serve's name for the cancellation of this very task.
-                raise asyncio.CancelledError from None
-            finally:
-                response.cancel()
+                except serve_errors.RequestCancelledError:
+                    # Serve's name for the cancellation of this very task.
+                    raise asyncio.CancelledError from None
+                finally:
+                    response.cancel()
         raise EncoderUnavailable("the model is not available; try later")
 
-    def _notice(self) -> None:
-        # One death fails every call that the replica had; it is counted once.
+    @contextmanager
+    def _in_flight(self) -> Iterator[None]:
+        key = object()
+        self._calls[key] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._calls[key]
+
+    async def set_hung(self, hung: bool) -> None:
+        """Say whether every replica is hung, or that one is well again."""
+        if hung and not self._hung:
+            log.error("every replica of the %s is hung", self._name)
+        self._hung = hung
+        await self._tell()
+
+    def notice(self, died: bool = True) -> None:
+        """Take notice that a replica is gone or has no model; `died` unless it may have been one too many."""
         if self._watch is None or self._watch.done():
-            self._lost()
+            self._counted = False
             self._watch = asyncio.create_task(self._until_back())
+        if died:
+            self._count()
+
+    def _count(self) -> None:
+        # One death fails every call that the replica had; it is counted once.
+        if not self._counted:
+            self._counted = True
+            self._lost()
 
     async def _until_back(self) -> None:
         """Say whether another replica answers; if none does, say so and wait for the next one."""
@@ -128,15 +237,18 @@ class ModelHandle:
         done, _ = await asyncio.wait([probe], timeout=_PROBE_S)
         if done:
             return
-        self.alive = False
+        self._left = False
+        self._count()
         log.error("no replica of the %s is left; waiting for the next", self._name)
-        await self._tell(False)
+        await self._tell()
         await probe
-        self.alive = True
-        await self._tell(True)
+        self._left = True
+        self._answered = time.monotonic()
+        await self._tell()
         log.warning("the %s is back after %.1f s", self._name, asyncio.get_running_loop().time() - began)
 
     async def _probe(self) -> None:
+        said = ""
         while True:
             try:
                 answer = await self._handle.info.remote()
@@ -149,9 +261,23 @@ class ModelHandle:
                 continue
             if not isinstance(answer, EncoderFault):
                 return
-            log.error("the %s cannot be started again: %s", self._name, answer.why)
+            if answer.why != said:
+                said = answer.why
+                log.error("the %s cannot be started again: %s", self._name, said)
             await asyncio.sleep(_AGAIN_WHEN_FAULTY_S)
 
-    async def _tell(self, alive: bool) -> None:
-        if self._changed is not None:
-            await self._changed(alive)
+    async def _tell(self) -> None:
+        if self.alive is not self._told and self._changed is not None:
+            self._told = self.alive
+            await self._changed(self.alive)
+
+
+# What ends a stream of messages, none of which it can be.
+_END = object()
+
+
+def _within(remaining_s: float | None) -> float:
+    """Return the seconds that a call to a replica may take."""
+    if remaining_s is None:
+        return _LONGEST_S
+    return max(0.0, remaining_s - min(_MOST_MARGIN_S, _MARGIN * remaining_s))

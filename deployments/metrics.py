@@ -7,6 +7,7 @@ and no multi-process mode is needed. The alert rules and the dashboard are gener
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -32,6 +33,8 @@ def geometric_buckets(first: float, last: float, factor: float = 2.0) -> tuple[f
 
 
 SECONDS = geometric_buckets(0.001, 60.0)
+# Of what may take minutes: generations, audits, and waiting for a generator.
+LONG_SECONDS = geometric_buckets(0.001, 1000.0)
 ITEMS = geometric_buckets(1, 256)
 
 
@@ -69,9 +72,9 @@ class Row(Generic[Kind]):
 REQUEST_DURATION = Row(
     Histogram,
     "monofacet_request_duration_seconds",
-    "From the first byte of a call to its status.",
-    ("method", "code"),
-    SECONDS,
+    "From the first byte of a call to its status; the bundle is empty for a call that ended before its own was known.",
+    ("method", "code", "bundle"),
+    LONG_SECONDS,
 )
 REQUESTS_IN_FLIGHT = Row(Gauge, "monofacet_requests_in_flight", "Calls in progress.", ("method",))
 ITEMS_TOTAL = Row(Counter, "monofacet_items_total", "Images and texts answered.", ("method",))
@@ -82,12 +85,13 @@ QUEUE_DURATION = Row(
     "monofacet_queue_duration_seconds",
     "From arrival at the gateway to the start of the first forward that holds the request.",
     ("deployment",),
-    SECONDS,
+    LONG_SECONDS,
 )
 QUEUE_ITEMS = Row(
     Gauge,
     "monofacet_queue_items",
-    "Items that the gateway let in and that are not answered yet: they wait for the deployment, or run there.",
+    "Items (of a generator: images) that the gateway let in and that are not answered yet: they wait for the "
+    "deployment, or run there.",
     ("deployment",),
 )
 DECODE_DURATION = Row(
@@ -127,6 +131,47 @@ REPLICA_RESTARTS = Row(
     "Replicas that this gateway found dead or gone.",
     ("deployment",),
 )
+# What may be in use at once, and is: a limit without its use says nothing, nor a use without its limit.
+LIMIT = Row(
+    Gauge,
+    "monofacet_limit",
+    "What this gateway lets a setting's resource be at most; the deployment is empty for what all share.",
+    ("limit", "deployment"),
+)
+LIMIT_USED = Row(Gauge, "monofacet_limit_used", "How much of a limit is in use now.", ("limit", "deployment"))
+# Of the replicas, as the gateway sees them.
+STALLED = Row(
+    Gauge,
+    "monofacet_stalled_seconds",
+    "How long work has been in flight at a deployment without any of it being answered; 0 while nothing is.",
+    ("deployment",),
+)
+REPLICAS_HUNG = Row(
+    Gauge,
+    "monofacet_replicas_hung",
+    "Replicas that do not answer, or whose model does not get anywhere. Each is ended and replaced.",
+    ("deployment",),
+)
+_REPLICA = ("deployment", "replica")
+REPLICAS_FAULTY = Row(
+    Gauge,
+    "monofacet_replicas_faulty",
+    "Replicas that could not load their model; the log says why.",
+    ("deployment",),
+)
+REPLICA_SILENT = Row(
+    Gauge,
+    "monofacet_replica_silent_seconds",
+    "How long a replica has owed an answer to the gateway.",
+    _REPLICA,
+)
+REPLICA_CPUS = Row(
+    Gauge, "monofacet_replica_cpus", "CPUs that a replica used over the last seconds.", _REPLICA
+)
+REPLICA_MEMORY = Row(Gauge, "monofacet_replica_memory_bytes", "Resident memory of a replica.", _REPLICA)
+REPLICA_GPU_MEMORY = Row(
+    Gauge, "monofacet_replica_gpu_memory_bytes", "Memory of its GPU that a replica holds.", _REPLICA
+)
 TLS_EXPIRY = Row(
     Gauge,
     "monofacet_tls_expiry_timestamp_seconds",
@@ -154,6 +199,15 @@ TABLE: tuple[Row[Any], ...] = (
     SERVING,
     DRAINING,
     REPLICA_RESTARTS,
+    LIMIT,
+    LIMIT_USED,
+    STALLED,
+    REPLICAS_HUNG,
+    REPLICAS_FAULTY,
+    REPLICA_SILENT,
+    REPLICA_CPUS,
+    REPLICA_MEMORY,
+    REPLICA_GPU_MEMORY,
     TLS_EXPIRY,
     TLS_REFUSED,
 )
@@ -190,5 +244,31 @@ class Metrics:
         self.serving = SERVING.make(r)
         self.draining = DRAINING.make(r)
         self.replica_restarts = REPLICA_RESTARTS.make(r)
+        self.limit = LIMIT.make(r)
+        self.limit_used = LIMIT_USED.make(r)
+        self.stalled = STALLED.make(r)
+        self.replicas_hung = REPLICAS_HUNG.make(r)
+        self.replicas_faulty = REPLICAS_FAULTY.make(r)
+        self.replica_silent = REPLICA_SILENT.make(r)
+        self.replica_cpus = REPLICA_CPUS.make(r)
+        self.replica_memory = REPLICA_MEMORY.make(r)
+        self.replica_gpu_memory = REPLICA_GPU_MEMORY.make(r)
         self.tls_expiry = TLS_EXPIRY.make(r)
         self.tls_refused = TLS_REFUSED.make(r)
+
+    def limited(self, name: str, limit: float, used: Callable[[], float], deployment: str = "") -> None:
+        """Show a limit beside its use.
+
+        Parameters
+        ----------
+        name
+            Of the setting.
+        limit
+            Its value.
+        used
+            How much is in use; called at every scrape, by another thread.
+        deployment
+            Whose it is; empty for what all share.
+        """
+        self.limit.labels(name, deployment).set(limit)
+        self.limit_used.labels(name, deployment).set_function(used)

@@ -152,6 +152,10 @@ class EncoderInfo:
     parameters: int
 
 
+class ReplicaFaulty(Exception):
+    """The replica has no model, so another one has to answer."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncoderFault:
     """Why an encoder could not be warmed: the kind of the error and its first line."""

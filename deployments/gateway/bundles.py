@@ -10,6 +10,7 @@ from typing import Any
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.encoder_client import Send
 from deployments.gateway.errors import UnknownModel
+from deployments.gateway.interceptors.chain import current_call
 from deployments.gateway.servicers.imaging import Stream
 from deployments.gateway.servicers.modality import Score
 from deployments.work import EncoderInfo
@@ -93,9 +94,18 @@ class Routed:
         By the bundle's name.
     resolve
         From what a request says to the bundle's name.
+    ids
+        Of the bundles, by name: told in the log and the metrics of each call.
     """
 
-    def __init__(self, service: Any, servicers: Mapping[str, Any], resolve: Callable[[str], str]) -> None:
+    def __init__(
+        self,
+        service: Any,
+        servicers: Mapping[str, Any],
+        resolve: Callable[[str], str],
+        ids: Mapping[str, str] | None = None,
+    ) -> None:
+        self._ids = ids or {}
         self._servicers = servicers
         self._resolve = resolve
         for method in service.methods:
@@ -103,7 +113,11 @@ class Routed:
 
     def _routed(self, method: Any) -> Callable[..., Any]:
         def of(bundle: str) -> Callable[..., Any]:
-            behaviour: Callable[..., Any] = getattr(self._servicers[self._resolve(bundle)], method.name)
+            name = self._resolve(bundle)
+            call = current_call.get()
+            if call is not None:
+                call.bundle = self._ids.get(name, "")
+            behaviour: Callable[..., Any] = getattr(self._servicers[name], method.name)
             return behaviour
 
         async def unary_unary(request: Any, context: Any) -> Any:

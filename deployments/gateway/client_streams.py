@@ -31,6 +31,11 @@ class ClientStreams:
         self._idle_s = idle_s
         self._streams = 0
 
+    @property
+    def streams(self) -> int:
+        """Streams in progress."""
+        return self._streams
+
     @contextmanager
     def admitted(self, messages: AsyncIterator[Message]) -> Iterator[AsyncIterator[Message]]:
         """Hold a stream's place from its first message, which says where it belongs, until it is answered.

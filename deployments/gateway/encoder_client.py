@@ -76,6 +76,9 @@ class EncoderClient:
             settings.overload_queue_s,
             settings.max_batch_items,
         )
+        metrics.limited(
+            "max_queued_items", settings.max_queued_items, lambda: self._backlog.items, deployment
+        )
         self._heard: dict[str, float] = {}
         self._gathered: GreedyBatcher[_Waiting, Encoded | Exception] = GreedyBatcher(
             self._send_all,

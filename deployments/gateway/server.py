@@ -158,6 +158,7 @@ class GatewayServer:
         )
         self._client_streams = ClientStreams(settings.max_client_streams, settings.client_stream_idle_s)
         self._health = Health(settings.max_watchers)
+        self._show_limits()
         self._certificate = open_certificate(
             settings, self.metrics.tls_expiry.set, self.metrics.tls_refused.inc
         )
@@ -177,6 +178,13 @@ class GatewayServer:
         self._model_servicer: ModelServicer | None = None
         self._health_server: Any = None
         self._metrics_server: Any = None
+
+    def _show_limits(self) -> None:
+        settings, shown = self._settings, self.metrics.limited
+        shown("max_concurrent_calls", settings.max_concurrent_calls, lambda: self._admission.calls)
+        shown("max_client_streams", settings.max_client_streams, lambda: self._client_streams.streams)
+        shown("max_held_bytes", settings.max_held_bytes, lambda: self._requests.bytes)
+        shown("max_streams", settings.max_streams, lambda: self._requests.streams)
 
     def _chain(self) -> Chain:
         settings, metrics = self._settings, self.metrics
@@ -315,7 +323,8 @@ class GatewayServer:
         }
         for descriptor, add in ROUTED:
             servicers = {name: servicers[descriptor.name] for name, servicers in made.items()}
-            add(Routed(descriptor, servicers, self._bundles.resolve), self._services)
+            ids = {name: self._bundles[name].bundle.id for name in self._bundles}
+            add(Routed(descriptor, servicers, self._bundles.resolve, ids), self._services)
         self._model_servicer = ModelServicer(self._bundles, backends, self._encoders, self._settings)
         model_service_pb2_grpc.add_ModelServiceServicer_to_server(self._model_servicer, self._services)
 

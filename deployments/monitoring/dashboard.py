@@ -139,6 +139,16 @@ def panels() -> dict[str, list[Panel]]:
                 "s",
             ),
             Panel(
+                "p99 by bundle",
+                "Of the unary calls. Two versions of one bundle at once only while a release is rolled out.",
+                {
+                    "{{bundle}}": quantile(
+                        0.99, m.REQUEST_DURATION, WINDOW, ("bundle",), job=OURS, method=unary(), bundle='!=""'
+                    )
+                },
+                "s",
+            ),
+            Panel(
                 "Items by method",
                 "Images and texts answered.",
                 {"{{method}}": rate(m.ITEMS_TOTAL, WINDOW, ("method",), job=OURS)},
@@ -153,7 +163,8 @@ def panels() -> dict[str, list[Panel]]:
             ),
             Panel(
                 "Items at a model",
-                "Waiting or running, as the gateways count them. Up to a few batches keep it busy; more is a queue.",
+                "Waiting or running, as the gateways count them; of a generator images. Up to a few batches keep it "
+                "busy; more is a queue.",
                 {"{{deployment}}": f"sum by (deployment) ({select(m.QUEUE_ITEMS, job=OURS)})"},
             ),
             Panel(
@@ -182,6 +193,60 @@ def panels() -> dict[str, list[Panel]]:
                 "Generation",
                 "Denoising steps a second, counted once an image.",
                 {"steps": rate(m.GENERATION_STEPS, WINDOW, (), job=OURS)},
+            ),
+        ],
+        "Replicas": [
+            Panel(
+                "Standing still",
+                "Seconds for which nothing of the work in flight was answered, and for which a replica owes an answer.",
+                {
+                    "{{deployment}}": f"max by (deployment) ({select(m.STALLED, job=OURS)})",
+                    "{{deployment}} {{replica}}": f"max by (deployment, replica) "
+                    f"({select(m.REPLICA_SILENT, job=OURS)})",
+                },
+                "s",
+            ),
+            Panel(
+                "Hung or without a model",
+                "The first are ended and replaced, the second start again until they find their bundle.",
+                {
+                    "{{deployment}} hung": f"max by (deployment) ({select(m.REPLICAS_HUNG, job=OURS)})",
+                    "{{deployment}} faulty": f"max by (deployment) ({select(m.REPLICAS_FAULTY, job=OURS)})",
+                },
+            ),
+            Panel(
+                "Limits in use",
+                "Share of what a gateway lets be in use at once; at 1 calls are refused or wait.",
+                {
+                    "{{limit}} {{deployment}} at {{instance}}": f"{select(m.LIMIT_USED, job=OURS)} / "
+                    f"{select(m.LIMIT, job=OURS)}"
+                },
+                "percentunit",
+            ),
+            Panel(
+                "CPUs",
+                "That each replica uses.",
+                {
+                    "{{deployment}} {{replica}}": f"max by (deployment, replica) ({select(m.REPLICA_CPUS, job=OURS)})"
+                },
+            ),
+            Panel(
+                "Memory",
+                "Resident bytes of each replica. It must not grow over days.",
+                {
+                    "{{deployment}} {{replica}}": f"max by (deployment, replica) "
+                    f"({select(m.REPLICA_MEMORY, job=OURS)})"
+                },
+                "bytes",
+            ),
+            Panel(
+                "GPU memory",
+                "That each replica holds.",
+                {
+                    "{{deployment}} {{replica}}": f"max by (deployment, replica) "
+                    f"({select(m.REPLICA_GPU_MEMORY, job=OURS)})"
+                },
+                "bytes",
             ),
         ],
         "Trouble": [

@@ -15,6 +15,7 @@ from monofacet import v1
 
 from deployments import metrics as m
 from deployments.monitoring.promql import calls, increase, quantile, rate, select
+from deployments.pulse import LATE_S
 from deployments.settings import Settings
 
 # Of the calls that a caller had a right to have answered, how many are.
@@ -33,13 +34,21 @@ SHED_RATIO = 0.05
 MIN_RATE = 0.1
 CERTIFICATE_DAYS = 14
 DAY_S = 86_400
-# Between two evaluations of a group.
+# Between two evaluations of a group, and of the group of failures, which are told within 15 s of their beginning where
+# the gateways are scraped every 5 s.
 INTERVAL_S = 30
+FAILURES_INTERVAL_S = 5
+# Seconds without any answer to the work in flight, of an encoder and of a generator: a step of large pictures may take
+# many.
+STALLED_S = 10
+GENERATOR_STALLED_S = 120
 
 # The caller did nothing wrong and has no answer.
 FAILED = '=~"INTERNAL|UNKNOWN|DATA_LOSS|UNAVAILABLE|DEADLINE_EXCEEDED"'
 # Overload, as opposed to one caller over its own limits.
 OVERLOAD = '=~"QUEUE_FULL|TOO_MANY_CALLS"'
+# With several bundles each has a generator of its own: `deployments.served.deployment_of`.
+_GENERATOR, _GENERATOR_NOT = '=~"generator(-.*)?"', '!~"generator(-.*)?"'
 ERROR_RATIO = "monofacet:error_ratio:rate"
 
 
@@ -117,9 +126,7 @@ def alerts() -> list[dict[str, Any]]:
     shed = f"{rate(m.REJECTED, '5m', reason=OVERLOAD)} / {calls(m.REQUEST_DURATION, '5m')}"
     ours = select(m.MODEL_INFO)
 
-    def waiting(operator: str) -> str:
-        # With several bundles each has a generator of its own: `deployments.served.deployment_of`.
-        deployment = f'{operator}"generator(-.*)?"'
+    def waiting(deployment: str) -> str:
         return quantile(0.95, m.QUEUE_DURATION, "10m", ("job", "deployment"), deployment=deployment)
 
     return [
@@ -150,7 +157,7 @@ def alerts() -> list[dict[str, Any]]:
         ),
         _alert(
             "MonofacetQueueLong",
-            f"{waiting('!~')} > {QUEUE_P95_S:g} or {waiting('=~')} > {GENERATOR_QUEUE_P95_S:g}",
+            f"{waiting(_GENERATOR_NOT)} > {QUEUE_P95_S:g} or {waiting(_GENERATOR)} > {GENERATOR_QUEUE_P95_S:g}",
             "10m",
             "warning",
             "Work waits long for a model.",
@@ -211,11 +218,53 @@ def alerts() -> list[dict[str, Any]]:
     ]
 
 
+def failures() -> list[dict[str, Any]]:
+    """Return the alerts of what stands still; they hold at once, since what they look at has waited already."""
+
+    def worst(row: m.Row[Any], **matchers: str) -> str:
+        return f"max by (job, deployment) ({select(row, **matchers)})"
+
+    stalled = (
+        f"{worst(m.STALLED, deployment=_GENERATOR_NOT)} > {STALLED_S} or "
+        f"{worst(m.STALLED, deployment=_GENERATOR)} > {GENERATOR_STALLED_S}"
+    )
+    return [
+        _alert(
+            "MonofacetReplicaHung",
+            f"{worst(m.REPLICA_SILENT)} > {LATE_S:g} or {worst(m.REPLICAS_HUNG)} > 0",
+            "0m",
+            "critical",
+            "A replica stands still.",
+            "A replica of the {{ $labels.deployment }} does not answer or its model is stuck. It is ended and "
+            "replaced; the gateway's log says what was seen.",
+        ),
+        _alert(
+            "MonofacetStalled",
+            stalled,
+            "0m",
+            "critical",
+            "Work is in flight and none of it is answered.",
+            "Nothing of what was sent to the {{ $labels.deployment }} was answered for "
+            "{{ $value | humanizeDuration }}.",
+        ),
+        _alert(
+            "MonofacetReplicaFaulty",
+            f"{worst(m.REPLICAS_FAULTY)} > 0",
+            "0m",
+            "critical",
+            "A replica cannot load its model.",
+            "{{ $value | humanize }} replicas of the {{ $labels.deployment }} have no model: the bundle is gone or was "
+            "changed, or memory is short; the log says which. Serve starts them again until they have.",
+        ),
+    ]
+
+
 def rules() -> dict[str, Any]:
     """Return the rule file, as Prometheus reads it."""
     return {
         "groups": [
             {"name": "monofacet.records", "interval": f"{INTERVAL_S}s", "rules": recording_rules()},
             {"name": "monofacet.alerts", "interval": f"{INTERVAL_S}s", "rules": alerts()},
+            {"name": "monofacet.failures", "interval": f"{FAILURES_INTERVAL_S}s", "rules": failures()},
         ]
     }

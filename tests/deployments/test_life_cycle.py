@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -19,10 +21,13 @@ from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import feature_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from prometheus_client.openmetrics.exposition import generate_latest
 
 from deployments.access.scopes import Scope
 from deployments.access.tokens import new_token
 from deployments.gateway.catalogue import Catalogue
+from deployments.gateway.interceptors.chain import Call
+from deployments.gateway.interceptors.requests import peer_of
 from deployments.gateway.server import SERVICES, GatewayServer
 from deployments.settings import Settings
 from services.bundle import Bundle
@@ -108,6 +113,7 @@ async def test_a_call_is_logged_with_its_holder_and_without_payload_or_token(ope
     ]
     with structlog.testing.capture_logs() as logged:
         async with open_gateway(tokens=line) as gateway:
+            bundle_id = gateway.server.bundle_id
             for request in requests:
                 call = gateway.features.Encode(request, metadata=headers)
                 await call.code()
@@ -115,9 +121,66 @@ async def test_a_call_is_logged_with_its_holder_and_without_payload_or_token(ope
     assert [entry["code"] for entry in calls] == ["OK", "INVALID_ARGUMENT", "INVALID_ARGUMENT"]
     assert [entry.get("reason") for entry in calls] == [None, "IMAGE_CORRUPT", "TEXT_TOO_LONG"]
     assert {(entry["token"], entry["request_id"]) for entry in calls} == {("alice", "seven")}
+    # Of the address and no port, and of the bundle: the id that the answers carry.
+    assert {entry["peer"] for entry in calls} == {"127.0.0.1"}
+    assert {entry.get("bundle") for entry in calls} == {bundle_id}
     assert {entry["method"] for entry in calls} == {"monofacet.v1.FeatureService/Encode"}
     assert "secret" not in repr(logged)
     assert token not in repr(logged)
+
+
+@pytest.mark.parametrize(
+    ("peer", "told"),
+    [
+        ("ipv4:10.0.0.7:51234", "10.0.0.7"),
+        ("ipv6:%5B2001:db8::1%5D:51234", "2001:db8::1"),
+        ("ipv6:[::1]:51234", "::1"),
+        ("unix:/tmp/s", "unix"),
+        ("unix:", "unix"),
+        ("", ""),
+    ],
+)
+def test_a_peer_is_told_by_its_address(peer: str, told: str) -> None:
+    context = SimpleNamespace(peer=lambda: peer)
+    assert peer_of(Call("a/B", context, None, False, False)) == told
+
+
+async def test_calls_are_measured_by_bundle_and_lead_to_their_line_in_the_log(open_gateway: Open) -> None:
+    name = "monofacet_request_duration_seconds_count"
+    method = "monofacet.v1.FeatureService/Encode"
+    async with open_gateway() as gateway:
+        await gateway.features.Encode(REQUEST, metadata=(("x-request-id", "seven"),))
+        # Its exemplar would be longer than OpenMetrics allows.
+        await gateway.features.Encode(REQUEST, metadata=(("x-request-id", "x" * 128),))
+        unknown = pb.EncodeRequest(inputs=REQUEST.inputs, bundle="nobody")
+        assert await gateway.features.Encode(unknown).code() is grpc.StatusCode.NOT_FOUND
+        assert gateway.sample(name, method=method, code="OK", bundle=gateway.server.bundle_id) == 2
+        assert gateway.sample(name, method=method, code="NOT_FOUND", bundle="") == 1
+        page = generate_latest(gateway.server.metrics.registry).decode()
+    exemplars = [line.partition(" # ")[2] for line in page.splitlines() if " # " in line]
+    assert any(line.startswith('{request_id="seven"}') for line in exemplars)
+    assert "x" * 128 not in page
+
+
+async def test_limits_are_shown_beside_their_use(open_gateway: Open) -> None:
+    async with open_gateway(max_concurrent_calls=7, max_queued_items=9) as gateway:
+
+        def shown(limit: str, deployment: str = "") -> tuple[float, float]:
+            labels = {"limit": limit, "deployment": deployment}
+            return gateway.sample("monofacet_limit", **labels), gateway.sample(
+                "monofacet_limit_used", **labels
+            )
+
+        assert shown("max_concurrent_calls") == (7, 0)
+        gateway.model.hold()
+        call = gateway.features.Encode(REQUEST)
+        assert await asyncio.to_thread(gateway.model.entered.acquire, timeout=60)
+        assert shown("max_concurrent_calls") == (7, 1)
+        assert shown("max_queued_items", "encoder") == (9, 1)
+        gateway.model.release()
+        await call
+        assert shown("max_queued_items", "encoder") == (9, 0)
+        assert shown("max_client_streams") == (4, 0)
 
 
 LOGGING = """

@@ -11,7 +11,8 @@ import typer
 from pydantic import ValidationError
 
 from deployments import serve
-from deployments.app import EncoderReplica, GatewayReplica, GeneratorReplica
+from deployments.app import GatewayReplica
+from deployments.replicas import EncoderReplica, GeneratorReplica
 from deployments.served import WrongBundle, load_served, read_served
 from deployments.settings import Settings
 from deployments.work import EncoderFault
@@ -59,8 +60,8 @@ def test_a_replica_refuses_another_whole_bundle_in_the_same_place(copy: Path) ->
 async def test_a_replica_that_starts_on_changed_weights_says_why_it_does_not_serve(
     copy: Path, replica: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.app.confine_to_loopback", lambda _: None)
-    monkeypatch.setattr("deployments.app.logs.configure", lambda *_: None)
+    monkeypatch.setattr("deployments.replicas.confine_to_loopback", lambda _: None)
+    monkeypatch.setattr("deployments.replicas.logs.configure", lambda *_: None)
     settings = settings_of(copy)
     change_weights(copy)
     made = replica(settings)

@@ -176,8 +176,8 @@ async def test_every_metric_is_served_on_one_port(open_gateway: Open) -> None:
         )
         bundle = gateway.server.bundle_id
     for line in (
-        f'monofacet_request_duration_seconds_count{{code="OK",method="{ENCODE}"}} 1.0',
-        f'monofacet_request_duration_seconds_count{{code="INVALID_ARGUMENT",method="{ENCODE}"}} 1.0',
+        f'monofacet_request_duration_seconds_count{{bundle="{bundle}",code="OK",method="{ENCODE}"}} 1.0',
+        f'monofacet_request_duration_seconds_count{{bundle="",code="INVALID_ARGUMENT",method="{ENCODE}"}} 1.0',
         f'monofacet_requests_in_flight{{method="{ENCODE}"}} 0.0',
         f'monofacet_items_total{{method="{ENCODE}"}} 1.0',
         'monofacet_queue_duration_seconds_count{deployment="encoder"} 1.0',

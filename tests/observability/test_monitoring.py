@@ -14,7 +14,7 @@ from deployments import metrics as m
 from deployments.chart import CHART, RULES, generated
 from deployments.monitoring.dashboard import WIDTH, dashboard
 from deployments.monitoring.promql import calls, rate, select
-from deployments.monitoring.rules import alerts, streaming_methods
+from deployments.monitoring.rules import alerts, failures, streaming_methods
 from tests.observability.tools import tool
 
 RULE_TESTS = Path(__file__).with_name("rules_test.yaml")
@@ -69,7 +69,7 @@ def test_the_alerts_fire_when_they_should_and_only_then() -> None:
 
 
 def test_every_alert_has_a_test_in_which_it_fires() -> None:
-    names = {alert["alert"] for alert in alerts()}
+    names = {alert["alert"] for alert in (*alerts(), *failures())}
     fired: set[str] = set()
     for case in yaml.safe_load(RULE_TESTS.read_text())["tests"]:
         fired |= {check["alertname"] for check in case.get("alert_rule_test", []) if check["exp_alerts"]}

@@ -12,6 +12,7 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -45,6 +46,8 @@ class Call:
         Its name in the log.
     token
         Who calls, once known; None where the server has no tokens.
+    bundle
+        Id of the bundle that the call is for, once known.
     """
 
     method: str
@@ -57,6 +60,7 @@ class Call:
     reason: str = ""
     request_id: str = ""
     token: Token | None = None
+    bundle: str = ""
 
     @property
     def caller(self) -> str:
@@ -69,6 +73,9 @@ def host_of(peer: str) -> str:
     kind, _, rest = unquote(peer).partition(":")
     return f"{kind}:{rest.rpartition(':')[0]}" if kind in ("ipv4", "ipv6") else peer
 
+
+# The call that this task answers: what lies within the layers can add to what is told of it.
+current_call: ContextVar[Call | None] = ContextVar("current_call", default=None)
 
 Layer = Callable[[Call], AbstractAsyncContextManager[None]]
 
@@ -143,6 +150,7 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
 
         async def behave(requests: Any, context: Any) -> Any:
             call = Call(method, context, requests, client_streaming, streaming)
+            current_call.set(call)
             async with AsyncExitStack() as stack:
                 for layer in group.layers:
                     await stack.enter_async_context(layer(call))

@@ -30,6 +30,11 @@ class Admission:
         self._idle = asyncio.Event()
         self._idle.set()
 
+    @property
+    def calls(self) -> int:
+        """Calls in progress."""
+        return self._calls.total()
+
     @asynccontextmanager
     async def layer(self, call: Call) -> AsyncIterator[None]:
         """Admit one call, or refuse it."""

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import grpc
 import structlog
 
-from deployments.gateway.interceptors.chain import Call
+from deployments.gateway.interceptors.chain import Call, host_of
 
 REQUEST_ID = "x-request-id"
 # What a caller may choose as a name; anything else could forge lines of a log.
@@ -30,6 +30,13 @@ def request_id_of(call: Call) -> str:
     return secrets.token_hex(8)
 
 
+def peer_of(call: Call) -> str:
+    """Return the address of who calls, without its port: the same caller has another one at each connection."""
+    # One on a Unix socket has none.
+    kind, _, address = host_of(call.context.peer() or "").partition(":")
+    return address.strip("[]") if kind in ("ipv4", "ipv6") else kind
+
+
 @asynccontextmanager
 async def requests_layer(call: Call) -> AsyncIterator[None]:
     """Name the call, send the name back, bind it to every line logged meanwhile, and log the outcome."""
@@ -45,7 +52,10 @@ async def requests_layer(call: Call) -> AsyncIterator[None]:
             "code": call.code.name,
             "ms": round((time.perf_counter() - started) * 1e3, 1),
             "request_id": call.request_id,
+            "peer": peer_of(call),
         }
+        if call.bundle:
+            fields["bundle"] = call.bundle
         if call.token is not None:
             fields["token"] = call.token.name
         if call.reason:

@@ -71,6 +71,10 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
         self._metrics = metrics
         self._bundle = catalogue.bundle.id
         self._name = catalogue.bundle.manifest.name
+        self._images = 0
+        if generate is not None:
+            # The limit is that of each replica, the use that of this gateway.
+            metrics.limited("max_queued_images", settings.max_queued_images, lambda: self._images, deployment)
 
     async def Generate(  # noqa: N802
         self, request: pb.GenerateRequest, context: Any
@@ -83,11 +87,23 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
             raise NoPipeline("this server makes no images; its setting `generator` is off")
         check_named_texts(texts_of(request), self._settings.max_text_bytes)
         work = work_of(request, self._settings.max_images)
-        async with aclosing(self._stream("generate", work, context.time_remaining())) as messages:  # type: ignore[type-var]
-            async for message in messages:
-                self._observe(message)
-                for event in message.events:
-                    yield await self._response(event, request, work, entry)
+        left = work.images
+        self._count(left)
+        try:
+            async with aclosing(self._stream("generate", work, context.time_remaining())) as messages:  # type: ignore[type-var]
+                async for message in messages:
+                    self._observe(message)
+                    for event in message.events:
+                        if isinstance(event, Finished):
+                            left -= 1
+                            self._count(-1)
+                        yield await self._response(event, request, work, entry)
+        finally:
+            self._count(-left)
+
+    def _count(self, images: int) -> None:
+        self._images += images
+        self._metrics.queue_items.labels(self._deployment).set(self._images)
 
     def _observe(self, message: Events) -> None:
         metrics = self._metrics

@@ -222,6 +222,36 @@ async def test_a_cancelled_call_stops_its_steps(open_gateway: Open) -> None:
         assert gateway.model.steps_of("leaving") <= 2
 
 
+async def test_images_that_wait_are_counted_beside_what_may_wait(open_gateway: Open) -> None:
+    async with open_gateway(max_queued_images=9) as gateway:
+
+        def counted() -> tuple[float, float, float]:
+            labels = {"limit": "max_queued_images", "deployment": "generator"}
+            return (
+                gateway.sample("monofacet_queue_items", deployment="generator"),
+                gateway.sample("monofacet_limit_used", **labels),
+                gateway.sample("monofacet_limit", **labels),
+            )
+
+        gateway.model.hold()
+        call = gateway.imaging.Generate(pb.GenerateRequest(prompt="a", seeds=[1, 2, 3]))
+        await asyncio.to_thread(gateway.model.let_one_step)
+        assert counted() == (3, 3, 9)
+        gateway.model.release()
+        await events(call)
+        assert counted() == (0, 0, 9)
+
+
+async def test_a_preview_that_breaks_is_told_and_the_next_call_is_answered(open_gateway: Open) -> None:
+    async with open_gateway() as gateway:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await events(gateway.imaging.Generate(pb.GenerateRequest(prompt="blind", preview_every=1)))
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert "secret" not in caught.value.details()
+        (*_, last) = await events(gateway.imaging.Generate(pb.GenerateRequest(prompt="next")))
+        assert last.HasField("image")
+
+
 async def test_a_deadline_is_kept(open_gateway: Open) -> None:
     async with open_gateway() as gateway:
         gateway.model.hold()
