@@ -69,6 +69,7 @@ def start_service(
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     until: re.Pattern[str] = READY,
+    prefix: Sequence[str] = (),
 ) -> Service:
     """Start a service and wait until it says that it is ready; once more when it was Ray that did not start.
 
@@ -84,6 +85,8 @@ def start_service(
         More environment variables.
     until
         What to wait for in its output, if not for the line that says where it is ready.
+    prefix
+        A command that runs it, as `unshare -m`.
 
     Raises
     ------
@@ -91,11 +94,11 @@ def start_service(
         With its output, when it ends or does not become ready in time.
     """
     try:
-        return _start(bundle, log, arguments, environment or {}, until)
+        return _start(bundle, log, arguments, environment or {}, until, prefix)
     except RuntimeError as error:
         if RAY_GAVE_UP not in str(error):
             raise
-    return _start(bundle, log, arguments, environment or {}, until)
+    return _start(bundle, log, arguments, environment or {}, until, prefix)
 
 
 def _start(
@@ -104,9 +107,10 @@ def _start(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     until: re.Pattern[str],
+    prefix: Sequence[str],
 ) -> Service:
     command = [
-        sys.executable, "-c", "from monofacet.cli import main; main()",
+        *prefix, sys.executable, "-c", "from monofacet.cli import main; main()",
         "serve", "--bundle", str(bundle), "--port", "0", "--metrics-port", "0", *arguments,
     ]  # fmt: skip
     with log.open("wb") as output:
