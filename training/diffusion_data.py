@@ -127,8 +127,8 @@ class Conditions:
     def equaliser(self, shrink: float = 0.01) -> Float[Tensor, "d d"]:
         """Return the matrix that gives embeddings an identity second moment, (M + shrink tr(M) / d I)^-1/2.
 
-        Embeddings of a small CLIP fill few of their dimensions, and their mean is far from zero: without this the
-        UNet's first layer sees little but the mean. Second moment and not covariance, so that zeros stay zeros.
+        Embeddings of a small CLIP fill few of their dimensions: without this the UNet's first layer sees little but
+        those. Second moment and not covariance, so that zeros stay zeros.
         Shrinkage keeps directions that carry only noise from being blown up.
         """
         both = torch.cat([self.images, self.texts[0]]).double()
