@@ -5,10 +5,10 @@ chooses on their held-out pairs, writes the bundle's ``bias/`` section with its 
 with every figure, and prints the tables. ``--test`` adds openmoji, once, at the end. No tower is run: embeddings are
 read.
 
-The ablation that is reported is the one that leaves the least skew of ungendered professions, drawings and texts, at
-recalibrated thresholds, among those that keep 95% of the retrieval of drawings that show no people. Where only drawings
-or only texts are of ungendered professions, theirs alone count; where none are, the AUC nearest to 0.5 chooses. The
-figures say which it was.
+The ablation that is reported is the one after which a classifier that is trained anew tells the genders least, on
+drawings and texts, among those that keep 95% of the retrieval of drawings that show no people. Where it can be
+trained on drawings or on texts only, theirs alone count; where on neither, the AUC nearest to 0.5 chooses. The figures
+say which it was.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TRAINING_ARTISTS = (*FIT, "validation")
 MIN_GROUP = 5
 SIDES = ("image", "text")
 # What may choose, the first that is defined, and its value where no gender is left.
-AIMS = {"skew_recalibrated": 0.0, "auc": 0.5}
+AIMS = {"probe": 0.5, "auc": 0.5}
 # Audited in full beside the chosen one.
 ALWAYS = (*(f"label {label.value}, zero" for label in LABELS), "LEACE", "counterparts 1", "round trip")
 
@@ -237,6 +237,7 @@ def audit_figures(found: Audit) -> dict[str, Any]:
     """Return an audit as JSON values; of the null its quantiles, not its draws."""
     return {
         "verdict": found.verdict.value,
+        "harms": list(found.harms),
         "auc": asdict(found.auc),
         "raw": {name: asdict(change) for name, change in found.raw.items()},
         "recalibrated": {name: asdict(change) for name, change in found.recalibrated.items()},

@@ -196,6 +196,7 @@ def audit_message(resolved: Resolved, audit: Audit) -> pb.AblationAudit:
         probe=change(audit.probe),
         kept=audit.kept,
         neighbours_kept=audit.neighbours_kept,
+        harms=audit.harms,
     )
     if audit.null_energy_ratio is not None:
         message.null_energy_ratio = audit.null_energy_ratio

@@ -1,9 +1,11 @@
 """`audit`: labelled items and an ablation in, what the ablation really did out.
 
-Three ways to fool oneself are closed. A shift of all scores raises one gender's recall and lowers the other's, so
-figures are repeated at recalibrated thresholds, and an effect must show in a figure that no shift can change.
+Four ways to fool oneself are closed. A shift of all scores raises one gender's recall and lowers the other's, so
+figures are repeated at recalibrated thresholds; a factor on all scores moves probabilities towards one half, so skew is
+then taken with the spread of the scores restored. An effect must show in a figure that neither can change.
 Removing any features changes scores, so the same figures are taken for matched random sets. And a score is one
-direction of many, so a classifier is trained anew on what is left.
+direction of many: a classifier is trained anew on what is left, and where it tells the genders as well as before, the
+score was silenced.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from services.bias.measures import (
     best_threshold,
     changes,
     resample_weights,
+    restored_scale,
     threshold_figures,
     weighted_auc,
 )
@@ -41,6 +44,14 @@ CURVE_POINTS = 101
 ROUNDING = 1e-6
 # With figures of their own, the first by name: the contract answers no more, and each takes a bootstrap.
 MAX_PROFESSIONS = 1_000
+# Figures at recalibrated thresholds that an ablation can make worse, and the sign of a change for the worse.
+HARMS = {
+    "worst_group_accuracy": -1,
+    "equal_opportunity_gap": 1,
+    "equalized_odds_gap": 1,
+    "demographic_parity_gap": 1,
+    "skew": 1,
+}
 # Whose items each figure of a profession is over.
 PROFESSION_ITEMS = {"accuracy": (WOMAN, MAN), "auc": (WOMAN, MAN), "p_woman": (UNGENDERED,)}
 
@@ -51,6 +62,7 @@ class Verdict(StrEnum):
     NO_EFFECT = "NO_EFFECT"
     THRESHOLD_ONLY = "THRESHOLD_ONLY"
     NOT_SPECIFIC = "NOT_SPECIFIC"
+    SILENCED = "SILENCED"
     EFFECT = "EFFECT"
 
 
@@ -95,6 +107,7 @@ class Audit:
     """What an ablation did; the contract's AblationAudit says what each field is."""
 
     verdict: Verdict
+    harms: tuple[str, ...]
     auc: Change
     raw: Mapping[str, Change]
     recalibrated: Mapping[str, Change]
@@ -194,8 +207,12 @@ def audit_scores(
         zero = np.zeros(len(weights))
         scale = settings.logit_scale
         raw.append([threshold_figures(s, labels, weights, zero, scale) for s in pair])
+        scales = [restored_scale(before, s, labels, weights, scale) for s in pair]
         recalibrated.append(
-            [threshold_figures(s, labels, weights, t, scale) for s, t in zip(pair, best, strict=True)]
+            [
+                threshold_figures(s, labels, weights, t, restored)
+                for s, t, restored in zip(pair, best, scales, strict=True)
+            ]
         )
         auc.append(
             [{"auc": weighted_auc(s[gendered], labels.woman[gendered], weights[:, gendered])} for s in pair]
@@ -209,8 +226,10 @@ def audit_scores(
             found["skew"] = found["skew"].without_intervals()
     auc_change = changes([b for b, _ in auc], [a for _, a in auc])["auc"]
     tests, ratio = nulls()
+    probe = _probe(cases, after, settings, check)
     return Audit(
-        verdict=judge(raw_changes, {"auc": auc_change, **recalibrated_changes}, tests),
+        verdict=judge(raw_changes, {"auc": auc_change, **recalibrated_changes}, tests, probe),
+        harms=harms(recalibrated_changes),
         auc=auc_change,
         raw=raw_changes,
         recalibrated=recalibrated_changes,
@@ -220,7 +239,7 @@ def audit_scores(
         curve=threshold_curve(before, after_scores, labels),
         nulls=tests,
         null_energy_ratio=ratio,
-        probe=_probe(cases, after, settings, check),
+        probe=probe,
         kept=float(kept(cases.e, after).mean()),
         neighbours_kept=neighbours_kept(cases.e, after, settings.seed, check),
     )
@@ -237,7 +256,10 @@ def check_items(cases: Cases) -> None:
 
 
 def judge(
-    raw: Mapping[str, Change], threshold_free: Mapping[str, Change], tests: tuple[NullTest, ...]
+    raw: Mapping[str, Change],
+    threshold_free: Mapping[str, Change],
+    tests: tuple[NullTest, ...],
+    probe: Change,
 ) -> Verdict:
     """Say what the figures come to; the null's p-values are held to LEVEL over the number of tests."""
     changed = {
@@ -247,9 +269,22 @@ def judge(
     }
     if changed:
         beyond = {test.measure for test in tests if test.p < LEVEL / len(tests)}
-        return Verdict.EFFECT if not tests or changed & beyond else Verdict.NOT_SPECIFIC
-    moved = any(change.difference.excludes_zero for change in raw.values())
+        if tests and not changed & beyond:
+            return Verdict.NOT_SPECIFIC
+        return Verdict.EFFECT if probe.difference.high < 0 else Verdict.SILENCED
+    # Of the figures at threshold 0, skew is the one that a factor on all scores moves.
+    moved = any(change.difference.excludes_zero for name, change in raw.items() if name != "skew")
     return Verdict.THRESHOLD_ONLY if moved else Verdict.NO_EFFECT
+
+
+def harms(recalibrated: Mapping[str, Change]) -> tuple[str, ...]:
+    """Return the names of the figures of HARMS that got worse, their intervals leaving 0 out."""
+    return tuple(
+        name
+        for name, sign in HARMS.items()
+        if name in recalibrated
+        and (recalibrated[name].difference.low > 0 if sign > 0 else recalibrated[name].difference.high < 0)
+    )
 
 
 def threshold_curve(before: Floats, after: Floats, labels: Labels) -> Float[np.ndarray, "points 5"]:

@@ -152,8 +152,31 @@ def best_threshold(scores: Floats, labels: Labels, weights: Floats) -> Floats:
     return np.where(undefined, np.nan, places[best])
 
 
+def gendered_spread(scores: Floats, labels: Labels, weights: Floats) -> Floats:
+    """Return for each row of weights the standard deviation of the scores of gendered items."""
+    gendered = labels.gender != UNGENDERED
+    s, w = scores[gendered], weights[:, gendered]
+    total = w.sum(1)
+    mean = _divide(w @ s, total)
+    return np.sqrt(_divide((w * (s[None] - mean[:, None]) ** 2).sum(1), total))
+
+
+def restored_scale(
+    before: Floats, after: Floats, labels: Labels, weights: Floats, logit_scale: float
+) -> Floats:
+    """Return for each row of weights the logit scale at which the scores after spread as those before.
+
+    A skew that is taken at this scale does not change when all scores are multiplied by one number. NaN where the
+    scores after do not spread beyond what float32 rounds.
+    """
+    spread = gendered_spread(after, labels, weights)
+    return logit_scale * _divide(
+        gendered_spread(before, labels, weights), np.where(spread > 1e-6, spread, 0.0)
+    )
+
+
 def threshold_figures(
-    scores: Floats, labels: Labels, weights: Floats, threshold: Floats, logit_scale: float
+    scores: Floats, labels: Labels, weights: Floats, threshold: Floats, logit_scale: float | Floats
 ) -> dict[str, Floats]:
     """Return every figure that depends on a threshold, by the names of the contract's GenderMeasures.
 
@@ -167,7 +190,7 @@ def threshold_figures(
         Resamples.
     threshold : float64 array, shape (R,)
         A score above it is called a woman.
-    logit_scale : float
+    logit_scale : float, or float64 array, shape (R,)
         For the skew, mean |P(F) - 0.5| over ungendered items.
     """
     woman_called = (scores[None] > threshold[:, None]) * weights
@@ -216,9 +239,12 @@ def _group_figures(
     }
 
 
-def _skew(scores: Floats, labels: Labels, weights: Floats, threshold: Floats, logit_scale: float) -> Floats:
+def _skew(
+    scores: Floats, labels: Labels, weights: Floats, threshold: Floats, logit_scale: float | Floats
+) -> Floats:
     ungendered = labels.gender == UNGENDERED
-    p = probability(scores[ungendered][None] - threshold[:, None], logit_scale)
+    scale = np.broadcast_to(logit_scale, threshold.shape)
+    p = probability(scale[:, None] * (scores[ungendered][None] - threshold[:, None]), 1.0)
     w = weights[:, ungendered]
     return _divide((np.abs(p - 0.5) * w).sum(1), w.sum(1))
 

@@ -12,7 +12,14 @@ from jaxtyping import Float, Int
 from services.bias.ablation import Side
 from services.bias.cases import MIN_ITEMS, UNGENDERED, Cases
 from services.bias.gender import gender_scores
-from services.bias.measures import Floats, Labels, best_threshold, threshold_figures, weighted_auc
+from services.bias.measures import (
+    Floats,
+    Labels,
+    best_threshold,
+    restored_scale,
+    threshold_figures,
+    weighted_auc,
+)
 from services.bias.null import feature_strata, matched_sets, p_value, scorer
 from services.bias.plan import Plan
 from services.check import Check
@@ -21,7 +28,8 @@ from services.modality.scores import firing_rates
 
 # Items that the null is taken on, drawn at random from more: a random set costs the time of these.
 NULL_ITEMS = 2_000
-# Figures that a shift of all scores cannot change, and so can show an effect; the last two at recalibrated thresholds.
+# Figures that a shift of all scores, or a factor on them, cannot change, and so can show an effect; the last two at
+# recalibrated thresholds, skew with the spread of the scores restored.
 THRESHOLD_FREE = ("auc", "skew", "worst_group_accuracy")
 
 
@@ -96,9 +104,10 @@ def null_tests(
         scores = np.empty(len(cases))
         for rows, score in scorers:
             scores[rows] = score(features)
-        return threshold_free_figures(scores, labels, settings.logit_scale)
+        return threshold_free_figures(before, scores, labels, settings.logit_scale)
 
-    start = threshold_free_figures(gender_scores(cases.e, direction), labels, settings.logit_scale)
+    before = gender_scores(cases.e, direction)
+    start = threshold_free_figures(before, before, labels, settings.logit_scale)
     found, drawn, energies = figures(plan.features), [], []
     for features in matched_sets(plan.features, strata, settings.null_sets, settings.seed):
         drawn.append(figures(features))
@@ -113,12 +122,15 @@ def null_tests(
     return tuple(tests), float(np.mean(energies)) / own if own else None
 
 
-def threshold_free_figures(scores: Floats, labels: Labels, logit_scale: float) -> dict[str, float]:
-    """Return the figures of THRESHOLD_FREE on all items, without intervals."""
+def threshold_free_figures(
+    before: Floats, scores: Floats, labels: Labels, logit_scale: float
+) -> dict[str, float]:
+    """Return the figures of THRESHOLD_FREE of `scores` on all items, without intervals."""
     ones = np.ones((1, len(scores)))
     gendered = labels.gender != UNGENDERED
     threshold = best_threshold(scores, labels, ones)
-    figures = threshold_figures(scores, labels, ones, threshold, logit_scale)
+    scale = restored_scale(before, scores, labels, ones, logit_scale)
+    figures = threshold_figures(scores, labels, ones, threshold, scale)
     auc = weighted_auc(scores[gendered], labels.woman[gendered], ones[:, gendered])
     return {
         "auc": float(auc[0]),

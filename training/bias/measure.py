@@ -9,7 +9,7 @@ import numpy as np
 
 from services.bias.cases import UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_scores, probability
-from services.bias.measures import Labels, best_threshold, threshold_figures, weighted_auc
+from services.bias.measures import Labels, best_threshold, restored_scale, threshold_figures, weighted_auc
 from services.bias.plan import Plan
 from services.bias.probe import probe_scores
 from services.modalities import Modality
@@ -73,7 +73,8 @@ def quick(
     gendered = cases.gender != UNGENDERED
     raw = threshold_figures(scores, labels, ones, np.zeros(1), logit_scale)
     threshold = best_threshold(scores, labels, ones)
-    again = threshold_figures(scores, labels, ones, threshold, logit_scale)
+    scale = restored_scale(gender_scores(cases.e, direction), scores, labels, ones, logit_scale)
+    again = threshold_figures(scores, labels, ones, threshold, scale)
     margins = probe_scores(after[gendered], cases.gender[gendered] == WOMAN, cases.cluster[gendered])
     probe_labels = Labels(cases.gender[gendered], np.full(int(gendered.sum()), -1), 0, min_group)
     # NaN is not above 0: without this, items that no fold could tell would all be called men.

@@ -15,7 +15,8 @@ PARTS = {
 # What the ablation was chosen by; see `training.bias_study.Choice`.
 CHOSEN_BY = {
     "skew_recalibrated": "the least skew of ungendered professions",
-    "auc": "the AUC nearest to 0.5, for want of ungendered professions",
+    "probe": "how little a classifier that is trained anew tells the genders",
+    "auc": "the AUC nearest to 0.5, for want of items to train a classifier on",
     "r1_kept": "the retrieval kept, for none keeps enough",
 }
 SIDES = {"image": "pictures", "text": "captions"}
@@ -41,7 +42,8 @@ def summary(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> str:
         parts.append(
             f"{title}: AUC {change(found['auc'])}, skew of ungendered professions {change(skew)}"
             + ("" if p is None else f", p {p:.3f}")
-            + f", verdict {found['verdict']}."
+            + f", a classifier trained anew {change(found['probe'])}, verdict {found['verdict']}"
+            + (f"; worse: {', '.join(found['harms']).replace('_', ' ')}." if found["harms"] else ".")
         )
     if nothing["image"]["auc"] < WEAK_AUC:
         parts.append(
@@ -117,7 +119,7 @@ def audits_table(title: str, audits: Sequence[dict[str, Any]]) -> FigureTable:
                 change(again["skew"]),
                 *(p.get(name, "") for name in ("auc", "skew", "worst_group_accuracy")),
                 change(found["probe"]),
-                found["verdict"],
+                found["verdict"] + (f" (worse: {', '.join(found['harms'])})" if found["harms"] else ""),
             ]
         )
     return FigureTable(title, head, body)

@@ -15,7 +15,7 @@ from services.bias.ablation import Mode
 from services.bias.associate import associate
 from services.bias.association import rank_by_association
 from services.bias.audit import Verdict, audit, audit_scores
-from services.bias.cases import UNGENDERED, WOMAN
+from services.bias.cases import MAN, UNGENDERED, WOMAN
 from services.bias.gender import gender_scores
 from services.bias.leace import Leace
 from services.bias.plan import Plan
@@ -73,6 +73,42 @@ def test_removing_the_gender_features_is_an_effect_that_random_features_do_not_h
     # No random pair drawn can do this except the pair itself, which its strata let come up again.
     assert auc.p < 0.02
     assert found.probe.before.value > 0.9
+    assert found.probe.difference.high < 0
+
+
+def test_a_factor_on_all_scores_is_no_effect(world: World) -> None:
+    before = gender_scores(world.cases.e, world.direction)
+    found = audit_scores(world.cases, before, 0.4 * before, SETTINGS)
+    # It moves every probability towards one half, which is what skew at the threshold 0 is made of.
+    assert found.raw["skew"].difference.high < -0.05
+    assert found.verdict is Verdict.NO_EFFECT
+    for change in (found.auc, *found.recalibrated.values()):
+        # Scores differ by float64's rounding only.
+        assert change.difference.value == pytest.approx(0, abs=1e-9)
+
+
+def test_a_score_whose_direction_alone_is_removed_is_silenced(world: World) -> None:
+    # Gender has a second direction, which the score does not read: what a direction misses is still there.
+    rng = np.random.default_rng(5)
+    other = rng.normal(size=world.cases.e.shape[1]).astype(np.float32)
+    other -= world.direction * (other @ world.direction) / (world.direction @ world.direction)
+    other /= np.linalg.norm(other)
+    sign = np.select([world.cases.gender == WOMAN, world.cases.gender == MAN], [1.0, -1.0], 0.0)
+    e = world.cases.e + 0.3 * sign[:, None].astype(np.float32) * other
+    e /= np.linalg.norm(e, axis=1, keepdims=True)
+    cases = replace(world.cases, e=e)
+    found = audit_of(replace(world, cases=cases), [WOMAN_FEATURE, MAN_FEATURE], Mode.PROJECT)
+    assert found.auc.after.value < 0.7 < 0.85 < found.auc.before.value
+    assert found.probe.after.value > 0.9
+    assert found.verdict is Verdict.SILENCED
+
+
+def test_what_got_worse_is_named_beside_the_verdict(world: World) -> None:
+    found = audit_of(world, [WOMAN_FEATURE, MAN_FEATURE])
+    # Genders that are not told any more are told wrongly, in some group in nearly all cases.
+    assert "worst_group_accuracy" in found.harms
+    assert found.recalibrated["worst_group_accuracy"].difference.high < 0
+    assert audit_of(world, []).harms == ()
 
 
 def test_a_probe_that_no_fold_can_train_is_undefined_and_no_erasure(
@@ -115,7 +151,8 @@ def test_a_skew_of_one_cluster_has_no_interval_and_is_no_effect(world: World) ->
     assert skew.difference.value != 0
     assert np.isnan([e.low for e in (skew.before, skew.after, skew.difference)]).all()
     assert found.verdict is Verdict.NO_EFFECT
-    assert audit_scores(world.cases, before, after, SETTINGS).verdict is Verdict.EFFECT
+    # The scores alone were changed, not the embeddings.
+    assert audit_scores(world.cases, before, after, SETTINGS).verdict is Verdict.SILENCED
 
 
 def test_the_figures_of_a_profession_of_one_cluster_have_no_intervals(world: World) -> None:
@@ -158,7 +195,10 @@ def test_removing_the_stereotype_takes_the_skew_of_the_ungendered_and_leaves_gen
     gap = found.recalibrated["equal_opportunity_gap"]
     assert gap.before.value > 0.2 and gap.difference.high < 0
     assert found.recalibrated["worst_group_accuracy"].difference.low > 0
-    assert found.verdict is Verdict.EFFECT
+    # The skew of the score went, and who is a woman is told as well as before: that is not an erasure of gender.
+    assert found.recalibrated["skew"].difference.high < 0
+    assert found.verdict is Verdict.SILENCED
+    assert found.harms == ()
     assert found.auc.after.value >= found.auc.before.value
 
 

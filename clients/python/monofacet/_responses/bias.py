@@ -178,6 +178,7 @@ def _audit(message: bias_service_pb2.AblationAudit) -> types.AblationAudit:
         probe=_change(message.probe),
         kept=message.kept,
         neighbours_kept=message.neighbours_kept,
+        harms=tuple(message.harms),
     )
 
 

@@ -52,6 +52,7 @@ class AuditVerdict(enum.StrEnum):
     NO_EFFECT = "NO_EFFECT"
     THRESHOLD_ONLY = "THRESHOLD_ONLY"
     NOT_SPECIFIC = "NOT_SPECIFIC"
+    SILENCED = "SILENCED"
     EFFECT = "EFFECT"
 
 
@@ -302,6 +303,8 @@ class AblationAudit(Brief):
         Balanced accuracy of a linear classifier trained anew.
     kept, neighbours_kept
         Mean cosine before and after, and mean share of nearest items that stay nearest.
+    harms
+        Names of recalibrated figures that got worse, their intervals leaving 0 out.
     """
 
     ablation: Ablation
@@ -319,6 +322,7 @@ class AblationAudit(Brief):
     probe: Change
     kept: float
     neighbours_kept: float
+    harms: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -40,6 +40,7 @@ app = typer.Typer(
 
 VERDICT_COLOURS = {
     AuditVerdict.EFFECT: "green",
+    AuditVerdict.SILENCED: "yellow",
     AuditVerdict.NOT_SPECIFIC: "yellow",
     AuditVerdict.THRESHOLD_ONLY: "yellow",
     AuditVerdict.NO_EFFECT: "white",
@@ -367,6 +368,8 @@ def _measures(found: AblationAudit) -> Table:
     table.caption = f"cosine kept {found.kept:.3f}, neighbours kept {found.neighbours_kept:.0%}" + (
         "" if found.null_energy_ratio is None else f", energy of random sets {found.null_energy_ratio:.2f}"
     )
+    if found.harms:
+        table.caption += f"; worse after it: {', '.join(found.harms).replace('_', ' ')}"
     return table
 
 

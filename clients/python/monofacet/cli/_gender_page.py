@@ -9,7 +9,10 @@ import numpy as np
 from monofacet._types import AblationAudit, AuditResult, AuditVerdict, Change, Estimate, NullTest
 
 VERDICTS = {
-    AuditVerdict.EFFECT: "a figure that no threshold can change changed, more than by random features",
+    AuditVerdict.EFFECT: "a figure that no threshold can change changed, more than by random features, and a "
+    "classifier that is trained anew tells the genders less well",
+    AuditVerdict.SILENCED: "the score changed, but a classifier that is trained anew tells the genders as well "
+    "as before",
     AuditVerdict.NOT_SPECIFIC: "random features of like size and energy do the same",
     AuditVerdict.THRESHOLD_ONLY: "scores were shifted: one gender gains what the other loses; no effect",
     AuditVerdict.NO_EFFECT: "nothing changed beyond chance",
@@ -85,10 +88,11 @@ def _audit(found: AblationAudit) -> str:
     for name, title in MEASURES.items():
         rows.append([title, *_cells(getattr(found.raw, name)), *_cells(getattr(found.recalibrated, name))])
     kept = f"cosine kept {found.kept:.3f}, neighbours kept {found.neighbours_kept:.0%}"
+    worse = f" Worse after it: {', '.join(found.harms).replace('_', ' ')}." if found.harms else ""
     parts = [
         f"<h2>{html.escape(str(found.ablation))}</h2>",
         f'<p><b>{found.verdict}</b>: {VERDICTS[found.verdict]}. <span class="soft">{found.set_size} features, '
-        f"{kept}.</span></p>",
+        f"{kept}.{worse}</span></p>",
         _section(_table(head, rows)),
     ]
     if found.professions:

@@ -119,7 +119,7 @@ class _ThresholdFreeMeasureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_
     THRESHOLD_FREE_MEASURE_AUC: _ThresholdFreeMeasure.ValueType  # 1
     """Area under ROC of woman against man: what is left of gender in the scores."""
     THRESHOLD_FREE_MEASURE_SKEW: _ThresholdFreeMeasure.ValueType  # 2
-    """skew at the recalibrated threshold."""
+    """skew at the recalibrated threshold, the spread of the scores restored."""
     THRESHOLD_FREE_MEASURE_WORST_GROUP_ACCURACY: _ThresholdFreeMeasure.ValueType  # 3
     """worst_group_accuracy at the recalibrated threshold."""
 
@@ -131,7 +131,7 @@ THRESHOLD_FREE_MEASURE_UNSPECIFIED: ThresholdFreeMeasure.ValueType  # 0
 THRESHOLD_FREE_MEASURE_AUC: ThresholdFreeMeasure.ValueType  # 1
 """Area under ROC of woman against man: what is left of gender in the scores."""
 THRESHOLD_FREE_MEASURE_SKEW: ThresholdFreeMeasure.ValueType  # 2
-"""skew at the recalibrated threshold."""
+"""skew at the recalibrated threshold, the spread of the scores restored."""
 THRESHOLD_FREE_MEASURE_WORST_GROUP_ACCURACY: ThresholdFreeMeasure.ValueType  # 3
 """worst_group_accuracy at the recalibrated threshold."""
 Global___ThresholdFreeMeasure: _TypeAlias = ThresholdFreeMeasure  # noqa: Y015
@@ -145,13 +145,21 @@ class _AuditVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AuditVer
     AUDIT_VERDICT_UNSPECIFIED: _AuditVerdict.ValueType  # 0
     """Not set. Never sent by the server."""
     AUDIT_VERDICT_NO_EFFECT: _AuditVerdict.ValueType  # 1
-    """No interval of a difference leaves 0 out."""
+    """No interval of a difference leaves 0 out, that of the skew at the threshold 0 aside, which a factor on all scores
+    changes.
+    """
     AUDIT_VERDICT_THRESHOLD_ONLY: _AuditVerdict.ValueType  # 2
     """Figures at the threshold 0 changed, but none that a shift of the threshold cannot change."""
     AUDIT_VERDICT_NOT_SPECIFIC: _AuditVerdict.ValueType  # 3
     """A threshold-free figure changed, but random feature sets change it as much."""
     AUDIT_VERDICT_EFFECT: _AuditVerdict.ValueType  # 4
-    """A threshold-free figure changed, and more than by random feature sets (or, for LEACE, which has no null, changed)."""
+    """A threshold-free figure changed, and more than by random feature sets (or, for LEACE, which has no null, changed), and
+    a classifier that is trained anew tells the genders less well: the interval of the probe's difference is below 0.
+    """
+    AUDIT_VERDICT_SILENCED: _AuditVerdict.ValueType  # 5
+    """As EFFECT, but a classifier that is trained anew tells the genders as well as before: the score was silenced, and what
+    it read is still in the embeddings.
+    """
 
 class AuditVerdict(_AuditVerdict, metaclass=_AuditVerdictEnumTypeWrapper):
     """What an audit comes to. The tests are at 5%."""
@@ -159,13 +167,21 @@ class AuditVerdict(_AuditVerdict, metaclass=_AuditVerdictEnumTypeWrapper):
 AUDIT_VERDICT_UNSPECIFIED: AuditVerdict.ValueType  # 0
 """Not set. Never sent by the server."""
 AUDIT_VERDICT_NO_EFFECT: AuditVerdict.ValueType  # 1
-"""No interval of a difference leaves 0 out."""
+"""No interval of a difference leaves 0 out, that of the skew at the threshold 0 aside, which a factor on all scores
+changes.
+"""
 AUDIT_VERDICT_THRESHOLD_ONLY: AuditVerdict.ValueType  # 2
 """Figures at the threshold 0 changed, but none that a shift of the threshold cannot change."""
 AUDIT_VERDICT_NOT_SPECIFIC: AuditVerdict.ValueType  # 3
 """A threshold-free figure changed, but random feature sets change it as much."""
 AUDIT_VERDICT_EFFECT: AuditVerdict.ValueType  # 4
-"""A threshold-free figure changed, and more than by random feature sets (or, for LEACE, which has no null, changed)."""
+"""A threshold-free figure changed, and more than by random feature sets (or, for LEACE, which has no null, changed), and
+a classifier that is trained anew tells the genders less well: the interval of the probe's difference is below 0.
+"""
+AUDIT_VERDICT_SILENCED: AuditVerdict.ValueType  # 5
+"""As EFFECT, but a classifier that is trained anew tells the genders as well as before: the score was silenced, and what
+it read is still in the embeddings.
+"""
 Global___AuditVerdict: _TypeAlias = AuditVerdict  # noqa: Y015
 
 @_typing.final
@@ -693,7 +709,9 @@ class GenderMeasures(_message.Message):
 
     @_builtins.property
     def skew(self) -> Global___Change:
-        """Mean |P(woman) - 0.5| over ungendered items: 0 is no skew, 0.5 is certain of one gender."""
+        """Mean |P(woman) - 0.5| over ungendered items: 0 is no skew, 0.5 is certain of one gender. Of the recalibrated measures
+        after, P(woman) is taken from scores that are scaled to spread over gendered items as they did before.
+        """
 
     def __init__(
         self,
@@ -864,6 +882,7 @@ class AblationAudit(_message.Message):
     PROBE_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
     NEIGHBOURS_KEPT_FIELD_NUMBER: _builtins.int
+    HARMS_FIELD_NUMBER: _builtins.int
     set_size: _builtins.int
     """Features in the ablated set, at least 0."""
     verdict: Global___AuditVerdict.ValueType
@@ -910,6 +929,10 @@ class AblationAudit(_message.Message):
     def probe(self) -> Global___Change:
         """Balanced accuracy of a linear classifier trained anew on the embeddings, cross-validated over clusters, in [0, 1]."""
 
+    @_builtins.property
+    def harms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Figures of `recalibrated` that got worse, by field name, their intervals leaving 0 out; the verdict does not weigh them."""
+
     def __init__(
         self,
         *,
@@ -928,10 +951,11 @@ class AblationAudit(_message.Message):
         probe: Global___Change | None = ...,
         kept: _builtins.float = ...,
         neighbours_kept: _builtins.float = ...,
+        harms: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_null_energy_ratio", b"_null_energy_ratio", "ablation", b"ablation", "auc", b"auc", "null_energy_ratio", b"null_energy_ratio", "probe", b"probe", "raw", b"raw", "recalibrated", b"recalibrated"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_null_energy_ratio", b"_null_energy_ratio", "ablation", b"ablation", "auc", b"auc", "curve", b"curve", "kept", b"kept", "neighbours_kept", b"neighbours_kept", "null_energy_ratio", b"null_energy_ratio", "nulls", b"nulls", "probe", b"probe", "professions", b"professions", "raw", b"raw", "recalibrated", b"recalibrated", "set_size", b"set_size", "threshold_after", b"threshold_after", "threshold_before", b"threshold_before", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_null_energy_ratio", b"_null_energy_ratio", "ablation", b"ablation", "auc", b"auc", "curve", b"curve", "harms", b"harms", "kept", b"kept", "neighbours_kept", b"neighbours_kept", "null_energy_ratio", b"null_energy_ratio", "nulls", b"nulls", "probe", b"probe", "professions", b"professions", "raw", b"raw", "recalibrated", b"recalibrated", "set_size", b"set_size", "threshold_after", b"threshold_after", "threshold_before", b"threshold_before", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__null_energy_ratio: _TypeAlias = _typing.Literal["null_energy_ratio"]  # noqa: Y015
     _WhichOneofArgType__null_energy_ratio: _TypeAlias = _typing.Literal["_null_energy_ratio", b"_null_energy_ratio"]  # noqa: Y015
