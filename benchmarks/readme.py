@@ -64,6 +64,8 @@ FROM_WORK = {
     "bias_chosen": "bias.json:chosen",
     "bias_auc": "bias.json:test/audits/0/auc",
     "bias_skew": "bias.json:test/audits/0/recalibrated/skew",
+    "bias_probe": "bias.json:test/audits/0/probe",
+    "bias_harms": "bias.json:test/audits/0/harms",
     "bias_verdict": "bias.json:test/audits/0/verdict",
 }
 FROM_BENCH = {
@@ -188,8 +190,9 @@ def rows(v: Values) -> list[tuple[str, str, str]]:
         (
             f"gender after ablating `{v.get('bias_chosen')}`, artist never seen",
             lambda: (
-                f"AUC {change(v['bias_auc'])}, skew of ungendered professions {change(v['bias_skew'])}: "
-                f"{v['bias_verdict']}"
+                f"AUC {change(v['bias_auc'])}, skew of ungendered professions {change(v['bias_skew'])}, a classifier "
+                f"trained anew {change(v['bias_probe'])}: {v['bias_verdict']}"
+                + "".join(f"; worse: {name.replace('_', ' ')}" for name in v["bias_harms"])
             ),
             "`python -m training.bias_study --test`",
         ),
