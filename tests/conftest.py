@@ -25,7 +25,9 @@ from tests.support.tiny_defense import with_defense  # noqa: E402
 from tests.support.tiny_pipeline import add_tiny_pipeline  # noqa: E402
 
 # An example that takes long on a busy machine is no failure.
-hypothesis.settings.register_profile("any machine", suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
 
 # Where tests start Ray. On several workers it would be several clusters on the same cores, without shared fixtures.

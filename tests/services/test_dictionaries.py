@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from sklearn.linear_model import Ridge
@@ -125,7 +125,6 @@ def test_weights_of_another_size_and_unknown_kinds_are_refused(tmp_path):
 # TopK.
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 20))
 def test_topk_keeps_at_most_k_and_only_the_largest_positive(seed, k, n):
     pre = torch.randn(4, n, generator=torch.Generator().manual_seed(seed))

@@ -232,7 +232,6 @@ def test_the_test_keeps_its_level_when_nothing_is_related(rate, shuffles):
         assert (p <= level).mean() <= level + 4 * np.sqrt(level * (1 - level) / len(p))
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=50))
 def test_q_values_are_scipys(p):
     np.testing.assert_allclose(

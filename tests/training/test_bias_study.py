@@ -163,12 +163,12 @@ def test_pairs_that_are_all_gendered_are_studied_and_the_record_says_what_chose(
     monkeypatch.setattr(bias_study, "KEEP", 0.0)
     calibration, figures = calibrate_bias(tiny, selection(DISTINCT, GENDERS), PEOPLE_UNITS, SETTINGS)
     assert figures["chosen_by"] == calibration.figures["chosen_by"]
-    assert figures["chosen_by"] == {"figure": "auc", "sides": ["image", "text"]}
+    assert figures["chosen_by"] == {"figure": "probe", "sides": ["image", "text"]}
     ablations = [r for r in figures["validation"]["methods"] if r["features"]]
-    nearest = min(ablations, key=lambda r: sum(abs(r[side]["auc"] - 0.5) for side in ("image", "text")))
+    nearest = min(ablations, key=lambda r: sum(abs(r[side]["probe"] - 0.5) for side in ("image", "text")))
     assert figures["chosen"] == nearest["method"]
     assert figures["test"]["audits"][0]["recalibrated"]["skew"]["before"]["value"] is None
-    assert "by the AUC nearest to 0.5" in tables.summary(figures)
+    assert "by how little a classifier" in tables.summary(figures)
 
 
 def test_a_doctor_of_women_and_of_men_is_an_ungendered_text(tiny: Bundle) -> None:
