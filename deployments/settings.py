@@ -24,6 +24,8 @@ MIB = 1024 * 1024
 EMBEDDED_BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "emoji"
 
 Backend = Literal["auto", "torch", "openvino"]
+# What Kubernetes sets MONOFACET_PORT to in every pod beside a Service named monofacet.
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.+:\d+")
 _BUNDLE_ID = re.compile(r"[^@\s]+@[0-9a-f]{12,64}")
 
 
@@ -459,6 +461,16 @@ class Settings(BaseSettings):
         ge=80 * MIB,
         description="Ray's shared memory. Only messages over 100 KB pass through it, and none stays.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_service_links(cls, values: Any) -> Any:
+        """Leave out addresses of Services where a port is meant: nobody has set them."""
+        return {
+            name: value
+            for name, value in values.items()
+            if not (name.endswith("port") and isinstance(value, str) and _SERVICE_LINK.fullmatch(value))
+        }
 
     @field_validator("bundles", mode="before")
     @classmethod

@@ -29,6 +29,20 @@ def test_a_senseless_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         Settings()
 
 
+@pytest.mark.parametrize("name", ["port", "health_port", "metrics_port"])
+def test_the_address_of_a_service_of_kubernetes_is_no_port_that_was_set(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # In every pod beside Services named monofacet, monofacet-health and monofacet-metrics.
+    default = getattr(Settings(), name)
+    monkeypatch.setenv(f"MONOFACET_{name.upper()}", "tcp://10.0.0.1:9000")
+    assert getattr(Settings(), name) == default
+    assert getattr(Settings(**{name: 9005}), name) == 9005
+    monkeypatch.setenv(f"MONOFACET_{name.upper()}", "tcp://")
+    with pytest.raises(ValidationError):
+        Settings()
+
+
 def test_an_image_may_not_have_more_pixels_than_the_contract_allows() -> None:
     with pytest.raises(ValidationError):
         Settings(max_image_pixels=MAX_PIXELS + 1)
