@@ -38,8 +38,10 @@ _LATER = 5
 class EncoderReplica:
     """A replica of the encoder; ready once it is warm.
 
-    A replica that cannot be warmed says why, fails its health checks from the second one on, and so is replaced by one
-    that may find what it lacked: a bundle that is back, memory that is free.
+    A replica that cannot be warmed says why, fails its health checks, and so is replaced by one that may find what it
+    lacked: a bundle that is back, memory that is free. The first check is part of the start. On one machine a fault
+    passes it, so that the command can ask for the reason; on a cluster it ends the deployment, whose status then has the
+    reason: KubeRay gives the calls to a new cluster once its deployments have started, and deletes the old one.
 
     Parameters
     ----------
@@ -52,7 +54,7 @@ class EncoderReplica:
         keep_libraries_quiet()
         logs.configure(settings.log_format, settings.log_level, "encoder")
         self._encoder: Any = None
-        self._checked = False
+        self._checked = not settings.loopback_only
         self._fault = EncoderFault("")
         try:
             self._encoder = _warm_encoder(settings)
@@ -87,7 +89,6 @@ class EncoderReplica:
             await self._encoder.check_health()
         elif self._checked:
             raise ReplicaFaulty(self._fault.why)
-        # The first check is part of the start, which a fault must not repeat before its reason was told.
         self._checked = True
 
     async def record_routing_stats(self) -> dict[str, Any]:

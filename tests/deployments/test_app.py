@@ -17,6 +17,7 @@ from deployments.gateway.errors import EncoderUnavailable
 from deployments.handles import ModelHandle
 from deployments.metrics import Metrics
 from deployments.replicas import EncoderReplica
+from deployments.settings import Settings
 from deployments.work import EncoderFault, ReplicaFaulty, Reply
 from services.errors import InvalidInput
 
@@ -277,6 +278,19 @@ async def test_a_replica_without_a_model_says_so_and_fails_its_second_check_of_h
     with pytest.raises(ReplicaFaulty, match="no memory"):
         await cold.check_health()
     assert (await cold.record_routing_stats())["fault"] == "no memory"
+
+
+async def test_on_a_cluster_a_replica_without_a_model_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(settings: Settings) -> Any:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr("deployments.replicas._warm_encoder", fail)
+    monkeypatch.setattr("deployments.replicas.logs.configure", lambda *_: None)
+    cold = EncoderReplica(Settings(loopback_only=False))
+    # Serve asks before it says that the deployment is healthy, and KubeRay before it deletes the cluster before.
+    with pytest.raises(ReplicaFaulty, match="MemoryError: no memory"):
+        await cold.check_health()
+    assert cold.info() == EncoderFault("MemoryError: no memory")
 
 
 async def test_a_score_that_the_encoder_refuses_is_a_value_between_processes_and_an_error_at_the_gateway() -> (
