@@ -21,17 +21,21 @@ def items_of(inputs: Iterable[common_pb2.Input]) -> tuple[bytes | str, ...]:
     return tuple(i.image.data if i.WhichOneof("input") == "image" else i.text for i in inputs)
 
 
-def check_texts(items: Iterable[bytes | str], max_bytes: int) -> None:
-    """Raise InvalidInput for every text of more than `max_bytes` of UTF-8; paths start at the item."""
-    check_named_texts(
-        {f"[{i}].text": item for i, item in enumerate(items) if isinstance(item, str)}, max_bytes
-    )
+def check_texts(items: Iterable[bytes | str], max_bytes: int, truncate: bool) -> None:
+    """Raise InvalidInput for every text of more than `max_bytes` of UTF-8; paths start at the item.
+
+    Where texts may be cut none is too long; the encoder reads no more of one than it needs.
+    """
+    named = {f"[{i}].text": item for i, item in enumerate(items) if isinstance(item, str)}
+    check_named_texts(named, max_bytes, truncate)
 
 
-def check_named_texts(texts: Mapping[str, str], max_bytes: int) -> None:
-    """Raise InvalidInput for every text of more than `max_bytes` of UTF-8; the texts are by their field paths."""
+def check_named_texts(texts: Mapping[str, str], max_bytes: int, truncate: bool) -> None:
+    """As `check_texts`, of texts by their field paths."""
+    if truncate:
+        return
     long = [
-        (path, f"the text has more than {max_bytes} bytes")
+        (path, f"the text has more than {max_bytes} bytes, and truncate_text is not set")
         for path, text in texts.items()
         if len(text) * 4 > max_bytes and len(text.encode()) > max_bytes
     ]

@@ -105,7 +105,7 @@ class SteeringPreviews:
         items = (*own, *(_item(reference) for _, reference in references))
         places = ["input", *(f"steering.edits[{i}].reference" for i, _ in references)]
         try:
-            check_texts(items, self._settings.max_text_bytes)
+            check_texts(items, self._settings.max_text_bytes, truncate)
             encoded = await self._encoder.encode(Work(items, name, truncate_text=truncate), remaining_s)
         except InvalidInput as error:
             raise _replaced(error, places) from error

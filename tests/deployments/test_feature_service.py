@@ -130,6 +130,16 @@ async def test_a_bad_request_gets_its_status_reason_and_field(
     assert error_details(caught.value) == (reason, [field], None)
 
 
+async def test_a_text_that_may_be_cut_is_too_long_for_nothing(open_gateway: Open) -> None:
+    long, options = text("é" * 100_000), pb.EncodeOptions(truncate_text=True)
+    async with open_gateway() as gateway:
+        response = await gateway.features.Encode(pb.EncodeRequest(inputs=[long], options=options))
+        assert list(response.embeddings.shape)[0] == 1
+        messages = [pb.StreamEncodeRequest(options=options), item("a", long)]
+        (answer,) = [answer async for answer in gateway.features.StreamEncode(iter(messages))]
+        assert answer.WhichOneof("result") == "encoding"
+
+
 async def test_a_message_over_the_limit_is_refused_before_it_is_decoded(open_gateway: Open) -> None:
     async with open_gateway(max_request_bytes=1000) as gateway:
         with pytest.raises(aio.AioRpcError) as caught:

@@ -93,7 +93,7 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         dictionary = resolved.message.dictionary if resolved is not None and needs_features else None
         work = Work(items, dictionary, truncate_text=request.truncate_text)
         try:
-            check_texts(work.items, self._settings.max_text_bytes)
+            check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
             encoded = await self._encoder.encode(work, context.time_remaining())
         except InvalidInput as error:
             raise relocated(error, lambda i: f"inputs[{i}]") from error
@@ -195,7 +195,7 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
             truncate_text=items.settings.truncate_text,
             stream=items.stream,
         )
-        check_texts(work.items, self._settings.max_text_bytes)
+        check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
         return await self._encoder.encode_patiently(work, context.time_remaining())
 
 

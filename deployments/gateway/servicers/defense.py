@@ -122,7 +122,7 @@ class DefenseServicer(defense_service_pb2_grpc.DefenseServiceServicer):
             looks=2 if asked.second_look else 1,
         )
         try:
-            check_texts(work.items, self._settings.max_text_bytes)
+            check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
             encoded = await self._encoder.encode(work, context.time_remaining())
         except InvalidInput as error:
             raise _blamed(error, count) from error

@@ -56,7 +56,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         options = request.options
         work = self._work(items_of(request.inputs), options, "options")
         try:
-            check_texts(work.items, self._settings.max_text_bytes)
+            check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
             encoded = await self._encoder.encode(work, context.time_remaining())
         except InvalidInput as error:
             raise relocated(error, lambda i: f"inputs[{i}]") from error
@@ -116,7 +116,9 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
                     size = request.ByteSize()
                     await window.room(size)
                     window.enter(size)
-                    chunks.add(StreamItem(request.item.id, size, self._value(request.item)))
+                    chunks.add(
+                        StreamItem(request.item.id, size, self._value(request.item, options.truncate_text))
+                    )
                 else:
                     if payload == "options" and not first:
                         raise InvalidInput(
@@ -130,11 +132,11 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         finally:
             chunks.end()
 
-    def _value(self, item: pb.StreamItem) -> bytes | str | InvalidInput:
+    def _value(self, item: pb.StreamItem, truncate: bool) -> bytes | str | InvalidInput:
         try:
             validate(item)
             (value,) = items_of([item.input])
-            check_texts((value,), self._settings.max_text_bytes)
+            check_texts((value,), self._settings.max_text_bytes, truncate)
         except InvalidInput as error:
             return error
         return value

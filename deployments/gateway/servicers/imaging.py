@@ -85,7 +85,7 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
             raise NoPipeline("this bundle has no text-to-image pipeline; PreviewSteering works without one")
         if self._stream is None:
             raise NoPipeline("this server makes no images; its setting `generator` is off")
-        check_named_texts(texts_of(request), self._settings.max_text_bytes)
+        check_named_texts(texts_of(request), self._settings.max_text_bytes, request.truncate_text)
         work = work_of(request, self._settings.max_images)
         left = work.images
         self._count(left)

@@ -118,7 +118,7 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
         name, table = self._catalogue.table(request.dictionary, "dictionary")
         work = Work(items_of(request.inputs), name, truncate_text=request.truncate_text)
         try:
-            check_texts(work.items, self._settings.max_text_bytes)
+            check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
             encoded = await self._encoder.encode(work, context.time_remaining())
         except InvalidInput as error:
             raise relocated(error, lambda i: f"inputs[{i}]") from error
@@ -186,7 +186,7 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
                 truncate_text=asked.truncate_text,
                 stream=scores.stream,
             )
-            check_texts(work.items, self._settings.max_text_bytes)
+            check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
             encoded = await self._encoder.encode_patiently(work, context.time_remaining())
         except InvalidInput as error:
             raise place.relocated(error, len(message.batch.pairs)) from error

@@ -26,7 +26,7 @@ from monofacet._rules import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19monofacet/v1/common.proto\x12\x0cmonofacet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"L\n\x06Tensor\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x16.monofacet.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"E\n\x0eSparseFeatures\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x07indices\x18\x02 \x03(\r\x12\x0e\n\x06values\x18\x03 \x03(\x02\"#\n\x05Image\x12\x1a\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x08\"X\n\x05Input\x12$\n\x05image\x18\x01 \x01(\x0b\x32\x13.monofacet.v1.ImageH\x00\x12\x19\n\x04text\x18\x02 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04H\x00\x42\x0e\n\x05input\x12\x05\xbaH\x02\x08\x01\"a\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tinference\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*Q\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x02*\xb4\x01\n\rModalityLabel\x12\x1e\n\x1aMODALITY_LABEL_UNSPECIFIED\x10\x00\x12\x18\n\x14MODALITY_LABEL_IMAGE\x10\x01\x12\x17\n\x13MODALITY_LABEL_TEXT\x10\x02\x12\x18\n\x14MODALITY_LABEL_CROSS\x10\x03\x12\x1d\n\x19MODALITY_LABEL_UNRESOLVED\x10\x04\x12\x17\n\x13MODALITY_LABEL_DEAD\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19monofacet/v1/common.proto\x12\x0cmonofacet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\"L\n\x06Tensor\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x16.monofacet.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"E\n\x0eSparseFeatures\x12\x12\n\ndictionary\x18\x01 \x01(\t\x12\x0f\n\x07indices\x18\x02 \x03(\r\x12\x0e\n\x06values\x18\x03 \x03(\x02\"#\n\x05Image\x12\x1a\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x08\"M\n\x05Input\x12$\n\x05image\x18\x01 \x01(\x0b\x32\x13.monofacet.v1.ImageH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x0e\n\x05input\x12\x05\xbaH\x02\x08\x01\"a\n\x07Timings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\tinference\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*Q\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x02*\xb4\x01\n\rModalityLabel\x12\x1e\n\x1aMODALITY_LABEL_UNSPECIFIED\x10\x00\x12\x18\n\x14MODALITY_LABEL_IMAGE\x10\x01\x12\x17\n\x13MODALITY_LABEL_TEXT\x10\x02\x12\x18\n\x14MODALITY_LABEL_CROSS\x10\x03\x12\x1d\n\x19MODALITY_LABEL_UNRESOLVED\x10\x04\x12\x17\n\x13MODALITY_LABEL_DEAD\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,12 +37,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMAGE'].fields_by_name['data']._serialized_options = b'\272H\tz\007\020\001\030\200\200\200\010'
   _globals['_INPUT'].oneofs_by_name['input']._loaded_options = None
   _globals['_INPUT'].oneofs_by_name['input']._serialized_options = b'\272H\002\010\001'
-  _globals['_INPUT'].fields_by_name['text']._loaded_options = None
-  _globals['_INPUT'].fields_by_name['text']._serialized_options = b'\272H\006r\004(\200\200\004'
-  _globals['_DATATYPE']._serialized_start=479
-  _globals['_DATATYPE']._serialized_end=560
-  _globals['_MODALITYLABEL']._serialized_start=563
-  _globals['_MODALITYLABEL']._serialized_end=743
+  _globals['_DATATYPE']._serialized_start=468
+  _globals['_DATATYPE']._serialized_end=549
+  _globals['_MODALITYLABEL']._serialized_start=552
+  _globals['_MODALITYLABEL']._serialized_end=732
   _globals['_TENSOR']._serialized_start=104
   _globals['_TENSOR']._serialized_end=180
   _globals['_SPARSEFEATURES']._serialized_start=182
@@ -50,7 +48,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMAGE']._serialized_start=253
   _globals['_IMAGE']._serialized_end=288
   _globals['_INPUT']._serialized_start=290
-  _globals['_INPUT']._serialized_end=378
-  _globals['_TIMINGS']._serialized_start=380
-  _globals['_TIMINGS']._serialized_end=477
+  _globals['_INPUT']._serialized_end=367
+  _globals['_TIMINGS']._serialized_start=369
+  _globals['_TIMINGS']._serialized_end=466
 # @@protoc_insertion_point(module_scope)

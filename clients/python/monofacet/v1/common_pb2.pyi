@@ -155,7 +155,8 @@ class Image(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """A whole PNG, JPEG or WebP file: 1 byte to 16 MiB, at most 40 megapixels (the server may be set lower: Limits). The
-    format is told from the content. Other formats are refused; of an animation the first frame is used. Metadata is ignored.
+    format is told from the content. Other formats are refused; of an animation the first frame is used. Metadata but the
+    orientation is ignored, damaged or not. What would take too long to decode, such as hundreds of scans, is refused.
     """
     def __init__(
         self,
@@ -179,8 +180,8 @@ class Input(_message.Message):
     IMAGE_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """A text of 0 to 65,536 bytes of UTF-8. More tokens than the tower's context length are refused, unless the request
-    allows truncation.
+    """A text, which may be empty. More than Limits.max_text_bytes, or more tokens than the tower's context length, are
+    refused, unless the request allows truncation: a text of any length is then cut where open_clip cuts it.
     """
     @_builtins.property
     def image(self) -> Global___Image:

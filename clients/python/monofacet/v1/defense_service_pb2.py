@@ -26,7 +26,7 @@ from monofacet._rules import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from monofacet.v1 import common_pb2 as monofacet_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"monofacet/v1/defense_service.proto\x12\x0cmonofacet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x19monofacet/v1/common.proto\"\xce\x01\n\rFilterOptions\x12\x30\n\x04mode\x18\x01 \x01(\x0e\x32\x18.monofacet.v1.FilterModeB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1a\n\rkeep_residual\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x0bsecond_look\x18\x03 \x01(\x08\x12\x12\n\nfilter_all\x18\x04 \x01(\x08\x12#\n\x0cmax_features\x18\x05 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07H\x01\x88\x01\x01\x42\x10\n\x0e_keep_residualB\x0f\n\r_max_features\"\xc6\x02\n\x18\x46ilterAdversarialRequest\x12\x30\n\x06images\x18\x01 \x03(\x0b\x32\x13.monofacet.v1.ImageB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x02\x12\x98\x01\n\x06labels\x18\x02 \x03(\tB\x87\x01\xbaH\x83\x01\x92\x01\x0b\x10\x80\x02\"\x06r\x04(\x80\x80\x04\xba\x01r\n\x14labels.more_than_one\x12Igive no labels or at least two: with one alone there is nothing to choose\x1a\x0fsize(this) != 1\x12,\n\x07options\x18\x03 \x01(\x0b\x32\x1b.monofacet.v1.FilterOptions\x12\x15\n\rtruncate_text\x18\x04 \x01(\x08\x12\x18\n\x06\x62undle\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"\x91\x01\n\x0f\x44\x65tectionScores\x12\x1c\n\x14reconstruction_error\x18\x01 \x01(\x02\x12\x12\n\ntext_share\x18\x02 \x01(\x02\x12\x13\n\x0bmoved_share\x18\x03 \x01(\x02\x12\r\n\x05noise\x18\x04 \x01(\x02\x12\x18\n\x0binstability\x18\x05 \x01(\x02H\x00\x88\x01\x01\x42\x0e\n\x0c_instability\"\xb4\x01\n\x11SuspiciousFeature\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\r\x12\x12\n\nactivation\x18\x02 \x01(\x02\x12\x10\n\x08\x66iltered\x18\x03 \x01(\x02\x12.\n\x07reasons\x18\x04 \x03(\x0e\x32\x1d.monofacet.v1.SuspicionReason\x12*\n\x05label\x18\x05 \x01(\x0e\x32\x1b.monofacet.v1.ModalityLabel\x12\x0c\n\x04name\x18\x06 \x01(\t\"U\n\rZeroShotLabel\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\x12\x12\n\nsimilarity\x18\x04 \x01(\x02\"\xe0\x02\n\rFilteredImage\x12&\n\x07verdict\x18\x01 \x01(\x0e\x32\x15.monofacet.v1.Verdict\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x11\n\tthreshold\x18\x03 \x01(\x02\x12\x0f\n\x07p_value\x18\x04 \x01(\x02\x12-\n\x06scores\x18\x05 \x01(\x0b\x32\x1d.monofacet.v1.DetectionScores\x12\x31\n\x08\x66\x65\x61tures\x18\x06 \x03(\x0b\x32\x1f.monofacet.v1.SuspiciousFeature\x12\x1b\n\x13suspicious_features\x18\x07 \x01(\r\x12\x10\n\x08\x66iltered\x18\x08 \x01(\x08\x12\x31\n\x0clabel_before\x18\t \x01(\x0b\x32\x1b.monofacet.v1.ZeroShotLabel\x12\x30\n\x0blabel_after\x18\n \x01(\x0b\x32\x1b.monofacet.v1.ZeroShotLabel\"\xd1\x02\n\x19\x46ilterAdversarialResponse\x12+\n\x06images\x18\x01 \x03(\x0b\x32\x1b.monofacet.v1.FilteredImage\x12/\n\x11\x65mbeddings_before\x18\x02 \x01(\x0b\x32\x14.monofacet.v1.Tensor\x12.\n\x10\x65mbeddings_after\x18\x03 \x01(\x0b\x32\x14.monofacet.v1.Tensor\x12\x1b\n\x13\x66\x61lse_positive_rate\x18\x04 \x01(\x02\x12&\n\x04mode\x18\x05 \x01(\x0e\x32\x18.monofacet.v1.FilterMode\x12\x15\n\rkeep_residual\x18\x06 \x01(\x08\x12\x12\n\ndictionary\x18\x07 \x01(\t\x12&\n\x07timings\x18\x08 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\t \x01(\t*u\n\nFilterMode\x12\x1b\n\x17\x46ILTER_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46ILTER_MODE_DROP\x10\x01\x12\x1b\n\x17\x46ILTER_MODE_KEEP_NORMAL\x10\x02\x12\x17\n\x13\x46ILTER_MODE_RESTORE\x10\x03*N\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x11\n\rVERDICT_CLEAN\x10\x01\x12\x17\n\x13VERDICT_ADVERSARIAL\x10\x02*\xc3\x01\n\x0fSuspicionReason\x12 \n\x1cSUSPICION_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17SUSPICION_REASON_UNSEEN\x10\x01\x12\x1b\n\x17SUSPICION_REASON_EXCESS\x10\x02\x12\x1a\n\x16SUSPICION_REASON_MOVED\x10\x03\x12\x19\n\x15SUSPICION_REASON_TEXT\x10\x04\x12\x1d\n\x19SUSPICION_REASON_UNSTABLE\x10\x05\x32v\n\x0e\x44\x65\x66\x65nseService\x12\x64\n\x11\x46ilterAdversarial\x12&.monofacet.v1.FilterAdversarialRequest\x1a\'.monofacet.v1.FilterAdversarialResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"monofacet/v1/defense_service.proto\x12\x0cmonofacet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x19monofacet/v1/common.proto\"\xce\x01\n\rFilterOptions\x12\x30\n\x04mode\x18\x01 \x01(\x0e\x32\x18.monofacet.v1.FilterModeB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x1a\n\rkeep_residual\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x13\n\x0bsecond_look\x18\x03 \x01(\x08\x12\x12\n\nfilter_all\x18\x04 \x01(\x08\x12#\n\x0cmax_features\x18\x05 \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07H\x01\x88\x01\x01\x42\x10\n\x0e_keep_residualB\x0f\n\r_max_features\"\xbc\x02\n\x18\x46ilterAdversarialRequest\x12\x30\n\x06images\x18\x01 \x03(\x0b\x32\x13.monofacet.v1.ImageB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80\x02\x12\x8e\x01\n\x06labels\x18\x02 \x03(\tB~\xbaH{\x92\x01\x03\x10\x80\x02\xba\x01r\n\x14labels.more_than_one\x12Igive no labels or at least two: with one alone there is nothing to choose\x1a\x0fsize(this) != 1\x12,\n\x07options\x18\x03 \x01(\x0b\x32\x1b.monofacet.v1.FilterOptions\x12\x15\n\rtruncate_text\x18\x04 \x01(\x08\x12\x18\n\x06\x62undle\x18\x05 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"\x91\x01\n\x0f\x44\x65tectionScores\x12\x1c\n\x14reconstruction_error\x18\x01 \x01(\x02\x12\x12\n\ntext_share\x18\x02 \x01(\x02\x12\x13\n\x0bmoved_share\x18\x03 \x01(\x02\x12\r\n\x05noise\x18\x04 \x01(\x02\x12\x18\n\x0binstability\x18\x05 \x01(\x02H\x00\x88\x01\x01\x42\x0e\n\x0c_instability\"\xb4\x01\n\x11SuspiciousFeature\x12\x0f\n\x07\x66\x65\x61ture\x18\x01 \x01(\r\x12\x12\n\nactivation\x18\x02 \x01(\x02\x12\x10\n\x08\x66iltered\x18\x03 \x01(\x02\x12.\n\x07reasons\x18\x04 \x03(\x0e\x32\x1d.monofacet.v1.SuspicionReason\x12*\n\x05label\x18\x05 \x01(\x0e\x32\x1b.monofacet.v1.ModalityLabel\x12\x0c\n\x04name\x18\x06 \x01(\t\"U\n\rZeroShotLabel\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\x12\x12\n\nsimilarity\x18\x04 \x01(\x02\"\xe0\x02\n\rFilteredImage\x12&\n\x07verdict\x18\x01 \x01(\x0e\x32\x15.monofacet.v1.Verdict\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x11\n\tthreshold\x18\x03 \x01(\x02\x12\x0f\n\x07p_value\x18\x04 \x01(\x02\x12-\n\x06scores\x18\x05 \x01(\x0b\x32\x1d.monofacet.v1.DetectionScores\x12\x31\n\x08\x66\x65\x61tures\x18\x06 \x03(\x0b\x32\x1f.monofacet.v1.SuspiciousFeature\x12\x1b\n\x13suspicious_features\x18\x07 \x01(\r\x12\x10\n\x08\x66iltered\x18\x08 \x01(\x08\x12\x31\n\x0clabel_before\x18\t \x01(\x0b\x32\x1b.monofacet.v1.ZeroShotLabel\x12\x30\n\x0blabel_after\x18\n \x01(\x0b\x32\x1b.monofacet.v1.ZeroShotLabel\"\xd1\x02\n\x19\x46ilterAdversarialResponse\x12+\n\x06images\x18\x01 \x03(\x0b\x32\x1b.monofacet.v1.FilteredImage\x12/\n\x11\x65mbeddings_before\x18\x02 \x01(\x0b\x32\x14.monofacet.v1.Tensor\x12.\n\x10\x65mbeddings_after\x18\x03 \x01(\x0b\x32\x14.monofacet.v1.Tensor\x12\x1b\n\x13\x66\x61lse_positive_rate\x18\x04 \x01(\x02\x12&\n\x04mode\x18\x05 \x01(\x0e\x32\x18.monofacet.v1.FilterMode\x12\x15\n\rkeep_residual\x18\x06 \x01(\x08\x12\x12\n\ndictionary\x18\x07 \x01(\t\x12&\n\x07timings\x18\x08 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\t \x01(\t*u\n\nFilterMode\x12\x1b\n\x17\x46ILTER_MODE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x46ILTER_MODE_DROP\x10\x01\x12\x1b\n\x17\x46ILTER_MODE_KEEP_NORMAL\x10\x02\x12\x17\n\x13\x46ILTER_MODE_RESTORE\x10\x03*N\n\x07Verdict\x12\x17\n\x13VERDICT_UNSPECIFIED\x10\x00\x12\x11\n\rVERDICT_CLEAN\x10\x01\x12\x17\n\x13VERDICT_ADVERSARIAL\x10\x02*\xc3\x01\n\x0fSuspicionReason\x12 \n\x1cSUSPICION_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17SUSPICION_REASON_UNSEEN\x10\x01\x12\x1b\n\x17SUSPICION_REASON_EXCESS\x10\x02\x12\x1a\n\x16SUSPICION_REASON_MOVED\x10\x03\x12\x19\n\x15SUSPICION_REASON_TEXT\x10\x04\x12\x1d\n\x19SUSPICION_REASON_UNSTABLE\x10\x05\x32v\n\x0e\x44\x65\x66\x65nseService\x12\x64\n\x11\x46ilterAdversarial\x12&.monofacet.v1.FilterAdversarialRequest\x1a\'.monofacet.v1.FilterAdversarialResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,29 +40,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FILTERADVERSARIALREQUEST'].fields_by_name['images']._loaded_options = None
   _globals['_FILTERADVERSARIALREQUEST'].fields_by_name['images']._serialized_options = b'\272H\010\222\001\005\010\001\020\200\002'
   _globals['_FILTERADVERSARIALREQUEST'].fields_by_name['labels']._loaded_options = None
-  _globals['_FILTERADVERSARIALREQUEST'].fields_by_name['labels']._serialized_options = b'\272H\203\001\222\001\013\020\200\002\"\006r\004(\200\200\004\272\001r\n\024labels.more_than_one\022Igive no labels or at least two: with one alone there is nothing to choose\032\017size(this) != 1'
+  _globals['_FILTERADVERSARIALREQUEST'].fields_by_name['labels']._serialized_options = b'\272H{\222\001\003\020\200\002\272\001r\n\024labels.more_than_one\022Igive no labels or at least two: with one alone there is nothing to choose\032\017size(this) != 1'
   _globals['_FILTERADVERSARIALREQUEST'].fields_by_name['bundle']._loaded_options = None
   _globals['_FILTERADVERSARIALREQUEST'].fields_by_name['bundle']._serialized_options = b'\272H\005r\003\030\200\002'
-  _globals['_FILTERMODE']._serialized_start=1759
-  _globals['_FILTERMODE']._serialized_end=1876
-  _globals['_VERDICT']._serialized_start=1878
-  _globals['_VERDICT']._serialized_end=1956
-  _globals['_SUSPICIONREASON']._serialized_start=1959
-  _globals['_SUSPICIONREASON']._serialized_end=2154
+  _globals['_FILTERMODE']._serialized_start=1749
+  _globals['_FILTERMODE']._serialized_end=1866
+  _globals['_VERDICT']._serialized_start=1868
+  _globals['_VERDICT']._serialized_end=1946
+  _globals['_SUSPICIONREASON']._serialized_start=1949
+  _globals['_SUSPICIONREASON']._serialized_end=2144
   _globals['_FILTEROPTIONS']._serialized_start=109
   _globals['_FILTEROPTIONS']._serialized_end=315
   _globals['_FILTERADVERSARIALREQUEST']._serialized_start=318
-  _globals['_FILTERADVERSARIALREQUEST']._serialized_end=644
-  _globals['_DETECTIONSCORES']._serialized_start=647
-  _globals['_DETECTIONSCORES']._serialized_end=792
-  _globals['_SUSPICIOUSFEATURE']._serialized_start=795
-  _globals['_SUSPICIOUSFEATURE']._serialized_end=975
-  _globals['_ZEROSHOTLABEL']._serialized_start=977
-  _globals['_ZEROSHOTLABEL']._serialized_end=1062
-  _globals['_FILTEREDIMAGE']._serialized_start=1065
-  _globals['_FILTEREDIMAGE']._serialized_end=1417
-  _globals['_FILTERADVERSARIALRESPONSE']._serialized_start=1420
-  _globals['_FILTERADVERSARIALRESPONSE']._serialized_end=1757
-  _globals['_DEFENSESERVICE']._serialized_start=2156
-  _globals['_DEFENSESERVICE']._serialized_end=2274
+  _globals['_FILTERADVERSARIALREQUEST']._serialized_end=634
+  _globals['_DETECTIONSCORES']._serialized_start=637
+  _globals['_DETECTIONSCORES']._serialized_end=782
+  _globals['_SUSPICIOUSFEATURE']._serialized_start=785
+  _globals['_SUSPICIOUSFEATURE']._serialized_end=965
+  _globals['_ZEROSHOTLABEL']._serialized_start=967
+  _globals['_ZEROSHOTLABEL']._serialized_end=1052
+  _globals['_FILTEREDIMAGE']._serialized_start=1055
+  _globals['_FILTEREDIMAGE']._serialized_end=1407
+  _globals['_FILTERADVERSARIALRESPONSE']._serialized_start=1410
+  _globals['_FILTERADVERSARIALRESPONSE']._serialized_end=1747
+  _globals['_DEFENSESERVICE']._serialized_start=2146
+  _globals['_DEFENSESERVICE']._serialized_end=2264
 # @@protoc_insertion_point(module_scope)

@@ -826,7 +826,7 @@ class ImageTextPair(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Its text, 1 to 65,536 bytes of UTF-8."""
+    """Its text, at least 1 byte of UTF-8; otherwise as Input.text."""
     group: _builtins.str
     """Pairs of one group, such as several pictures of one concept, are not independent: they are resampled and shuffled
     together. At most 256 characters. Empty: the pair is a group of its own.

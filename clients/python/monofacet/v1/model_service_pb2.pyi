@@ -291,7 +291,7 @@ class Limits(_message.Message):
     max_image_pixels: _builtins.int
     """Width times height of one image, in pixels."""
     max_text_bytes: _builtins.int
-    """Size of one text, in bytes of UTF-8."""
+    """Size of one text that may not be truncated, in bytes of UTF-8."""
     max_queued_inputs: _builtins.int
     """Inputs that may wait for the model; past it RESOURCE_EXHAUSTED with RetryInfo."""
     max_stream_in_flight: _builtins.int
