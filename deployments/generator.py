@@ -17,7 +17,6 @@ from deployments.generation_work import Event, Events, Failed, Finished, Generat
 from deployments.pulse import Activity
 from deployments.settings import Settings
 from services.bundle import Bundle
-from services.encoding.images import ImageLimits
 from services.encoding.texts import TextLimits
 from services.imaging.denoiser import Sample
 from services.imaging.edits import ImageRequest, Steering
@@ -40,12 +39,7 @@ class PipelineModel:
         self.imaging = Imaging.load(
             bundle,
             threads=self._threads,
-            image_limits=ImageLimits(
-                settings.max_image_bytes,
-                settings.max_image_pixels,
-                settings.min_image_side,
-                settings.max_image_aspect_ratio,
-            ),
+            image_limits=settings.image_limits,
             text_limits=TextLimits(settings.max_text_bytes),
             # The command verified what the bundle holds; weights elsewhere it has not seen.
             verify=True,

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from deployments.settings import Settings
 from deployments.work import EncoderInfo
 from services.bundle import Bundle
+from services.check import Check, nothing
 from services.defense.smoothing import noise, smooth
 from services.dictionaries.base import Dictionary
 from services.encoding.choice import choose_towers
-from services.encoding.images import ImageLimits, ImagePreprocess, decode_image
+from services.encoding.formats.picture import Picture
+from services.encoding.images import ImagePreprocess, decode_picture, open_image
 from services.encoding.load import load_towers
 from services.encoding.texts import TextLimits, Tokeniser
 from services.encoding.towers import Towers
@@ -64,12 +66,7 @@ class TowerModel:
     def __init__(self, bundle: Bundle, settings: Settings) -> None:
         config = bundle.clip_config
         self._preprocess = ImagePreprocess(config)
-        self._image_limits = ImageLimits(
-            settings.max_image_bytes,
-            settings.max_image_pixels,
-            settings.min_image_side,
-            settings.max_image_aspect_ratio,
-        )
+        self._image_limits = settings.image_limits
         # The gateway counts bytes, of which a text never has fewer than characters.
         self._tokeniser = Tokeniser(config, TextLimits(settings.max_text_bytes))
         self._towers, self._threads = tuned_towers(bundle, settings)
@@ -80,12 +77,18 @@ class TowerModel:
         """Run every batch size once, so that no caller pays for a first time."""
         self._towers.warm_up(max_batch)
 
-    def prepare(self, item: bytes | str, truncate_text: bool) -> NDArray[Any]:
-        """Return pixels float32 (3, H, W) of an image file, or tokens int64 (context,) of a text."""
-        if isinstance(item, bytes):
-            return self._preprocess(decode_image(item, self._image_limits))
-        tokens: NDArray[Any] = self._tokeniser.tokenise([item], truncate_text)[0]
+    def tokenise(self, text: str, truncate: bool) -> NDArray[Any]:
+        """Return tokens int64 (context,) of a text."""
+        tokens: NDArray[Any] = self._tokeniser.tokenise([text], truncate)[0]
         return tokens
+
+    def open(self, data: bytes) -> Picture:
+        """Read what an image file says of itself, and refuse what is too large or too costly."""
+        return open_image(data, self._image_limits)
+
+    def decode(self, picture: Picture, check: Check = nothing) -> NDArray[Any]:
+        """Return pixels float32 (3, H, W) of what was opened."""
+        return self._preprocess(decode_picture(picture, check))
 
     def encode_images(self, pixels: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return unit embeddings (batch, d) and norms (batch,) of pixels (batch, 3, H, W)."""

@@ -17,7 +17,7 @@ import limits
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from services.encoding.images import MAX_PIXELS
+from services.encoding.images import MAX_PIXELS, ImageLimits
 from services.encoding.machine import usable_cores
 
 MIB = 1024 * 1024
@@ -75,7 +75,8 @@ class Settings(BaseSettings):
     decode_threads: int = Field(
         default_factory=lambda: max(1, min(4, usable_cores())),
         ge=1,
-        description="Threads that decode images beside the model; Pillow releases the interpreter lock.",
+        description="Threads that decode images beside the model; Pillow releases the interpreter lock. Half as many "
+        "more, at least one, decode those that take long, and one reads texts, which wait for neither.",
     )
 
     # Where it listens.
@@ -174,12 +175,26 @@ class Settings(BaseSettings):
         description="Longer side of one image over its shorter one: resizing a sliver by its short side "
         "would make its long side enormous.",
     )
+    max_decode_s: float = Field(
+        4.0,
+        gt=0,
+        description="Seconds of one core that decoding one image may take, by an estimate from its size, depth and "
+        "scans, made before it is decoded; on a slow core it may take twice that. A progressive JPEG of 100 KB can ask "
+        "for minutes. 40 megapixels take 1 to 3.8, so only what asks for more scans than any camera is refused.",
+    )
+    max_image_parts: int = Field(
+        16_384,
+        ge=256,
+        description="Chunks of one PNG or WebP, markers of one JPEG: each takes microseconds to step over, and 16 MiB "
+        "hold millions. Files have a few dozen, those written in small pieces 2,000.",
+    )
     max_text_bytes: int = Field(
         8 * 1024,
         ge=1,
         le=64 * 1024,
-        description="UTF-8 bytes of one text. CLIP reads 77 tokens, about 400 bytes; the tail of a longer "
-        "text changes nothing and costs time to read.",
+        description="UTF-8 bytes of one text that may not be cut. CLIP reads 77 tokens, about 400 bytes; the tail of a "
+        "longer text changes nothing and costs time to read. Where `truncate_text` allows it, a text of any length is "
+        "read so far, and up to 16,384 characters if that holds fewer than 77 tokens.",
     )
     max_score_pairs: int = Field(
         4_096,
@@ -500,6 +515,18 @@ class Settings(BaseSettings):
             if not _BUNDLE_ID.fullmatch(id):
                 raise ValueError(f"{id!r} is no id of a bundle: `name@` and 12 to 64 hex digits")
         return value
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """What an image may be."""
+        return ImageLimits(
+            self.max_image_bytes,
+            self.max_image_pixels,
+            self.min_image_side,
+            self.max_image_aspect_ratio,
+            self.max_decode_s,
+            self.max_image_parts,
+        )
 
     @property
     def served(self) -> tuple[Path, ...]:

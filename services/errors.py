@@ -8,6 +8,7 @@
     │   │   ├── UnsupportedImageFormat    not PNG, JPEG or WebP by content
     │   │   ├── ImageTooLarge             more bytes or pixels than allowed, or too elongated
     │   │   ├── ImageTooSmall             a side shorter than allowed
+    │   │   ├── ImageTooCostly            would take too long to decode
     │   │   └── CorruptImage              truncated or damaged
     │   ├── TextTooLong                   longer than the context (or than any text we read)
     │   ├── UnknownDictionary
@@ -160,6 +161,12 @@ class ImageTooSmall(ImageError):
     """A side of the image is shorter than allowed."""
 
     default_reason = "IMAGE_TOO_SMALL"
+
+
+class ImageTooCostly(ImageError):
+    """Decoding the image, or reading its chunks, would take longer than allowed."""
+
+    default_reason = "IMAGE_TOO_COSTLY"
 
 
 class CorruptImage(ImageError):

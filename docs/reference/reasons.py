@@ -40,7 +40,13 @@ OTHERS = {
     "TOO_MANY_ITEMS": (domain.InvalidInput, "More items than `Limits.max_audit_items`."),
     "TOO_MANY_PAIRS": (domain.InvalidInput, "More pairs than `Limits.max_score_pairs`."),
 }
-_IMAGE = ("IMAGE_FORMAT_UNSUPPORTED", "IMAGE_TOO_LARGE", "IMAGE_TOO_SMALL", "IMAGE_CORRUPT")
+_IMAGE = (
+    "IMAGE_FORMAT_UNSUPPORTED",
+    "IMAGE_TOO_LARGE",
+    "IMAGE_TOO_SMALL",
+    "IMAGE_TOO_COSTLY",
+    "IMAGE_CORRUPT",
+)
 _STEERING = ("STEERING_UNSUPPORTED", "DELTA_OUT_OF_REACH", "FEATURE_NEVER_ACTIVE")
 # What a request may be refused for that has a field of this name, or a message of this type, anywhere below it.
 BY_CONTENT = {
