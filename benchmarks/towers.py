@@ -31,6 +31,8 @@ from deployments.encoder import Encoder
 from deployments.model import TowerModel
 from deployments.settings import Settings
 from deployments.work import Work
+from services.check import Check
+from services.encoding.formats.picture import Picture
 from services.encoding.images import ImagePreprocess, load_pixels
 from services.encoding.torch_backend import DTYPES
 
@@ -49,9 +51,13 @@ class Decoded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def prepare(self, item: bytes | str, truncate_text: bool) -> np.ndarray[Any, Any]:
+    def open(self, data: bytes) -> Picture:
+        """Return the number of a picture as one."""
+        return Picture("PNG", data, 1, 1, 0.0)
+
+    def decode(self, picture: Picture, check: Check) -> np.ndarray[Any, Any]:
         """Return the pixels of a picture."""
-        found: np.ndarray[Any, Any] = self._pixels[int(item) % len(self._pixels)]
+        found: np.ndarray[Any, Any] = self._pixels[int(picture.data) % len(self._pixels)]
         return found
 
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from deployments.audit import run_audit, until
 from deployments.audit_request import AuditRequest
 from deployments.batching import BatcherClosed, DeadlineExpired, GreedyBatcher, QueueFull
+from deployments.decoding import Decoded, Decoder, Decoding, EncoderFailed, Failed, Prepared
 from deployments.process import give_way
 from deployments.pulse import Activity
 from deployments.settings import Settings
@@ -39,12 +40,8 @@ from services.tables import ModalityTable
 log = logging.getLogger("monofacet.encoder")
 
 
-class Model(Protocol):
+class Model(Decoder, Protocol):
     """What the encoder needs of the towers; tests put a counting debug model here."""
-
-    def prepare(self, item: bytes | str, truncate_text: bool) -> NDArray[Any]:
-        """Decode one image or tokenise one text, or raise InvalidInput with the path inside the item."""
-        ...
 
     def encode_images(self, pixels: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return unit embeddings (batch, d) and norms (batch,)."""
@@ -71,36 +68,10 @@ class Model(Protocol):
         ...
 
 
-class EncoderFailed(Exception):
-    """The encoder met an error that is no caller's fault; the log has it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    modality: Modality
-    array: NDArray[Any]
-    dictionary: str | None
-    max_features: int | None
-    looks: int
-
-
-# What becomes of an item before it is queued.
-_Failed = EncoderFailed | DeadlineExpired | QueueFull | BatcherClosed
-_Decoded = _Prepared | InvalidInput | _Failed
-# Items that one thread decodes in one go: few, so that a large message does not hold back the next one's.
-_DECODED_TOGETHER = 4
 # Items from which on a larger batch gains little on a CPU: 4% from 8 to 32, with the embedded bundle's tower.
 _EFFICIENT = 8
 # Seconds for which a check of the model's health waits for its turn.
 _TRY_S = 12.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Undecoded:
-    """One item of a work, on its way to be decoded."""
-
-    work: Work
-    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +143,6 @@ class Encoder:
         self._idle = asyncio.Event()
         self._idle.set()
         pool = partial(ThreadPoolExecutor, initializer=give_way, initargs=(settings.compute_niceness,))
-        self._decoders = pool(settings.decode_threads, thread_name_prefix="decode")
         self._item_s = 0.0
         # When the model last worked, as of the last check of its health.
         self._tried = self.activity.worked
@@ -180,13 +150,8 @@ class Encoder:
         self._forward_thread = pool(1, thread_name_prefix="forward")
         # One thread here too: it bounds the dense activations in memory to those of one call.
         self._score_thread = pool(1, thread_name_prefix="score")
-        self._decoding: GreedyBatcher[_Undecoded, _Decoded] = GreedyBatcher(
-            self._decode_some,
-            max_batch=_DECODED_TOGETHER,
-            max_queued=settings.max_queued_items,
-            concurrency=settings.decode_threads,
-        )
-        self._batcher: GreedyBatcher[_Prepared, _Row] = GreedyBatcher(
+        self._decoding = Decoding(settings, model)
+        self._batcher: GreedyBatcher[Prepared, _Row] = GreedyBatcher(
             self._run, max_batch=settings.max_batch_items, max_queued=settings.max_queued_items
         )
 
@@ -214,7 +179,7 @@ class Encoder:
         started = time.perf_counter()
         # All of a message is decoded before any of it is queued. Otherwise a model that is faster than the
         # decoders would run every item alone, at several times the cost of a batch.
-        prepared = await self._prepare(works, deadlines)
+        prepared = await self._decoding(works, deadlines)
         decode_s = time.perf_counter() - started
         answers = await asyncio.gather(
             *(
@@ -303,7 +268,7 @@ class Encoder:
 
     def _try(self) -> None:
         with self.activity.running("forward"):
-            self._model.encode_texts(self._model.prepare("a", True)[None])
+            self._model.encode_texts(self._model.tokenise("a", True)[None])
         self._tried = self.activity.worked
 
     async def close(self) -> None:
@@ -313,7 +278,7 @@ class Encoder:
         await self._idle.wait()
         await self._decoding.close()
         await self._batcher.close()
-        for pool in (self._decoders, self._forward_thread, self._score_thread):
+        for pool in (self._forward_thread, self._score_thread):
             await asyncio.to_thread(pool.shutdown)
         self._model.close()
 
@@ -332,16 +297,16 @@ class Encoder:
                 self._idle.set()
 
     async def _answer(
-        self, items: Sequence[_Decoded], deadline: float | None, decode_s: float, work: Work
+        self, items: Sequence[Decoded], deadline: float | None, decode_s: float, work: Work
     ) -> Encoded | Exception:
         """Run the items of one work; unless each is for itself, nothing runs if one is bad."""
         bad = {i: item for i, item in enumerate(items) if isinstance(item, InvalidInput)}
-        failed = next((item for item in items if isinstance(item, _Failed)), None)
+        failed = next((item for item in items if isinstance(item, Failed)), None)
         if failed is not None:
             return failed
         if bad and not work.each:
             return InvalidInput.gather(list(bad.values()))
-        good = [item for item in items if isinstance(item, _Prepared)]
+        good = [item for item in items if isinstance(item, Prepared)]
         if not good:
             nothing = np.zeros(0, np.float32)
             return Encoded(nothing.reshape(0, 0), nothing, inference_s=decode_s, failed=bad)
@@ -356,51 +321,14 @@ class Encoder:
         answer = encoded(outcome.results, outcome.queue_s, decode_s + outcome.run_s, looks)
         return replace(answer, failed=bad, decode_s=decode_s)
 
-    async def _prepare(
-        self, works: Sequence[Work], deadlines: Sequence[float | None]
-    ) -> list[list[_Decoded]]:
-        """Decode every item of every work; works of all messages share the threads item by item."""
-
-        async def one(work: Work, deadline: float | None) -> list[_Decoded]:
-            items = [_Undecoded(work, index) for index in range(len(work.items))]
-            try:
-                decoding = self._decoding.submit(items, deadline=deadline, caller=work.stream or None)
-                return (await decoding).results
-            except (QueueFull, DeadlineExpired, BatcherClosed) as error:
-                return [error]
-            except Exception:  # one caller's failure must not fail the others of the message
-                log.exception("items cannot be decoded")
-                return [EncoderFailed("the encoder failed")]
-
-        return list(await asyncio.gather(*map(one, works, deadlines)))
-
-    async def _decode_some(self, items: Sequence[_Undecoded]) -> list[_Decoded]:
-        def run() -> list[_Decoded]:
-            return [self._decode(item.work, item.index) for item in items]
-
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, run)
-
-    def _decode(self, work: Work, index: int) -> _Decoded:
-        item = work.items[index]
-        is_text = isinstance(item, str)
-        try:
-            array = self._model.prepare(item, work.truncate_text)
-        except InvalidInput as error:
-            return error.at(f"[{index}].text" if is_text else f"[{index}].image.data")
-        except BaseException:  # one item's surprise, a Rust library's panic too, must not fail the others
-            log.exception("an item cannot be decoded")
-            return EncoderFailed("the encoder failed")
-        modality = Modality.TEXT if is_text else Modality.IMAGE
-        return _Prepared(modality, array, work.dictionary, work.max_features, 0 if is_text else work.looks)
-
-    async def _run(self, items: list[_Prepared]) -> list[_Row]:
+    async def _run(self, items: list[Prepared]) -> list[_Row]:
         return await asyncio.get_running_loop().run_in_executor(self._forward_thread, self._forward, items)
 
-    def _forward(self, items: list[_Prepared]) -> list[_Row]:
+    def _forward(self, items: list[Prepared]) -> list[_Row]:
         with self.activity.running("forward"):
             return self._forward_now(items)
 
-    def _forward_now(self, items: list[_Prepared]) -> list[_Row]:
+    def _forward_now(self, items: list[Prepared]) -> list[_Row]:
         started = time.perf_counter()
         rows: list[_Row | None] = [None] * len(items)
         for modality in Modality:
@@ -427,12 +355,12 @@ class Encoder:
         fitting = int(self._settings.max_batch_s / self._item_s)
         self._batcher.max_batch = min(self._settings.max_batch_items, max(_EFFICIENT, fitting))
 
-    def _rows(self, items: Sequence[_Prepared], batch: NDArray[Any], modality: Modality) -> list[_Row]:
+    def _rows(self, items: Sequence[Prepared], batch: NDArray[Any], modality: Modality) -> list[_Row]:
         run = self._model.encode_images if modality is Modality.IMAGE else self._model.encode_texts
         unit, norm = run(batch)
         return list(map(_Row, unit, norm, self._features(items, unit, modality)))
 
-    def _look_again(self, items: Sequence[_Prepared], batch: NDArray[Any], rows: list[_Row]) -> list[_Row]:
+    def _look_again(self, items: Sequence[Prepared], batch: NDArray[Any], rows: list[_Row]) -> list[_Row]:
         """Add the noise, and the twin, of the images that are to be looked at again."""
         looked = [i for i, item in enumerate(items) if item.looks]
         if not looked:
@@ -448,7 +376,7 @@ class Encoder:
         return rows
 
     def _features(
-        self, items: Sequence[_Prepared], unit: NDArray[np.float32], modality: Modality
+        self, items: Sequence[Prepared], unit: NDArray[np.float32], modality: Modality
     ) -> list[Features | None]:
         features: list[Features | None] = [None] * len(items)
         for name in {item.dictionary for item in items if item.dictionary is not None}:

@@ -64,6 +64,10 @@ class Features:
     values: NDArray[np.float32]
 
 
+class TravelsAlone(Exception):
+    """The work takes long to decode, and the others of its message would wait: to be sent in a message of its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """The answer to one `Work`.

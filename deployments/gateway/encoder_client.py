@@ -16,7 +16,7 @@ from deployments.gateway.backlog import Backlog
 from deployments.gateway.errors import EncoderUnavailable
 from deployments.metrics import Metrics
 from deployments.settings import Settings
-from deployments.work import Encoded, Reply, Work
+from deployments.work import Encoded, Reply, TravelsAlone, Work
 
 Send = Callable[[list[Work], list[float | None]], Awaitable[Reply]]
 DEPLOYMENT = "encoder"
@@ -80,12 +80,16 @@ class EncoderClient:
             "max_queued_items", settings.max_queued_items, lambda: self._backlog.items, deployment
         )
         self._heard: dict[str, float] = {}
-        self._gathered: GreedyBatcher[_Waiting, Encoded | Exception] = GreedyBatcher(
+        # Texts travel apart from pictures: a message is answered as a whole, and decoding takes time.
+        self._gathered_texts, self._gathered_pictures = (self._gathering(), self._gathering())
+
+    def _gathering(self) -> GreedyBatcher[_Waiting, Encoded | Exception]:
+        return GreedyBatcher(
             self._send_all,
-            max_batch=settings.coalesce_items,
+            max_batch=self._settings.coalesce_items,
             # The backlog is the bound.
-            max_queued=2 * settings.max_queued_items,
-            concurrency=settings.messages_in_flight,
+            max_queued=2 * self._settings.max_queued_items,
+            concurrency=self._settings.messages_in_flight,
             weigh=lambda waiting: len(waiting.work.items),
             cancel_abandoned=True,
         )
@@ -172,8 +176,12 @@ class EncoderClient:
         if len(work.items) >= self._settings.direct_items:
             answer, waited = (await self._send_all([waiting]))[0], 0.0
         else:
-            outcome = await self._gathered.submit([waiting], deadline=deadline, caller=work.stream or None)
+            only_texts = all(isinstance(item, str) for item in work.items)
+            gathered = self._gathered_texts if only_texts else self._gathered_pictures
+            outcome = await gathered.submit([waiting], deadline=deadline, caller=work.stream or None)
             answer, waited = outcome.results[0], outcome.queue_s
+            if isinstance(answer, TravelsAlone):
+                answer = (await self._send_all([waiting]))[0]
         if isinstance(answer, Exception):
             raise answer
         queue_s = waited + answer.queue_s
@@ -187,7 +195,8 @@ class EncoderClient:
         now = asyncio.get_running_loop().time()
         self._heard[replica] = now
         self._heard = self._heard_since(now - _FORGET_S)
-        self._gathered.concurrency = self._settings.messages_in_flight * len(self._heard)
+        for gathered in (self._gathered_texts, self._gathered_pictures):
+            gathered.concurrency = self._settings.messages_in_flight * len(self._heard)
         self._backlog.replicas = len(self._heard)
 
     def _heard_since(self, began: float) -> dict[str, float]:

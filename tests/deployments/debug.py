@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from deployments.work import EncoderInfo
+from services.check import Check
 from services.dictionaries.base import SparseRow, sparse_rows
+from services.encoding.formats.picture import Picture
 from services.errors import CorruptImage, TextTooLong
 from tests.support.waiting import PATIENCE_S
 
@@ -50,6 +52,15 @@ class DebugModel:
             raise ZeroDivisionError("/secret/path/of/the/server")
         data = item.encode() if isinstance(item, str) else item
         return np.frombuffer(hashlib.sha256(data).digest(), np.uint8)[:EMBED_DIM].astype(np.float32) + 1
+
+    def tokenise(self, text: str, truncate: bool) -> NDArray[Any]:
+        return self.prepare(text, truncate)
+
+    def open(self, data: bytes) -> Picture:
+        return Picture("PNG", data, 8, 8, 10.0 if data.startswith(b"costly") else 0.0)
+
+    def decode(self, picture: Picture, check: Check) -> NDArray[Any]:
+        return self.prepare(picture.data, False)
 
     def _encode(self, batch: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         self.entered.release()

@@ -10,7 +10,7 @@ import pytest
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.metrics import Metrics
 from deployments.settings import Settings
-from deployments.work import Encoded, Reply, Work
+from deployments.work import Encoded, Reply, TravelsAlone, Work
 
 
 class Encoders:
@@ -67,3 +67,21 @@ async def test_replicas_are_those_that_answered_and_one_while_any_is_left(
     assert client.replicas == 1
     alive = False
     assert client.replicas == 0
+
+
+async def test_texts_travel_apart_from_pictures_and_a_costly_picture_alone() -> None:
+    messages: list[list[tuple[bytes | str, ...]]] = []
+
+    async def send(works: list[Work], remaining_s: list[float | None]) -> Reply:
+        messages.append([work.items for work in works])
+        await asyncio.sleep(0)
+        answer = Encoded(np.zeros((1, 2), np.float32), np.ones(1, np.float32))
+        return Reply(
+            tuple(TravelsAlone() if w.items == (b"costly",) and len(works) > 1 else answer for w in works)
+        )
+
+    client = EncoderClient(send, Settings(), Metrics(), "torch")
+    items: list[tuple[bytes | str, ...]] = [("a",), (b"a",), ("b",), (b"costly",), (b"b", "b")]
+    answers = await asyncio.gather(*(client.encode(Work(item)) for item in items))
+    assert all(isinstance(answer, Encoded) for answer in answers)
+    assert messages == [[("a",), ("b",)], [(b"a",), (b"costly",), (b"b", "b")], [(b"costly",)]]

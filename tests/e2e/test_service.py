@@ -80,8 +80,8 @@ def test_the_answer_is_what_the_towers_say_in_process(
     models = model_service_pb2_grpc.ModelServiceStub(channel)
     backend = models.GetModel(model_service_pb2.GetModelRequest(), timeout=PATIENCE_S).model.runtime.backend
     model = TowerModel(served, Settings(backend=backend))
-    unit_image, norm_image = model.encode_images(np.stack([model.prepare(i, False) for i in images]))
-    unit_text, norm_text = model.encode_texts(np.stack([model.prepare(t, False) for t in CAPTIONS]))
+    unit_image, norm_image = model.encode_images(np.stack([model.decode(model.open(i)) for i in images]))
+    unit_text, norm_text = model.encode_texts(np.stack([model.tokenise(t, False) for t in CAPTIONS]))
     answered = array(answer.embeddings)
     assert np.isfinite(answered).all() and np.isfinite(answer.norms).all()
     # The same kernels on the same pieces; threads may add in another order, a few units of 6e-8.
