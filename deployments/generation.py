@@ -1,9 +1,9 @@
 """The generation engine: denoising steps in a thread of their own, over whatever images are there.
 
 Continuous batching: after each step, finished images leave and waiting ones join, so a call waits for a place
-and never for another call's end. Between two steps, and at no other time, images whose caller has gone or
-whose deadline has passed are dropped; so a cancellation costs at most one step. Encoding prompts and decoding
-pictures happen in another thread, beside the steps of others.
+and never for another call's end. A place goes to the caller who has had least. Between two steps, and at no other
+time, images whose caller has gone or whose deadline has passed are dropped; so a cancellation costs at most one step.
+Encoding prompts and decoding pictures happen in another thread, beside the steps of others.
 
 Both threads catch BaseException, since a panic of a Rust library (tokenizers, safetensors) is no Exception.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +31,8 @@ from services.errors import GenerationFailed, MonofacetError
 log = logging.getLogger("monofacet.generator")
 
 _LEAST_STUCK_S = 60.0
+# The part of a queue that a caller finds free although others have filled it.
+_FEW = 8
 
 
 class Sample(Protocol):
@@ -127,6 +129,31 @@ class Job:
         )
 
 
+class _Shares:
+    """What each caller has had of the engine, in steps weighted by the memory of their images.
+
+    Who comes begins where the engine is: idleness saves nothing up, and leaving pays no debts.
+
+    Source: Goyal, Vin and Cheng, "Start-time fair queueing" (1996).
+    """
+
+    def __init__(self) -> None:
+        self._had: dict[str, float] = {}
+        # What the last one who was given something had had until then.
+        self._now = 0.0
+
+    def had(self, caller: str) -> float:
+        """Return what a caller has had."""
+        return max(self._now, self._had.get(caller, 0.0))
+
+    def charge(self, caller: str, cost: float) -> None:
+        """Count what a caller is given."""
+        self._now = self.had(caller)
+        self._had[caller] = self._now + cost
+        # The others begin here, known or not.
+        self._had = {name: had for name, had in self._had.items() if had > self._now}
+
+
 class Engine:
     """Runs jobs.
 
@@ -137,7 +164,8 @@ class Engine:
     max_batch
         Images of one step.
     max_queued
-        Images that may wait; a job that would pass it is refused.
+        Images that may wait; a job that would pass it is refused, unless its caller has few there: others who fill
+        the queue keep nobody out.
     max_bytes
         Memory for the images of a step, by the model's estimate. One image is always let in.
     """
@@ -148,7 +176,8 @@ class Engine:
         self._max_queued = max_queued
         self._max_bytes = max_bytes
         self._lock = threading.Condition()
-        self._unprepared = 0
+        self._unprepared: Counter[str] = Counter()
+        self._shares = _Shares()
         self._jobs: set[Job] = set()
         self._waiting: deque[_Image] = deque()
         self._active: list[_Image] = []
@@ -178,14 +207,24 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise BatcherClosed
-            queued = self._unprepared + len(self._waiting)
-            # A job is let into an empty queue whatever its size: refusing it would refuse it for ever.
-            if queued and queued + work.images > self._max_queued:
+            if not self._fits(work):
                 raise QueueFull
-            self._unprepared += work.images
+            self._unprepared[work.caller] += work.images
             self._jobs.add(job)
         self._helper.submit(self._prepare, job)
         return job
+
+    def _fits(self, work: GenerateWork) -> bool:
+        queued = self._unprepared.total() + len(self._waiting)
+        # A job is let into an empty queue whatever its size: refusing it would refuse it for ever.
+        if not queued or queued + work.images <= self._max_queued:
+            return True
+        own = sum(image.job.work.caller == work.caller for image in self._waiting)
+        own += self._unprepared[work.caller]
+        return (
+            own + work.images <= max(1, self._max_queued // _FEW)
+            and queued + work.images <= 2 * self._max_queued
+        )
 
     def cancel(self, job: Job) -> None:
         """Stop a job: no step of it begins from here on."""
@@ -229,7 +268,7 @@ class Engine:
             log.exception("a request cannot be prepared")
             self._fail(job, GenerationFailed("the generator failed"))
         with self._lock:
-            self._unprepared -= job.work.images
+            self._unprepared -= Counter({job.work.caller: job.work.images})
             if images and not job.gone:
                 job.images = images
                 self._waiting.extend(images)
@@ -292,14 +331,20 @@ class Engine:
     def _admit(self) -> None:
         used = sum(image.bytes for image in self._active)
         while self._waiting and len(self._active) < self._max_batch:
-            image = self._waiting[0]
+            image = self._next_image()
             if self._active and used + image.bytes > self._max_bytes:
                 return
-            self._waiting.popleft()
+            self._waiting.remove(image)
+            self._shares.charge(image.job.work.caller, image.bytes * image.sample.steps)
             image.started = time.monotonic()
             image.last_step = self._steps
             used += image.bytes
             self._active.append(image)
+
+    def _next_image(self) -> _Image:
+        """Return the oldest waiting image of the caller whose turn it is."""
+        # Of equals the first is the minimum, which is the oldest.
+        return min(self._waiting, key=lambda image: self._shares.had(image.job.work.caller))
 
     def _next_batch(self) -> list[_Image]:
         """Return the images of one size whose turn it is: those of the one that has waited longest."""

@@ -25,12 +25,15 @@ class GenerateWork:
         Also make each image without the edits.
     preview_every
         Steps between previews; 0 for none.
+    caller
+        Whose call it is; callers share a generator evenly.
     """
 
     request: ImageRequest
     seeds: tuple[int, ...]
     unsteered: bool = False
     preview_every: int = 0
+    caller: str = ""
 
     @property
     def images(self) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from deployments.gateway.errors import StreamIdle, TooManyCalls
+from deployments.gateway.interceptors.chain import current_caller
+from deployments.gateway.interceptors.reading import share
 
 Message = TypeVar("Message")
 
@@ -21,7 +24,7 @@ class ClientStreams:
     Parameters
     ----------
     max_streams
-        At once.
+        At once, half of them of one caller at most.
     idle_s
         Seconds that one may send nothing.
     """
@@ -29,7 +32,7 @@ class ClientStreams:
     def __init__(self, max_streams: int, idle_s: float) -> None:
         self._max_streams = max_streams
         self._idle_s = idle_s
-        self._streams = 0
+        self._streams: Counter[str] = Counter()
 
     @property
     def streams(self) -> int:
@@ -52,15 +55,20 @@ class ClientStreams:
         Raises
         ------
         TooManyCalls
-            When there are as many streams as allowed.
+            When there are as many streams as allowed, in all or of this caller.
         """
-        if self._streams >= self._max_streams:
-            raise TooManyCalls(f"{self._streams} client streams are in progress; try later")
-        self._streams += 1
+        caller, in_progress = current_caller.get(), self._streams.total()
+        if in_progress >= self._max_streams:
+            raise TooManyCalls(f"{in_progress} client streams are in progress; try later")
+        if self._streams[caller] >= share(self._max_streams):
+            raise TooManyCalls(
+                f"{self._streams[caller]} client streams of this caller are in progress; try later"
+            )
+        self._streams[caller] += 1
         try:
             yield lively(messages, self._idle_s)
         finally:
-            self._streams -= 1
+            self._streams[caller] -= 1
 
 
 async def lively(messages: AsyncIterator[Message], idle_s: float) -> AsyncIterator[Message]:

@@ -35,7 +35,7 @@ def generator(model: DebugPipeline, **settings: Any) -> Generator:
 
 
 def work(prompt: str = "a", *seeds: int, **options: Any) -> GenerateWork:
-    own = {name: options.pop(name) for name in ("unsteered", "preview_every") if name in options}
+    own = {name: options.pop(name) for name in ("unsteered", "preview_every", "caller") if name in options}
     return GenerateWork(ImageRequest(prompt, **options), seeds or (1,), **own)
 
 
@@ -322,3 +322,54 @@ def test_a_pipeline_runs_on_the_threads_of_the_settings(
     bundle: Any = None
     with pytest.raises(Loaded, match=f"^{threads}$"):
         PipelineModel(bundle, Settings(threads=3, generator_threads=own))
+
+
+async def test_one_who_fills_the_queue_leaves_the_next_free_place_to_another(model: DebugPipeline) -> None:
+    made = generator(model)
+    model.hold()
+    bulk = [
+        asyncio.create_task(
+            collect(made.generate(work("bulk", *range(16), num_inference_steps=50, caller="bulk")))
+        )
+        for _ in range(4)
+    ]
+    await begun(model)
+    model.entered.release()
+    # The first images of the bulk have all places, and the rest of it waits.
+    for _ in range(49):
+        await asyncio.to_thread(model.let_one_step)
+    single = asyncio.create_task(
+        collect(made.generate(work("single", num_inference_steps=3, caller="single")))
+    )
+    await until(lambda: "single" in model.prepared)
+    model.release()
+    await single
+    # The prepared image joins the first batch that has places; one more step at most may have been on its way.
+    joined = next(i for i, batch in enumerate(model.batches) if "single" in batch)
+    freed = next(i for i, batch in enumerate(model.batches) if i >= 50)
+    assert joined <= freed + 2
+    for task in bulk:
+        task.cancel()
+    await asyncio.gather(*bulk, return_exceptions=True)
+    await made.close()
+
+
+async def test_a_full_queue_still_takes_a_few_images_of_another(model: DebugPipeline) -> None:
+    made = generator(model, max_queued_images=16, max_batch_images=1)
+    model.hold()
+    bulk = asyncio.create_task(collect(made.generate(work("bulk", *range(16), caller="bulk"))))
+    await begun(model)
+    more = asyncio.create_task(collect(made.generate(work("more", 1, caller="bulk"))))
+    with pytest.raises(QueueFull):
+        await collect(made.generate(work("bulk", 1, 2, caller="bulk")))
+    with pytest.raises(QueueFull):
+        await collect(made.generate(work("large", 1, 2, 3, caller="other")))
+    other = asyncio.create_task(collect(made.generate(work("other", 1, 2, caller="other"))))
+    await until(lambda: "other" in model.prepared)
+    model.release()
+    for task in (bulk, more, other):
+        assert any(isinstance(event, Finished) for event in await task)
+    # The bulk's first image has its four steps; the next place is the other's.
+    order = [batch[0] for batch in model.batches]
+    assert order.index("other") == 4
+    await made.close()

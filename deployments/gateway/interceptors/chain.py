@@ -68,6 +68,10 @@ class Call:
         return f"token {self.token.name}" if self.token is not None else host_of(self.context.peer())
 
 
+# Who makes the call that the current task is about, for what shares itself between callers.
+current_caller: ContextVar[str] = ContextVar("current_caller", default="")
+
+
 def host_of(peer: str) -> str:
     """Return the address of a peer without its port: `ipv4:127.0.0.1` of `ipv4:127.0.0.1:50312`."""
     kind, _, rest = unquote(peer).partition(":")
@@ -154,6 +158,7 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
             async with AsyncExitStack() as stack:
                 for layer in group.layers:
                     await stack.enter_async_context(layer(call))
+                current_caller.set(call.caller)
                 argument = call.requests if client_streaming else call.request
                 if not inspect.isasyncgenfunction(inner):
                     return await inner(argument, context)

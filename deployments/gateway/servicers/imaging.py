@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.errors import describe
+from deployments.gateway.interceptors.chain import current_caller
 from deployments.gateway.messages import check_named_texts, sparse, tensor, timings
 from deployments.gateway.pictures import picture, request_of_image
 from deployments.gateway.previews import SteeringPreviews, strongest
@@ -86,7 +88,7 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
         if self._stream is None:
             raise NoPipeline("this server makes no images; its setting `generator` is off")
         check_named_texts(texts_of(request), self._settings.max_text_bytes, request.truncate_text)
-        work = work_of(request, self._settings.max_images)
+        work = replace(work_of(request, self._settings.max_images), caller=current_caller.get())
         left = work.images
         self._count(left)
         try:
