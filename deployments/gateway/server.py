@@ -24,7 +24,6 @@ from monofacet.v1 import (
     model_service_pb2,
     model_service_pb2_grpc,
 )
-from prometheus_client import start_http_server
 
 from deployments.access.check import open_certificate, open_tokens
 from deployments.access.scopes import check_scopes, methods_of
@@ -46,6 +45,7 @@ from deployments.gateway.interceptors.requests import requests_layer
 from deployments.gateway.interceptors.traces import encoder_spans, start_tracing, traces_layer
 from deployments.gateway.interceptors.validation import validation_layer
 from deployments.gateway.late import LateServices
+from deployments.gateway.metrics_server import MetricsServer
 from deployments.gateway.reflection import add_reflection
 from deployments.gateway.servicers.bias import BiasServicer, RunAudit
 from deployments.gateway.servicers.defense import DefenseServicer
@@ -275,8 +275,8 @@ class GatewayServer:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
             self._health_server.add_insecure_port(f"{settings.host}:{settings.health_port}")
             await self._health_server.start()
-        self._metrics_server, _ = start_http_server(
-            settings.metrics_port, addr=settings.metrics_host, registry=self.metrics.registry
+        self._metrics_server = MetricsServer(
+            settings.metrics_host, settings.metrics_port, self.metrics.registry
         )
         return port, self.metrics_port
 
@@ -433,8 +433,7 @@ class GatewayServer:
         if self._health_server is not None:
             await self._health_server.stop(None)
         if self._metrics_server is not None:
-            self._metrics_server.shutdown()
-            self._metrics_server.server_close()
+            self._metrics_server.close()
             self._metrics_server = None
         if self._looking is not None:
             self._looking.cancel()
