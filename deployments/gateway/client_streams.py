@@ -37,7 +37,7 @@ class ClientStreams:
     @property
     def streams(self) -> int:
         """Streams in progress."""
-        return self._streams
+        return self._streams.total()
 
     @contextmanager
     def admitted(self, messages: AsyncIterator[Message]) -> Iterator[AsyncIterator[Message]]:
@@ -57,7 +57,7 @@ class ClientStreams:
         TooManyCalls
             When there are as many streams as allowed, in all or of this caller.
         """
-        caller, in_progress = current_caller.get(), self._streams.total()
+        caller, in_progress = current_caller.get(), self.streams
         if in_progress >= self._max_streams:
             raise TooManyCalls(f"{in_progress} client streams are in progress; try later")
         if self._streams[caller] >= share(self._max_streams):
