@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 from monofacet.v1 import bias_service_pb2 as pb
+from monofacet.v1 import common_pb2
 from numpy.typing import NDArray
 
 from deployments.gateway.cards import label_name
@@ -26,6 +28,8 @@ MODES = {
     pb.ABLATION_MODE_PROJECT: Mode.PROJECT,
     pb.ABLATION_MODE_LEACE: Mode.LEACE,
 }
+# As the study names those of its methods that use features.
+ABLATION_NAME = re.compile(r"(?:top ([1-9]\d*)|label (IMAGE|TEXT|CROSS)), (zero|mean|project)")
 # Resolved ablations that are kept: a projection's basis takes longer to find than a call.
 KEPT = 64
 
@@ -58,6 +62,28 @@ def read_calibration(catalogue: Catalogue) -> BiasCalibration | None:
     """Read the bundle's bias calibration; None where it has none."""
     entry, folder = catalogue.bundle.manifest.bias, catalogue.bundle.path
     return None if entry is None else BiasCalibration.read(folder / entry.config, folder / entry.weights)
+
+
+def recommended(catalogue: Catalogue) -> pb.Ablation | None:
+    """Return the ablation that the bundle's own study chose; None where it chose none that a request can ask for."""
+    calibration = read_calibration(catalogue)
+    if calibration is None:
+        return None
+    dictionary, chosen = (str(calibration.figures.get(key, "")) for key in ("dictionary", "chosen"))
+    if dictionary not in calibration.dictionaries:
+        return None
+    if chosen == "LEACE":
+        return pb.Ablation(dictionary=dictionary, mode=pb.ABLATION_MODE_LEACE)
+    named = ABLATION_NAME.fullmatch(chosen)
+    if named is None:
+        return None
+    top, label, mode = named.groups()
+    result = pb.Ablation(dictionary=dictionary, mode=pb.AblationMode.Value(f"ABLATION_MODE_{mode.upper()}"))
+    if top:
+        result.top_gender_features = int(top)
+    else:
+        result.label = common_pb2.ModalityLabel.Value(f"MODALITY_LABEL_{label}")
+    return result
 
 
 class Ablations:

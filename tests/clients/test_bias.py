@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import monofacet
@@ -195,7 +197,12 @@ def test_items_of_one_group_or_cluster_are_sent_as_one(
     client, channel = mock_client()
     with client:
         client.audit_gender(read_labels(write_csv(tmp_path, rows)))
-    items = [item for _, request in channel.calls for item in request.batch.items]
+    items = [
+        item
+        for name, request in channel.calls
+        if name.endswith("/AuditGender")
+        for item in request.batch.items
+    ]
     assert [item.cluster for item in items] == [sent, sent]
 
 
@@ -267,7 +274,9 @@ def test_the_command_line_leaves_out_what_cannot_be_read_when_told_to(labels: Pa
 
 def test_the_command_line_classifies_with_and_without_an_ablation(labels: Path) -> None:
     with run_server() as target:
-        plain = CliRunner().invoke(app, ["gender", "classify", "a text", "--json", "--target", target])
+        plain = CliRunner().invoke(
+            app, ["gender", "classify", "a text", "--no-ablation", "--json", "--target", target]
+        )
         ablated = CliRunner().invoke(
             app, ["gender", "classify", str(labels.parent / "0.png"), "--top", "8", "--target", target]
         )
@@ -276,12 +285,87 @@ def test_the_command_line_classifies_with_and_without_an_ablation(labels: Path) 
     assert ablated.exit_code == 0 and "kept" in ablated.output
 
 
-def test_the_options_of_an_ablation_add_up() -> None:
-    assert chosen(None, None, None, "zero", "") is None
-    assert chosen("1,2", None, None, "mean", "d") == Ablation([1, 2], None, None, "mean", "d")
-    assert chosen(None, None, None, "leace", "") == Ablation(mode="leace")
+RECOMMENDED = Ablation(top_gender_features=4, mode=AblationMode.PROJECT, dictionary="fake-sae")
+
+
+def test_what_the_bundle_recommends_is_removed_and_audited_by_default(labels: Path) -> None:
+    client, _ = mock_client()
+    assert client.model().recommended_ablation == RECOMMENDED
+    assert client.audit_gender(ITEMS).settings.ablations == (RECOMMENDED,)
+    with run_server() as target:
+
+        def told(*arguments: str) -> str:
+            return CliRunner().invoke(app, ["gender", *arguments, "--target", target]).stdout
+
+        # A title is broken into lines as wide as its table.
+        shown, by_hand = (
+            " ".join(told("classify", "a", *options).split()) for options in ((), ("--top", "3"))
+        )
+        line = told("classify", "a", "--json")
+        audited = told("audit", "--csv", str(labels), "--json")
+    assert "without top 4, PROJECT of fake-sae (the bundle's recommendation): 4 features" in shown
+    assert "without top 3, PROJECT of fake-sae: 3 features" in by_hand
+    asked = {
+        "top_gender_features": 4,
+        "mode": "PROJECT",
+        "dictionary": "fake-sae",
+        "features": None,
+        "label": None,
+    }
+    assert json.loads(line)["ablation"] == asked
+    assert json.loads(audited)["settings"]["ablations"] == [asked]
+
+
+def test_a_bundle_that_recommends_nothing_has_nothing_removed(labels: Path) -> None:
+    class Silent(FakeMonofacet):
+        def model(self):
+            model = super().model()
+            model.ClearField("recommended_ablation")
+            return model
+
+    client, _ = mock_client(Silent())
+    assert client.model().recommended_ablation is None
+    assert client.audit_gender(ITEMS).settings.ablations == (
+        Ablation(top_gender_features=16, mode=AblationMode.ZERO, dictionary="fake-sae"),
+    )
+    with run_server(Silent()) as target:
+        done = CliRunner().invoke(app, ["gender", "classify", "a", "--target", target])
+    assert done.exit_code == 0
+    assert "nothing removed" in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "recommended", "ablation"),
+    [
+        ((None, None, None, None, ""), RECOMMENDED, RECOMMENDED),
+        ((None, None, None, None, "fake-sae"), RECOMMENDED, RECOMMENDED),
+        ((None, None, None, "mean", ""), RECOMMENDED, dataclasses.replace(RECOMMENDED, mode="mean")),
+        ((None, None, None, None, "other"), RECOMMENDED, None),
+        ((None, None, None, None, ""), None, None),
+        ((None, None, None, "zero", ""), None, None),
+        ((None, None, 9, None, ""), RECOMMENDED, Ablation(top_gender_features=9, mode="PROJECT")),
+        ((None, None, 9, None, ""), None, Ablation(top_gender_features=9, mode="ZERO")),
+        (
+            (None, None, 9, None, ""),
+            Ablation(mode=AblationMode.LEACE),
+            Ablation(top_gender_features=9, mode="ZERO"),
+        ),
+        ((None, None, None, None, ""), Ablation(mode=AblationMode.LEACE), Ablation(mode="LEACE")),
+        ((None, None, None, "zero", ""), Ablation(mode=AblationMode.LEACE), None),
+        ((None, "cross", None, "zero", ""), RECOMMENDED, Ablation(label="cross", mode="zero")),
+        (("1,2", None, None, "mean", "d"), RECOMMENDED, Ablation([1, 2], None, None, "mean", "d")),
+        ((None, None, None, "leace", ""), RECOMMENDED, Ablation(mode="leace")),
+    ],
+)
+def test_the_options_of_an_ablation_add_up(
+    options: tuple[Any, ...], recommended: Ablation | None, ablation: Ablation | None
+) -> None:
+    assert chosen(*options, recommended) == ablation
+
+
+def test_feature_ids_are_numbers() -> None:
     with pytest.raises(monofacet.InputError, match="numbers"):
-        chosen("1,b", None, None, "zero", "")
+        chosen("1,b", None, None, "zero", "", None)
     assert len(compared("leace", "")) <= 8
 
 

@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 from grpc import aio
-from monofacet.v1 import bias_service_pb2_grpc, defense_service_pb2_grpc, feature_service_pb2_grpc
+from monofacet.v1 import (
+    bias_service_pb2_grpc,
+    defense_service_pb2_grpc,
+    feature_service_pb2_grpc,
+    model_service_pb2_grpc,
+)
 
 from deployments.encoder import Encoder
 from deployments.gateway.catalogue import Catalogue
@@ -58,6 +63,10 @@ class Served:
     @property
     def defense(self) -> Any:
         return defense_service_pb2_grpc.DefenseServiceStub(self.channel)
+
+    @property
+    def models(self) -> Any:
+        return model_service_pb2_grpc.ModelServiceStub(self.channel)
 
     @property
     def features(self) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
@@ -16,15 +19,25 @@ from services.modalities import Modality
 THRESHOLDS = {Modality.IMAGE: 0.05, Modality.TEXT: -0.02}
 
 
-def with_bias(bundle: Bundle, path: Path, seed: int = 0) -> Bundle:
+def with_bias(
+    bundle: Bundle,
+    path: Path,
+    seed: int = 0,
+    figures: Mapping[str, Any] = MappingProxyType({"chosen": "nothing"}),
+) -> Bundle:
     """Copy `bundle` to `path`, add the calibration, and load it."""
     shutil.copytree(bundle.path, path)
-    write_bias(bundle, path, seed)
+    write_bias(bundle, path, seed, figures)
     refresh_manifest(path)
     return Bundle.load(path)
 
 
-def write_bias(bundle: Bundle, path: Path, seed: int = 0) -> None:
+def write_bias(
+    bundle: Bundle,
+    path: Path,
+    seed: int = 0,
+    figures: Mapping[str, Any] = MappingProxyType({"chosen": "nothing"}),
+) -> None:
     """Write a calibration for `bundle` into the bundle folder `path`, whose manifest does not know of it yet."""
     rng = np.random.default_rng(seed)
     d = bundle.clip_config.embed_dim
@@ -52,5 +65,5 @@ def write_bias(bundle: Bundle, path: Path, seed: int = 0) -> None:
             for name, entry in bundle.manifest.dictionaries.items()
             if name != "ncl"
         },
-        figures={"chosen": "nothing"},
+        figures=figures,
     ).write(path / BIAS / f"{BIAS}.json", path / BIAS / f"{BIAS}.safetensors")

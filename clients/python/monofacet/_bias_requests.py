@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from monofacet import _exceptions as exceptions
 from monofacet._inputs import MAX_REQUEST_BYTES, Input, sendable, to_input
@@ -152,6 +152,24 @@ def audit_settings(settings: AuditSettings) -> bias_service_pb2.AuditGenderReque
     numbers = ("bootstrap_samples", "null_sets", "min_group", "seed")
     set_given(message, {field: getattr(settings, field) for field in numbers})
     return bias_service_pb2.AuditGenderRequest(settings=message)
+
+
+def with_ablations(settings: AuditSettings, recommended: Ablation | None) -> AuditSettings:
+    """Fill in what is audited by default.
+
+    Parameters
+    ----------
+    settings
+        Without ablations.
+    recommended
+        By the bundle, or None.
+
+    Returns
+    -------
+    AuditSettings
+        With one ablation.
+    """
+    return replace(settings, ablations=(recommended or Ablation(top_gender_features=16),))
 
 
 class ItemBatcher:

@@ -9,6 +9,7 @@ from typing import Any
 from monofacet.v1 import model_service_pb2 as pb
 from monofacet.v1 import model_service_pb2_grpc
 
+from deployments.gateway.ablations import recommended
 from deployments.gateway.bundles import Backend, Bundles
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.encoder_client import EncoderClient
@@ -113,6 +114,7 @@ def model(catalogue: Catalogue, info: EncoderInfo, settings: Settings) -> pb.Mod
         ),
         limits=limits(settings),
         metrics=flat_metrics(metrics),
+        recommended_ablation=recommended(catalogue),
     )
 
 

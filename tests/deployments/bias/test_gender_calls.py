@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -10,9 +13,11 @@ import pytest
 import torch
 from grpc import aio
 from monofacet.v1 import bias_service_pb2 as pb
-from monofacet.v1 import common_pb2, feature_service_pb2
+from monofacet.v1 import common_pb2, feature_service_pb2, model_service_pb2
 
+from deployments.gateway.ablations import ABLATION_NAME
 from deployments.gateway.decoders import read_decoders
+from deployments.settings import EMBEDDED_BUNDLE
 from services.bias.ablation import FeatureAblation, Mode, Side
 from services.bias.activations import Stacked
 from services.bias.calibration import BiasCalibration
@@ -22,7 +27,7 @@ from services.modalities import Modality
 from tests.deployments.bias.conftest import CODE, words
 from tests.deployments.conftest import array, error_details
 from tests.support.gateway import Open
-from tests.support.tiny_bias import THRESHOLDS
+from tests.support.tiny_bias import THRESHOLDS, with_bias
 from tests.support.tiny_bundle import draw
 
 # float32 sums in another order; scores are products of unit vectors and a direction of length about 1.
@@ -164,6 +169,40 @@ async def test_a_bad_ablation_gets_its_status_reason_and_field(
         assert service.model.items == 0
     assert caught.value.code() is code
     assert error_details(caught.value) == (reason, fields, None)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "recommended"),
+    [
+        ("top 4, project", {"top_gender_features": 4, "mode": pb.ABLATION_MODE_PROJECT}),
+        ("top 16, zero", {"top_gender_features": 16, "mode": pb.ABLATION_MODE_ZERO}),
+        ("label CROSS, mean", {"label": common_pb2.MODALITY_LABEL_CROSS, "mode": pb.ABLATION_MODE_MEAN}),
+        ("LEACE", {"mode": pb.ABLATION_MODE_LEACE}),
+        # No request can ask for these.
+        ("counterparts 1", None), ("nothing", None), ("top 0, zero", None), ("", None),
+    ],
+)  # fmt: skip
+async def test_a_model_says_what_its_study_chose(
+    opened: Open, tiny: Bundle, tmp_path: Path, chosen: str, recommended: dict[str, Any] | None
+) -> None:
+    figures = {"dictionary": "sae", "chosen": chosen}
+    async with opened(bundle=with_bias(tiny, tmp_path / "tiny", figures=figures)) as service:
+        answer = await service.models.GetModel(model_service_pb2.GetModelRequest())
+        (listed,) = (await service.models.ListModels(model_service_pb2.ListModelsRequest())).models
+        assert listed.recommended_ablation == answer.model.recommended_ablation
+        if recommended is None:
+            assert not answer.model.HasField("recommended_ablation")
+            return
+        ablation = answer.model.recommended_ablation
+        assert ablation == pb.Ablation(dictionary="sae", **recommended)
+        # And the server takes it.
+        asked = pb.ClassifyGenderRequest(inputs=[words("a")], ablation=ablation)
+        assert (await service.bias.ClassifyGender(asked)).ablation == ablation
+
+
+def test_the_bundle_that_is_shipped_recommends_an_ablation() -> None:
+    figures = json.loads((EMBEDDED_BUNDLE / "bias" / "bias.json").read_text())["figures"]
+    assert ABLATION_NAME.fullmatch(figures["chosen"])
 
 
 async def test_a_bundle_without_calibration_says_so(opened: Open, tiny: Bundle) -> None:

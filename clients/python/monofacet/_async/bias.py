@@ -6,13 +6,13 @@ from collections.abc import AsyncIterable, Iterable
 
 from monofacet import _bias_requests as requests
 from monofacet import _types as types
-from monofacet._async.core import AsyncCore
+from monofacet._async.models import ModelCalls
 from monofacet._inputs import Input
 from monofacet._responses import bias as responses
 from monofacet.v1 import bias_service_pb2_grpc
 
 
-class BiasCalls(AsyncCore):
+class BiasCalls(ModelCalls):
     """How gendered the towers see people; the calls of `Client`."""
 
     async def classify_gender(
@@ -43,9 +43,12 @@ class BiasCalls(AsyncCore):
 
         The items may be asynchronous.
         """
+        asked = settings or types.AuditSettings()
+        if not asked.ablations:
+            asked = requests.with_ablations(asked, (await self.model()).recommended_ablation)
         response = await self._upload(
             self._stub(bias_service_pb2_grpc.BiasServiceStub).AuditGender,
-            requests.audit_settings(settings or types.AuditSettings()),
+            requests.audit_settings(asked),
             requests.ItemBatcher(),
             items,
             timeout,

@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from monofacet import _types as types
+from monofacet._responses.bias import ablation
 from monofacet._responses.encoding import seconds
 from monofacet.v1 import model_service_pb2
 
@@ -47,6 +48,9 @@ def model(message: model_service_pb2.Model, server_version: str) -> types.Model:
         if message.HasField("pipeline")
         else None,
         is_default=message.is_default,
+        recommended_ablation=ablation(message.recommended_ablation)
+        if message.HasField("recommended_ablation")
+        else None,
     )
 
 

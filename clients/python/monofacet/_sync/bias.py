@@ -8,11 +8,11 @@ from monofacet import _bias_requests as requests
 from monofacet import _types as types
 from monofacet._inputs import Input
 from monofacet._responses import bias as responses
-from monofacet._sync.core import SyncCore
+from monofacet._sync.models import ModelCalls
 from monofacet.v1 import bias_service_pb2_grpc
 
 
-class BiasCalls(SyncCore):
+class BiasCalls(ModelCalls):
     """How gendered the towers see people, and what removing features does about it."""
 
     def classify_gender(
@@ -30,7 +30,7 @@ class BiasCalls(SyncCore):
         inputs
             As for `encode`; split in the same way.
         ablation
-            What to remove. Default nothing.
+            What to remove. Default nothing; `Model.recommended_ablation` is the bundle's own choice.
         truncate
             Cut texts at the tower's context length instead of refusing them.
         timeout
@@ -68,7 +68,7 @@ class BiasCalls(SyncCore):
         items
             Inputs with their labels. They are read as they are sent.
         settings
-            Ablations, intervals, null and seed. Default the 16 features most associated with gender.
+            Ablations, intervals, null and seed. Default the bundle's own choice of what to remove.
         timeout
             Seconds for the whole call. Default `Timeout.stream`.
 
@@ -84,9 +84,12 @@ class BiasCalls(SyncCore):
         CallError
             If the call fails. It is not tried again.
         """
+        asked = settings or types.AuditSettings()
+        if not asked.ablations:
+            asked = requests.with_ablations(asked, self.model().recommended_ablation)
         response = self._upload(
             self._stub(bias_service_pb2_grpc.BiasServiceStub).AuditGender,
-            requests.audit_settings(settings or types.AuditSettings()),
+            requests.audit_settings(asked),
             requests.ItemBatcher(),
             items,
             timeout,

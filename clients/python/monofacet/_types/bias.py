@@ -164,7 +164,8 @@ class AuditSettings(Brief):
     Attributes
     ----------
     ablations
-        1 to 8, all of one dictionary. Default the 16 features most associated with gender.
+        1 to 8, all of one dictionary. Default the bundle's own choice (`Model.recommended_ablation`), or, where it
+        has none, the 16 features most associated with gender.
     skip_bad_items
         Leave bad items out and name them, instead of failing. Default False.
     bootstrap_samples, null_sets
@@ -177,7 +178,7 @@ class AuditSettings(Brief):
         Cut long texts instead of refusing them.
     """
 
-    ablations: Sequence[Ablation] = (Ablation(top_gender_features=16),)
+    ablations: Sequence[Ablation] = ()
     skip_bad_items: bool = False
     bootstrap_samples: int | None = None
     null_sets: int | None = None

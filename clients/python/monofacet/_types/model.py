@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from monofacet._types.bias import Ablation
 from monofacet._types.brief import Brief
 
 __all__ = [
@@ -189,6 +190,8 @@ class Model(Brief):
         What makes images; None if the bundle has none.
     is_default
         Whether calls that name no bundle get this one.
+    recommended_ablation
+        What the bundle's own study chose to remove of gender; None if it chose nothing.
     """
 
     bundle: str
@@ -205,6 +208,7 @@ class Model(Brief):
     server_version: str
     pipeline: Pipeline | None = None
     is_default: bool = True
+    recommended_ablation: Ablation | None = None
 
     @property
     def default_dictionary(self) -> DictionaryInfo | None:

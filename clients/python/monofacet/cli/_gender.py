@@ -19,6 +19,7 @@ from monofacet._tables import Row, TableError, gender_of, help_text, picture_fol
 from monofacet._types import (
     Ablation,
     AblationAudit,
+    AblationMode,
     AuditResult,
     AuditSettings,
     AuditVerdict,
@@ -66,39 +67,68 @@ Label = Annotated[
 Top = Annotated[
     int | None, typer.Option("--top", min=1, help="Remove so many features, the most gendered ones first.")
 ]
-Mode = Annotated[str, typer.Option("--mode", help="zero, mean, project; or leace, which takes no features.")]
+Mode = Annotated[
+    str | None,
+    typer.Option(
+        "--mode",
+        help="zero, mean, project; or leace, which takes no features. Default: as the bundle recommends.",
+    ),
+]
 Dictionary = Annotated[str, typer.Option(help="Dictionary; '' is the default one.")]
 
 
 def chosen(
-    features: str | None, label: str | None, top: int | None, mode: str, dictionary: str
+    features: str | None,
+    label: str | None,
+    top: int | None,
+    mode: str | None,
+    dictionary: str,
+    recommended: Ablation | None,
 ) -> Ablation | None:
-    """Make the ablation that the options say.
+    """Make the ablation that the options say, and the bundle where they say nothing.
 
     Parameters
     ----------
     features, label, top, mode, dictionary
         As given.
+    recommended
+        By the bundle, or None.
 
     Returns
     -------
     Ablation or None
-        None if none was asked for.
+        None if nothing says what to remove.
 
     Raises
     ------
     InputError
         If the feature ids are no numbers.
     """
-    if features is None and label is None and top is None and mode.lower() != "leace":
-        return None
+    if mode is not None and mode.lower() == "leace":
+        return Ablation(_ids(features), label, top, mode, dictionary)
+    if recommended is not None and recommended.mode == AblationMode.LEACE and mode is not None:
+        # It takes no features, and so says nothing of those that another mode takes.
+        recommended = None
+    if features is None and label is None and top is None:
+        if recommended is None or dictionary not in ("", recommended.dictionary):
+            return None
+        return dataclasses.replace(recommended, mode=mode or recommended.mode)
+    return Ablation(_ids(features), label, top, mode or _mode(recommended), dictionary)
+
+
+def _ids(features: str | None) -> list[int] | None:
     try:
-        ids = None if features is None else [int(part) for part in features.split(",")]
+        return None if features is None else [int(part) for part in features.split(",")]
     except ValueError as error:
         raise exceptions.InputError(
             f"--features takes numbers separated by commas, not {features!r}"
         ) from error
-    return Ablation(ids, label, top, mode, dictionary)
+
+
+def _mode(recommended: Ablation | None) -> str:
+    """Return the mode for features that were chosen by hand."""
+    usable = recommended is not None and recommended.mode != AblationMode.LEACE
+    return str(recommended.mode) if recommended is not None and usable else AblationMode.ZERO
 
 
 @app.command("classify")
@@ -110,33 +140,39 @@ def classify(
     features: Features = None,
     label: Label = None,
     top: Top = None,
-    mode: Mode = "zero",
+    mode: Mode = None,
     dictionary: Dictionary = "",
+    nothing: Annotated[bool, typer.Option("--no-ablation", help="Remove nothing.")] = False,
     truncate: Truncate = False,
 ) -> None:
-    """Tell how gendered each input is, before and after an ablation.
+    """Tell how gendered each input is, before and after an ablation: by default the one that the bundle recommends.
 
     It measures what the towers do. Nobody's gender can be told from a picture.
     """
     labelled = read_inputs(inputs or (), text or ())
+    recommended = None if nothing else session.client.model(session.client.bundle).recommended_ablation
+    ablation = None if nothing else chosen(features, label, top, mode, dictionary, recommended)
     result = session.client.classify_gender(
-        [value for _, value in labelled],
-        ablation=chosen(features, label, top, mode, dictionary),
-        truncate=truncate,
+        [value for _, value in labelled], ablation=ablation, truncate=truncate
     )
     names = [name for name, _ in labelled]
     if session.as_json:
         for name, item in zip(names, result.classifications, strict=True):
-            print_json({"id": name, **{f.name: getattr(item, f.name) for f in dataclasses.fields(item)}})
+            fields = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
+            print_json({"id": name, **fields, "ablation": result.ablation})
         return
-    _show_classes(session, names, result)
+    _show_classes(session, names, result, recommended)
 
 
-def _show_classes(session: Session, names: list[str], result: GenderResult) -> None:
+def _show_classes(
+    session: Session, names: list[str], result: GenderResult, recommended: Ablation | None
+) -> None:
     ablated = result.ablation is not None
-    title = f"{result.bundle}" + (
-        f", without {result.ablation}: {result.set_size} features" if ablated else ""
-    )
+    title = f"{result.bundle}, nothing removed"
+    if result.ablation is not None:
+        own = " (the bundle's recommendation)" if result.ablation == recommended else ""
+        of = f" of {result.ablation.dictionary}" if result.ablation.dictionary else ""
+        title = f"{result.bundle}, without {result.ablation}{of}{own}: {result.set_size} features"
     columns = ["input", "score", "P(woman)", "calibrated"]
     table = Table(*columns, *(["after", "calibrated", "kept", "removed"] if ablated else []), title=title)
     for name, item in zip(names, result.classifications, strict=True):
@@ -166,7 +202,7 @@ def audit(
     features: Features = None,
     label: Label = None,
     top: Top = None,
-    mode: Mode = "zero",
+    mode: Mode = None,
     dictionary: Dictionary = "",
     compare: Annotated[
         bool,
@@ -188,15 +224,18 @@ def audit(
         Path | None, typer.Option(help="Write a page with tables and plots here; - for standard output.")
     ] = None,
 ) -> None:
-    """Audit what an ablation does to labelled inputs of your own; by default of the 16 most gendered features."""
+    """Audit what an ablation does to labelled inputs of your own; by default the one that the bundle recommends."""
     check_out(session, html, is_text=True)
     unreadable: list[str] = []
     rows = read_labels(labels, unreadable if skip_bad else None)
-    asked = chosen(features, label, top, mode, dictionary) or Ablation(
-        top_gender_features=16, mode=mode, dictionary=dictionary
+    recommended = session.client.model(session.client.bundle).recommended_ablation
+    asked = chosen(features, label, top, mode, dictionary, recommended) or Ablation(
+        top_gender_features=16, mode=mode or _mode(recommended), dictionary=dictionary
     )
     settings = AuditSettings(
-        ablations=_present(session, compared(mode, dictionary)) if compare else (asked,),
+        ablations=_present(session, compared(mode or _mode(recommended), dictionary))
+        if compare
+        else (asked,),
         skip_bad_items=skip_bad,
         bootstrap_samples=bootstrap,
         null_sets=null_sets,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from google.protobuf import duration_pb2
 
 from monofacet.testing._status import abort
-from monofacet.v1 import common_pb2, modality_service_pb2, model_service_pb2
+from monofacet.v1 import bias_service_pb2, common_pb2, modality_service_pb2, model_service_pb2
 
 BUNDLE = "fake@000000000000"
 DICTIONARY = "fake-sae"
@@ -179,6 +179,9 @@ class FakeModel:
             limits=limits,
             metrics={"image_to_text_recall_at_1": 0.5},
             is_default=True,
+            recommended_ablation=bias_service_pb2.Ablation(
+                dictionary=DICTIONARY, top_gender_features=4, mode=bias_service_pb2.ABLATION_MODE_PROJECT
+            ),
             pipeline=model_service_pb2.Pipeline(
                 kind="StableUnCLIPImg2ImgPipeline",
                 paths=["embedding", "prompt"],

@@ -24,10 +24,11 @@ _sym_db = _symbol_database.Default()
 
 from monofacet._rules import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from monofacet.v1 import bias_service_pb2 as monofacet_dot_v1_dot_bias__service__pb2
 from monofacet.v1 import common_pb2 as monofacet_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n monofacet/v1/model_service.proto\x12\x0cmonofacet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x19monofacet/v1/common.proto\"\x9a\x01\n\x05Tower\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x11\n\tembed_dim\x18\x02 \x01(\r\x12\x12\n\nimage_size\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x13\n\x0blogit_scale\x18\x05 \x01(\x02\x12\x12\n\nparameters\x18\x06 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\"\xa4\x02\n\x0e\x44ictionaryInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x12\n\nn_features\x18\x03 \x01(\r\x12\x11\n\tembed_dim\x18\x04 \x01(\r\x12\x0f\n\x02l0\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\nis_default\x18\x06 \x01(\x08\x12\x14\n\x0chas_modality\x18\x07 \x01(\x08\x12\x11\n\thas_cards\x18\x08 \x01(\x08\x12\x0e\n\x06sha256\x18\t \x01(\t\x12:\n\x07metrics\x18\n \x03(\x0b\x32).monofacet.v1.DictionaryInfo.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x05\n\x03_l0\"`\n\x07Runtime\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x0f\n\x07threads\x18\x04 \x01(\r\x12\x10\n\x08replicas\x18\x05 \x01(\r\"\x82\x02\n\x08Pipeline\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05paths\x18\x02 \x03(\t\x12\x0e\n\x06height\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x12\n\nmax_height\x18\x05 \x01(\r\x12\x11\n\tmax_width\x18\x06 \x01(\r\x12\x1b\n\x13num_inference_steps\x18\x07 \x01(\r\x12\x1b\n\x13max_inference_steps\x18\x08 \x01(\r\x12\x16\n\x0eguidance_scale\x18\t \x01(\x02\x12\x1d\n\x15\x65mbedding_from_prompt\x18\n \x01(\x08\x12\x13\n\x0btakes_image\x18\x0b \x01(\x08\x12\r\n\x05ready\x18\x0c \x01(\x08\"\xf2\x03\n\x06Limits\x12\x12\n\nmax_inputs\x18\x01 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12max_response_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fmax_image_bytes\x18\x04 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x05 \x01(\x04\x12\x15\n\rimage_formats\x18\x06 \x03(\t\x12\x16\n\x0emax_text_bytes\x18\x07 \x01(\x04\x12\x19\n\x11max_queued_inputs\x18\x08 \x01(\r\x12\x1c\n\x14max_stream_in_flight\x18\t \x01(\r\x12\x17\n\x0fmax_score_pairs\x18\n \x01(\r\x12\x15\n\rmax_page_size\x18\x0b \x01(\r\x12\x34\n\x11max_call_duration\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14max_concurrent_calls\x18\r \x01(\r\x12\x16\n\x0emin_image_side\x18\x0e \x01(\r\x12\x1e\n\x16max_image_aspect_ratio\x18\x0f \x01(\r\x12\x17\n\x0fmax_audit_items\x18\x10 \x01(\r\x12\x12\n\nmax_images\x18\x11 \x01(\r\x12\x19\n\x11max_queued_images\x18\x12 \x01(\r\"8\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"\xcb\x03\n\x05Model\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x10\n\x08licences\x18\x05 \x03(\t\x12\"\n\x05tower\x18\x06 \x01(\x0b\x32\x13.monofacet.v1.Tower\x12\x32\n\x0c\x64ictionaries\x18\x07 \x03(\x0b\x32\x1c.monofacet.v1.DictionaryInfo\x12&\n\x07runtime\x18\x08 \x01(\x0b\x32\x15.monofacet.v1.Runtime\x12$\n\x06limits\x18\t \x01(\x0b\x32\x14.monofacet.v1.Limits\x12\x31\n\x07metrics\x18\n \x03(\x0b\x32 .monofacet.v1.Model.MetricsEntry\x12&\n\x05\x66iles\x18\x0b \x03(\x0b\x32\x17.monofacet.v1.ModelFile\x12(\n\x08pipeline\x18\x0c \x01(\x0b\x32\x16.monofacet.v1.Pipeline\x12\x12\n\nis_default\x18\r \x01(\x08\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"+\n\x0fGetModelRequest\x12\x18\n\x06\x62undle\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"\x86\x01\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.monofacet.v1.Model\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x04 \x01(\t\"\x13\n\x11ListModelsRequest\"\x89\x01\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.monofacet.v1.Model\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x04 \x01(\t2\xaa\x01\n\x0cModelService\x12I\n\x08GetModel\x12\x1d.monofacet.v1.GetModelRequest\x1a\x1e.monofacet.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.monofacet.v1.ListModelsRequest\x1a .monofacet.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n monofacet/v1/model_service.proto\x12\x0cmonofacet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fmonofacet/v1/bias_service.proto\x1a\x19monofacet/v1/common.proto\"\x9a\x01\n\x05Tower\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x11\n\tembed_dim\x18\x02 \x01(\r\x12\x12\n\nimage_size\x18\x03 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x13\n\x0blogit_scale\x18\x05 \x01(\x02\x12\x12\n\nparameters\x18\x06 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\"\xa4\x02\n\x0e\x44ictionaryInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x12\n\nn_features\x18\x03 \x01(\r\x12\x11\n\tembed_dim\x18\x04 \x01(\r\x12\x0f\n\x02l0\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\nis_default\x18\x06 \x01(\x08\x12\x14\n\x0chas_modality\x18\x07 \x01(\x08\x12\x11\n\thas_cards\x18\x08 \x01(\x08\x12\x0e\n\x06sha256\x18\t \x01(\t\x12:\n\x07metrics\x18\n \x03(\x0b\x32).monofacet.v1.DictionaryInfo.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x05\n\x03_l0\"`\n\x07Runtime\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x11\n\tprecision\x18\x03 \x01(\t\x12\x0f\n\x07threads\x18\x04 \x01(\r\x12\x10\n\x08replicas\x18\x05 \x01(\r\"\x82\x02\n\x08Pipeline\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05paths\x18\x02 \x03(\t\x12\x0e\n\x06height\x18\x03 \x01(\r\x12\r\n\x05width\x18\x04 \x01(\r\x12\x12\n\nmax_height\x18\x05 \x01(\r\x12\x11\n\tmax_width\x18\x06 \x01(\r\x12\x1b\n\x13num_inference_steps\x18\x07 \x01(\r\x12\x1b\n\x13max_inference_steps\x18\x08 \x01(\r\x12\x16\n\x0eguidance_scale\x18\t \x01(\x02\x12\x1d\n\x15\x65mbedding_from_prompt\x18\n \x01(\x08\x12\x13\n\x0btakes_image\x18\x0b \x01(\x08\x12\r\n\x05ready\x18\x0c \x01(\x08\"\xf2\x03\n\x06Limits\x12\x12\n\nmax_inputs\x18\x01 \x01(\r\x12\x19\n\x11max_request_bytes\x18\x02 \x01(\x04\x12\x1a\n\x12max_response_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fmax_image_bytes\x18\x04 \x01(\x04\x12\x18\n\x10max_image_pixels\x18\x05 \x01(\x04\x12\x15\n\rimage_formats\x18\x06 \x03(\t\x12\x16\n\x0emax_text_bytes\x18\x07 \x01(\x04\x12\x19\n\x11max_queued_inputs\x18\x08 \x01(\r\x12\x1c\n\x14max_stream_in_flight\x18\t \x01(\r\x12\x17\n\x0fmax_score_pairs\x18\n \x01(\r\x12\x15\n\rmax_page_size\x18\x0b \x01(\r\x12\x34\n\x11max_call_duration\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x14max_concurrent_calls\x18\r \x01(\r\x12\x16\n\x0emin_image_side\x18\x0e \x01(\r\x12\x1e\n\x16max_image_aspect_ratio\x18\x0f \x01(\r\x12\x17\n\x0fmax_audit_items\x18\x10 \x01(\r\x12\x12\n\nmax_images\x18\x11 \x01(\r\x12\x19\n\x11max_queued_images\x18\x12 \x01(\r\"8\n\tModelFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"\x81\x04\n\x05Model\x12\x0e\n\x06\x62undle\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x10\n\x08licences\x18\x05 \x03(\t\x12\"\n\x05tower\x18\x06 \x01(\x0b\x32\x13.monofacet.v1.Tower\x12\x32\n\x0c\x64ictionaries\x18\x07 \x03(\x0b\x32\x1c.monofacet.v1.DictionaryInfo\x12&\n\x07runtime\x18\x08 \x01(\x0b\x32\x15.monofacet.v1.Runtime\x12$\n\x06limits\x18\t \x01(\x0b\x32\x14.monofacet.v1.Limits\x12\x31\n\x07metrics\x18\n \x03(\x0b\x32 .monofacet.v1.Model.MetricsEntry\x12&\n\x05\x66iles\x18\x0b \x03(\x0b\x32\x17.monofacet.v1.ModelFile\x12(\n\x08pipeline\x18\x0c \x01(\x0b\x32\x16.monofacet.v1.Pipeline\x12\x12\n\nis_default\x18\r \x01(\x08\x12\x34\n\x14recommended_ablation\x18\x0e \x01(\x0b\x32\x16.monofacet.v1.Ablation\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"+\n\x0fGetModelRequest\x12\x18\n\x06\x62undle\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"\x86\x01\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.monofacet.v1.Model\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x04 \x01(\t\"\x13\n\x11ListModelsRequest\"\x89\x01\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.monofacet.v1.Model\x12\x16\n\x0eserver_version\x18\x02 \x01(\t\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x04 \x01(\t2\xaa\x01\n\x0cModelService\x12I\n\x08GetModel\x12\x1d.monofacet.v1.GetModelRequest\x1a\x1e.monofacet.v1.GetModelResponse\x12O\n\nListModels\x12\x1f.monofacet.v1.ListModelsRequest\x1a .monofacet.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,32 +41,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_GETMODELREQUEST'].fields_by_name['bundle']._loaded_options = None
   _globals['_GETMODELREQUEST'].fields_by_name['bundle']._serialized_options = b'\272H\005r\003\030\200\002'
-  _globals['_TOWER']._serialized_start=139
-  _globals['_TOWER']._serialized_end=293
-  _globals['_DICTIONARYINFO']._serialized_start=296
-  _globals['_DICTIONARYINFO']._serialized_end=588
-  _globals['_DICTIONARYINFO_METRICSENTRY']._serialized_start=535
-  _globals['_DICTIONARYINFO_METRICSENTRY']._serialized_end=581
-  _globals['_RUNTIME']._serialized_start=590
-  _globals['_RUNTIME']._serialized_end=686
-  _globals['_PIPELINE']._serialized_start=689
-  _globals['_PIPELINE']._serialized_end=947
-  _globals['_LIMITS']._serialized_start=950
-  _globals['_LIMITS']._serialized_end=1448
-  _globals['_MODELFILE']._serialized_start=1450
-  _globals['_MODELFILE']._serialized_end=1506
-  _globals['_MODEL']._serialized_start=1509
-  _globals['_MODEL']._serialized_end=1968
-  _globals['_MODEL_METRICSENTRY']._serialized_start=535
-  _globals['_MODEL_METRICSENTRY']._serialized_end=581
-  _globals['_GETMODELREQUEST']._serialized_start=1970
-  _globals['_GETMODELREQUEST']._serialized_end=2013
-  _globals['_GETMODELRESPONSE']._serialized_start=2016
-  _globals['_GETMODELRESPONSE']._serialized_end=2150
-  _globals['_LISTMODELSREQUEST']._serialized_start=2152
-  _globals['_LISTMODELSREQUEST']._serialized_end=2171
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2174
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2311
-  _globals['_MODELSERVICE']._serialized_start=2314
-  _globals['_MODELSERVICE']._serialized_end=2484
+  _globals['_TOWER']._serialized_start=172
+  _globals['_TOWER']._serialized_end=326
+  _globals['_DICTIONARYINFO']._serialized_start=329
+  _globals['_DICTIONARYINFO']._serialized_end=621
+  _globals['_DICTIONARYINFO_METRICSENTRY']._serialized_start=568
+  _globals['_DICTIONARYINFO_METRICSENTRY']._serialized_end=614
+  _globals['_RUNTIME']._serialized_start=623
+  _globals['_RUNTIME']._serialized_end=719
+  _globals['_PIPELINE']._serialized_start=722
+  _globals['_PIPELINE']._serialized_end=980
+  _globals['_LIMITS']._serialized_start=983
+  _globals['_LIMITS']._serialized_end=1481
+  _globals['_MODELFILE']._serialized_start=1483
+  _globals['_MODELFILE']._serialized_end=1539
+  _globals['_MODEL']._serialized_start=1542
+  _globals['_MODEL']._serialized_end=2055
+  _globals['_MODEL_METRICSENTRY']._serialized_start=568
+  _globals['_MODEL_METRICSENTRY']._serialized_end=614
+  _globals['_GETMODELREQUEST']._serialized_start=2057
+  _globals['_GETMODELREQUEST']._serialized_end=2100
+  _globals['_GETMODELRESPONSE']._serialized_start=2103
+  _globals['_GETMODELRESPONSE']._serialized_end=2237
+  _globals['_LISTMODELSREQUEST']._serialized_start=2239
+  _globals['_LISTMODELSREQUEST']._serialized_end=2258
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2261
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2398
+  _globals['_MODELSERVICE']._serialized_start=2401
+  _globals['_MODELSERVICE']._serialized_end=2571
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from monofacet.v1 import bias_service_pb2 as _bias_service_pb2
 from monofacet.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
@@ -419,6 +420,7 @@ class Model(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     PIPELINE_FIELD_NUMBER: _builtins.int
     IS_DEFAULT_FIELD_NUMBER: _builtins.int
+    RECOMMENDED_ABLATION_FIELD_NUMBER: _builtins.int
     bundle: _builtins.str
     """Its id, as `name@hash`."""
     name: _builtins.str
@@ -461,6 +463,12 @@ class Model(_message.Message):
     def pipeline(self) -> Global___Pipeline:
         """The text-to-image pipeline. Not set: the bundle has none."""
 
+    @_builtins.property
+    def recommended_ablation(self) -> _bias_service_pb2.Ablation:
+        """The ablation that the study which came with the bundle chose on its validation data, its dictionary named. Not set if
+        the bundle has no bias calibration, or its study chose none that a request can ask for.
+        """
+
     def __init__(
         self,
         *,
@@ -477,10 +485,11 @@ class Model(_message.Message):
         files: _abc.Iterable[Global___ModelFile] | None = ...,
         pipeline: Global___Pipeline | None = ...,
         is_default: _builtins.bool = ...,
+        recommended_ablation: _bias_service_pb2.Ablation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "pipeline", b"pipeline", "runtime", b"runtime", "tower", b"tower"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "pipeline", b"pipeline", "recommended_ablation", b"recommended_ablation", "runtime", b"runtime", "tower", b"tower"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "description", b"description", "dictionaries", b"dictionaries", "files", b"files", "is_default", b"is_default", "licences", b"licences", "limits", b"limits", "metrics", b"metrics", "name", b"name", "pipeline", b"pipeline", "runtime", b"runtime", "sha256", b"sha256", "tower", b"tower"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "description", b"description", "dictionaries", b"dictionaries", "files", b"files", "is_default", b"is_default", "licences", b"licences", "limits", b"limits", "metrics", b"metrics", "name", b"name", "pipeline", b"pipeline", "recommended_ablation", b"recommended_ablation", "runtime", b"runtime", "sha256", b"sha256", "tower", b"tower"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
