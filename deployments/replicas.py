@@ -40,8 +40,8 @@ class EncoderReplica:
 
     A replica that cannot be warmed says why, fails its health checks, and so is replaced by one that may find what it
     lacked: a bundle that is back, memory that is free. The first check is part of the start. On one machine a fault
-    passes it, so that the command can ask for the reason; on a cluster it ends the deployment, whose status then has the
-    reason: KubeRay gives the calls to a new cluster once its deployments have started, and deletes the old one.
+    passes it, so that the command can ask for the reason; on a cluster it ends the deployment, whose status then says
+    why: KubeRay takes a new cluster for good once its deployments have started, and deletes the old one.
 
     Parameters
     ----------
