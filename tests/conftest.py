@@ -87,7 +87,13 @@ def served(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="session")
 def running_service(served: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """`monofacet serve` on that bundle, on free loopback ports, with every model warm, for the whole session."""
-    service = start_service(served.path, tmp_path_factory.mktemp("service") / "service.log")
+    # What is compared to this process's own numbers must not depend on whether the processor has bf16; services that
+    # other tests start take what it has.
+    service = start_service(
+        served.path,
+        tmp_path_factory.mktemp("service") / "service.log",
+        environment={"MONOFACET_PRECISION": "f32"},
+    )
     try:
         with Client(service.target) as client:
             # The generator is warmed after the rest is ready; what a test measures must not contain that.

@@ -79,7 +79,7 @@ def test_the_answer_is_what_the_towers_say_in_process(
     # What it measured as fastest at its start, this process might not.
     models = model_service_pb2_grpc.ModelServiceStub(channel)
     backend = models.GetModel(model_service_pb2.GetModelRequest(), timeout=PATIENCE_S).model.runtime.backend
-    model = TowerModel(served, Settings(backend=backend))
+    model = TowerModel(served, Settings(backend=backend, precision="f32"))
     unit_image, norm_image = model.encode_images(np.stack([model.decode(model.open(i)) for i in images]))
     unit_text, norm_text = model.encode_texts(np.stack([model.tokenise(t, False) for t in CAPTIONS]))
     answered = array(answer.embeddings)

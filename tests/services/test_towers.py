@@ -11,6 +11,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,10 +138,27 @@ def test_openvino_does_not_report_its_use():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_bf16_is_only_chosen_where_the_cpu_has_it():
-    core = ov.Core()
-    has = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    assert best_precision(core) == ("bf16" if has else "f32")
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [(["FP32", "INT8", "BIN"], "f32"), (["BF16", "FP32", "FP16", "INT8"], "bf16")],
+    ids=["AVX2", "AMX"],
+)
+def test_bf16_is_only_chosen_where_the_cpu_has_it(capabilities, expected):
+    core = SimpleNamespace(get_property=lambda device, name: capabilities)
+    assert best_precision(core) == expected
+    assert best_precision(ov.Core()) in ("f32", "bf16")
+
+
+@pytest.mark.skipif(best_precision(ov.Core()) == "f32", reason="this processor has no bf16 for OpenVINO")
+def test_openvinos_bf16_is_close_to_f32(tiny):
+    full, half = (
+        load_towers(tiny, "openvino", device="cpu", threads=1, precision=precision)
+        .encode_images(pixels(8))
+        .unit
+        for precision in ("f32", "bf16")
+    )
+    # As torch's bf16 above.
+    assert (full * half).sum(1).min() > 0.98
 
 
 @pytest.mark.parametrize(
