@@ -32,6 +32,8 @@ class Pulse:
         What has run for far too long; empty while nothing has.
     fault
         Why it has no model; empty while it has one.
+    ready
+        Whether it is done with loading, which may hold up its event loop.
     """
 
     cpu_s: float
@@ -39,6 +41,7 @@ class Pulse:
     gpu_bytes: int = 0
     stuck: str = ""
     fault: str = ""
+    ready: bool = True
 
 
 class Activity:
@@ -91,15 +94,10 @@ class Activity:
         return ""
 
 
-def take_pulse(activity: Activity | None = None, fault: str = "") -> Pulse:
+def take_pulse(activity: Activity | None = None, fault: str = "", ready: bool = True) -> Pulse:
     """Return what this process uses and is at."""
-    return Pulse(
-        time.process_time(),
-        _resident_bytes(),
-        _gpu_bytes(),
-        "" if activity is None else activity.stuck,
-        fault,
-    )
+    stuck = "" if activity is None else activity.stuck
+    return Pulse(time.process_time(), _resident_bytes(), _gpu_bytes(), stuck, fault, ready)
 
 
 def _resident_bytes() -> int:

@@ -181,10 +181,12 @@ class GeneratorReplica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """As `EncoderReplica.record_routing_stats`."""
-        loaded = self._loading.result() if self._loading.done() else None
+        if not self._loading.done():
+            return asdict(take_pulse(ready=False))
+        loaded = self._loading.result()
         if isinstance(loaded, EncoderFault):
             return asdict(take_pulse(None, loaded.why))
-        return asdict(take_pulse(None if loaded is None else loaded[0].activity))
+        return asdict(take_pulse(loaded[0].activity))
 
     async def info(self) -> GeneratorInfo | EncoderFault:
         """Describe what it runs on, once it is warm; or say why it is not."""

@@ -47,7 +47,25 @@ class Replicas(Protocol):
 
 @dataclass
 class _Replica:
-    """What is known of one; `asked` is when the question that waits was put, `answered` whether any ever was."""
+    """What is known of one.
+
+    Attributes
+    ----------
+    name, labels
+        `<deployment>#<id>`, and its two parts.
+    asked, waiting
+        When the question was put that waits for its answer, and what waits; None while none does.
+    answered
+        Whether it has answered since it is ready.
+    cpu
+        When it last answered, and the CPU time that it had used; None before the first answer.
+    stuck, stuck_since
+        What it says is stuck, and since when; empty and None while nothing is.
+    fault
+        Why it has no model; empty while it has one.
+    ended
+        Whether it was killed.
+    """
 
     name: str
     asked: float = 0.0
@@ -65,7 +83,7 @@ class _Replica:
         self.labels = deployment, number
 
     def silent_s(self, now: float) -> float:
-        """Return how long it has owed an answer; 0 for one that has never given any, since it is starting."""
+        """Return how long it has owed an answer; 0 for one that is starting."""
         return now - self.asked if self.answered and self.waiting is not None else 0.0
 
 
@@ -144,7 +162,7 @@ class Watch:
         except Exception as error:  # dead, or not constructed yet: Serve sees to both
             log.debug("%s does not say how it is: %s", replica.name, type(error).__name__)
         else:
-            replica.answered = True
+            replica.answered |= pulse.ready
             self._observe(replica, pulse)
         finally:
             replica.waiting = None
@@ -179,8 +197,9 @@ class Watch:
             return
         why = f"has not answered for {silent:.0f} s" if silent > END_S else replica.stuck
         log.error("%s is ended: it %s", replica.name, why)
-        replica.ended = True
+        # Should Ray not do it, the next look tries again.
         await asyncio.to_thread(self._replicas.end, replica.name)
+        replica.ended = True
         self._handles[replica.labels[0]].notice()
 
     def _forget(self, replica: _Replica) -> None:

@@ -158,6 +158,16 @@ async def test_a_replica_that_never_answered_is_starting_and_not_hung(
     assert (scene.handle.hung, scene.hung, scene.replicas.ended) == (False, 0, [])
 
 
+async def test_a_replica_that_is_loading_may_be_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene(monkeypatch, encoder_a=Pulse(1.0, 1000, ready=False))
+    await scene.after(0)
+    scene.replicas.pulses["encoder#a"] = None
+    await scene.after(2)
+    await scene.after(1000)
+    assert (scene.handle.hung, scene.hung, scene.replicas.ended) == (False, 0, [])
+    assert scene.value("monofacet_replica_memory_bytes") == 1000
+
+
 async def test_a_replica_whose_model_is_stuck_is_hung_at_once_and_ended_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
