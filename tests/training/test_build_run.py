@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle
@@ -181,34 +182,49 @@ def test_who_insists_has_a_skipped_calibration_tried_again(
     assert study(settings, reporter, True, unreadable) == []
 
 
-def with_bad_rows(settings: BuildSettings, good: int, bad: int) -> Store:
-    """Write a store of so many rows, as an earlier run would."""
-    key = store_key(settings.work / "clip", ("{}",), "float16", "cpu")
-    store = Store(settings.work / "some", key)
-    rows: dict[str, Any] = {
-        "source": ["t.csv"] * good, "row": range(good), "key": [f"{i}" for i in range(good)],
-        "caption": ["x"] * good, "image_norm": [1.0] * good,
-        **dict.fromkeys(("gender", "profession", "label", "group", "split"), [""] * good),
-    }  # fmt: skip
-    skipped = [["t.csv", good + i, "", "no caption" if i else "no image"] for i in range(bad)]
-    size = good, key.embed_dim
-    store.write(ShardEntry("000-000000", "d", good, skipped), np.ones(size), np.ones((1, *size)), rows)
-    store.finish(["000-000000"])
-    return store
+def bad(count: int) -> list[list[Any]]:
+    return [["t.csv", i, "", "no caption" if i else "no image"] for i in range(count)]
 
 
 def test_a_build_ends_where_more_rows_are_bad_than_may_be(settings: BuildSettings) -> None:
     # 10% of the rows, and one more.
-    check_bad_share(with_bad_rows(settings, 27, 3), settings)
-    store = with_bad_rows(settings, 26, 4)
+    check_bad_share(bad(3), 27, settings)
     with pytest.raises(
         BuildError, match=r"4 of 30 rows cannot be used, 13\.3%, and --max-bad-share is 10\.0%"
     ) as e:
-        check_bad_share(store, settings)
+        check_bad_share(bad(4), 26, settings)
     assert "bad_rows.csv says why; most often: no caption" in str(e.value)
-    check_bad_share(store, replace(settings, max_bad_share=0.2))
+    check_bad_share(bad(4), 26, replace(settings, max_bad_share=0.2))
     with pytest.raises(BuildError, match="no row of the pairs can be used"):
-        check_bad_share(with_bad_rows(settings, 0, 2), replace(settings, max_bad_share=1.0))
+        check_bad_share(bad(2), 0, replace(settings, max_bad_share=1.0))
+
+
+def commas(folder: Path, good: int, broken: int) -> tuple[Path, ...]:
+    """Write a table with captions whose commas are not quoted, and pictures."""
+    folder.mkdir()
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(picture, "PNG")
+    rows = [f"{i}.png,{'red' if i < good else 'red, round'}" for i in range(good + broken)]
+    for i in range(good + broken):
+        (folder / f"{i}.png").write_bytes(picture.getvalue())
+    (folder / "t.csv").write_text("\n".join(["path,caption", *rows]))
+    return (folder / "t.csv",)
+
+
+def test_a_table_with_too_many_bad_rows_is_refused_before_anything_is_embedded(
+    settings: BuildSettings, reporter: Reporter, said: io.StringIO, tmp_path: Path
+) -> None:
+    pairs = replace(settings, embeddings=None, pairs=commas(tmp_path / "many", 8, 2))
+    with pytest.raises(
+        BuildError, match=r"2 of 10 rows cannot be used, 20\.0%.*a text with a comma must stand"
+    ):
+        embed(pairs, reporter)
+    assert not (settings.work / "embeddings").exists()
+    assert (settings.work / "bad_rows.csv").read_text().count("a text with a comma must stand in quotes") == 2
+    store = embed(replace(pairs, max_bad_share=0.2), reporter)
+    assert [entry.rows for entry in store.shards()] == [8]
+    assert "2 of 10 rows were skipped (20.0%, at most 20.0% may be)" in said.getvalue()
+    assert (settings.work / "bad_rows.csv").read_text().count("\n") == 3
 
 
 def test_a_bundle_is_called_as_its_folder_is_as_far_as_a_name_may(settings: BuildSettings) -> None:

@@ -79,6 +79,9 @@ class Source(Protocol):
     def digest(self, start: int, stop: int) -> str:
         """Return a hash over what the rows say and how large their images are; no image is read."""
 
+    def broken(self) -> Iterator[BadRow]:
+        """Return the rows that are known to be bad before an image is read."""
+
     def read(self, start: int, stop: int) -> Iterator[Pair | BadRow]:
         """Read rows in order."""
 

@@ -336,6 +336,10 @@ def embed(settings: BuildSettings, reporter: Reporter) -> Store:
             check_pairs(store, settings, reporter)
         return store
     opened = sources(settings.pairs)
+    # What a table says is read in seconds, and embedding takes hours.
+    broken = [[source.name, row.row, row.key, row.reason] for source in opened for row in source.broken()]
+    write_bad_rows(broken, settings.work / BAD_ROWS)
+    check_bad_share(broken, sum(len(source) for source in opened) - len(broken), settings)
     store = Store(settings.work / "embeddings" / key.digest(), key)
     tasks = plan(opened, settings.shard_rows)
     todo = missing(store, opened, tasks)
@@ -346,28 +350,37 @@ def embed(settings: BuildSettings, reporter: Reporter) -> Store:
         # On a GPU one process is enough to keep it busy, and all that fits.
         run_all(_make_shard, arguments, 1 if settings.device == "cuda" else settings.workers, stage.advance)
     store.finish([task.name for task in tasks])
-    bad = write_bad_rows(store, settings.work / BAD_ROWS)
+    bad = [row for entry in store.shards() for row in entry.bad]
+    write_bad_rows(bad, settings.work / BAD_ROWS)
     good = sum(entry.rows for entry in store.shards())
+    rows = len(bad) + good
     if bad:
-        share = f"{bad / (bad + good):.1%}, at most {settings.max_bad_share:.1%} may be"
-        reporter.say(
-            f"{bad} of {bad + good} rows were skipped ({share}); {settings.work / BAD_ROWS} says why"
-        )
-    check_bad_share(store, settings)
+        share = f"{len(bad) / rows:.1%}, at most {settings.max_bad_share:.1%} may be"
+        reporter.say(f"{len(bad)} of {rows} rows were skipped ({share}); {settings.work / BAD_ROWS} says why")
+    check_bad_share(bad, good, settings)
     return store
 
 
-def check_bad_share(store: Store, settings: BuildSettings) -> None:
-    """Raise BuildError where more rows are bad than a user may be expected to know of."""
-    reasons = Counter(str(row[3]) for entry in store.shards() for row in entry.bad)
-    bad, good = reasons.total(), sum(entry.rows for entry in store.shards())
+def check_bad_share(bad: Sequence[Sequence[Any]], good: int, settings: BuildSettings) -> None:
+    """Raise BuildError where more rows are bad than a user may be expected to know of.
+
+    Parameters
+    ----------
+    bad : sequence of [source, row, key, reason]
+        Listed in the file of bad rows.
+    good : int
+        Pairs that can be used, or may be.
+    settings : BuildSettings
+        With the largest share.
+    """
+    reasons = Counter(str(row[3]) for row in bad)
     where = f"{settings.work / BAD_ROWS} says why"
     if not good:
         raise BuildError(f"no row of the pairs can be used; {where}{_most(reasons)}")
-    share = bad / (bad + good)
+    share = len(bad) / (len(bad) + good)
     if share > settings.max_bad_share:
         raise BuildError(
-            f"{bad} of {bad + good} rows cannot be used, {share:.1%}, and --max-bad-share is "
+            f"{len(bad)} of {len(bad) + good} rows cannot be used, {share:.1%}, and --max-bad-share is "
             f"{settings.max_bad_share:.1%}; {where}{_most(reasons)}"
         )
 
@@ -437,11 +450,9 @@ def with_people(store: Store, clip: Path, device: str) -> None:
     part.replace(path)
 
 
-def write_bad_rows(store: Store, path: Path) -> int:
-    """List the rows that were skipped, and return how many there are."""
-    rows = [row for entry in store.shards() for row in entry.bad]
+def write_bad_rows(rows: Sequence[Sequence[Any]], path: Path) -> None:
+    """List rows that are skipped: source, row, key and reason."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "row", "key", "reason"])
         writer.writerows(rows)
-    return len(rows)

@@ -82,6 +82,14 @@ class Samples:
                     digest.update(self._content(sample.members[suffix]))
         return digest.hexdigest()
 
+    def broken(self) -> Iterator[BadRow]:
+        """See `Source`; texts are not read either."""
+        for row, sample in enumerate(self._samples):
+            try:
+                _image_of(sample)
+            except Unusable as error:
+                yield bad_row(row, sample.key, str(error))
+
     def read(self, start: int, stop: int) -> Iterator[Pair | BadRow]:
         """See `Source`."""
         for row in range(start, stop):
@@ -94,17 +102,11 @@ class Samples:
                 yield bad_row(row, sample.key, f"cannot be read: {error.strerror}")
 
     def _pairs(self, row: int, sample: Sample) -> list[Pair]:
-        broken = [sample.problem, *(member.problem for member in sample.members.values())]
-        if any(broken):
-            raise Unusable(next(filter(None, broken)))
-        image = next((suffix for suffix in IMAGES if suffix in sample.members), None)
-        if image is None:
-            others = ", ".join(suffix[1:] for suffix in sample.members)
-            raise Unusable(f"no image ({', '.join(suffix[1:] for suffix in IMAGES)}), but {others}")
+        image = _image_of(sample)
         texts = {suffix: self._whole(sample.members[suffix]) for suffix in TEXTS if suffix in sample.members}
         said, fields = _said(texts)
         found, labels = captions(said or fields.get("text")), checked_labels(fields)
-        data = self._whole(sample.members[image])
+        data = self._whole(image)
         return [Pair(row, sample.key, data, caption, **labels) for caption in found]
 
     def _whole(self, member: Member) -> bytes:
@@ -115,6 +117,17 @@ class Samples:
 
     def _content(self, member: Member) -> bytes:
         raise NotImplementedError
+
+
+def _image_of(sample: Sample) -> Member:
+    broken = [sample.problem, *(member.problem for member in sample.members.values())]
+    if any(broken):
+        raise Unusable(next(filter(None, broken)))
+    image = next((sample.members[suffix] for suffix in IMAGES if suffix in sample.members), None)
+    if image is None:
+        others = ", ".join(suffix[1:] for suffix in sample.members)
+        raise Unusable(f"no image ({', '.join(suffix[1:] for suffix in IMAGES)}), but {others}")
+    return image
 
 
 def _said(texts: Mapping[str, bytes]) -> tuple[str, dict[str, object]]:

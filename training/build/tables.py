@@ -70,15 +70,23 @@ class Table:
             digest.update(canonical_json([dict(cells), problem, size]))
         return digest.hexdigest()
 
+    def _said(self, row: int) -> tuple[list[str], dict[str, str]]:
+        """Return the captions and the labels of a row."""
+        _, cells, problem = self._rows[row]
+        if problem:
+            raise Unusable(problem)
+        return captions(cells.get("text")), checked_labels(cells)
+
+    def broken(self) -> Iterator[BadRow]:
+        """See `Source`."""
+        yield from _broken(self)
+
     def read(self, start: int, stop: int) -> Iterator[Pair | BadRow]:
         """See `Source`."""
         for row in range(start, stop):
-            _, cells, problem = self._rows[row]
             key = self.key(row)
             try:
-                if problem:
-                    raise Unusable(problem)
-                found, labels = captions(cells.get("text")), checked_labels(cells)
+                found, labels = self._said(row)
                 data = self._files.read(key)
                 yield from (Pair(row, key, data, caption, **labels) for caption in found)
             except Unusable as error:
@@ -231,6 +239,15 @@ class Columns:
         value = self._cells["image"][place]
         return value.strip() if isinstance(value, str) else ""
 
+    def _said(self, row: int) -> tuple[list[str], dict[str, str]]:
+        """Return the captions and the labels of a row."""
+        fields = self._fields(row)
+        return captions(fields.get("text")), checked_labels(fields)
+
+    def broken(self) -> Iterator[BadRow]:
+        """See `Source`."""
+        yield from _broken(self)
+
     def _fields(self, row: int) -> dict[str, Any]:
         place = self._places[row]
         return {meaning: values[place] for meaning, values in self._cells.items()}
@@ -249,8 +266,7 @@ class Columns:
         for row in range(start, stop):
             key = self.key(row)
             try:
-                fields = self._fields(row)
-                found, labels = captions(fields.get("text")), checked_labels(fields)
+                found, labels = self._said(row)
                 data = self._bytes(row, key)
                 yield from (Pair(row, key, data, caption, **labels) for caption in found)
             except Unusable as error:
@@ -272,6 +288,14 @@ class Columns:
         if not data:
             raise Unusable("no image")
         return bytes(data)
+
+
+def _broken(table: Table | Columns) -> Iterator[BadRow]:
+    for row in range(len(table)):
+        try:
+            table._said(row)
+        except Unusable as error:
+            yield bad_row(row, table.key(row), str(error))
 
 
 def _holds_images(field: pa.Field) -> bool:
