@@ -1,13 +1,14 @@
 """Train the embedded text-to-image model: latent diffusion, steered by the bundle's own towers.
 
-``python -m training.diffusion`` trains, ``--resume`` goes on from the last checkpoint (``--steps`` may change: the
-learning rate follows the share that is done); ``python -m training.diffusion_export`` makes the pipeline of it.
+``python -m training.diffusion`` trains, on a GPU where there is one, and ``--resume`` goes on from the last checkpoint
+(``--steps`` may change: the learning rate follows the share that is done). ``python -m training.diffusion_export`` then
+makes the pipeline.
 
-The model is Stable unCLIP (Ramesh et al., 2022; Rombach et al., 2022) at the size that an hour on one core can train:
-a UNet on 8x8 latents sees the caption's token states by cross-attention and a joint embedding by its class embedding,
-which scales and shifts every block. The joint embedding is the drawing's, its caption's, or zeros, so that text
-alone, picture alone or both steer it; the caption is dropped now and then for guidance (Ho and Salimans, 2022).
-v-prediction (Salimans and Ho, 2022) on the cosine schedule; the exported weights are a moving average.
+The model is Stable unCLIP (Ramesh et al., 2022; Rombach et al., 2022), small: a UNet on 16x16 latents sees the
+caption's token states by cross-attention and a joint embedding by its class embedding, which scales and shifts every block. Half
+of the samples have the embedding alone, so that it decides the picture and a change of it is seen; the others have
+both, the prompt alone, or neither, for guidance (Ho and Salimans, 2022). v-prediction (Salimans and Ho, 2022) on the
+cosine schedule; the exported weights are a moving average.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from training.autoencoder import DEFAULT_OUT as AUTOENCODER
-from training.autoencoder import sheet
+from training.compute import CPU, mixed, pick_device, pick_precision
 from training.corpus.build import DEFAULT_DIR
 from training.diffusion_data import Conditions, DiffusionData
 from training.diffusion_model import (
@@ -37,9 +38,9 @@ from training.diffusion_model import (
     build_unet,
     serving_solver,
 )
+from training.drawings import Drawings, sheet, to_pixels
 from training.embeddings import DEFAULT_CLIP
 from training.embeddings import DEFAULT_OUT as EMBEDDINGS
-from training.pairs import Corpus
 
 DEFAULT_OUT = Path("work/diffusion")
 SHEET_PROMPTS = (
@@ -49,7 +50,7 @@ SHEET_PROMPTS = (
 
 
 class DiffusionTrainer:
-    """Holds the model, the optimiser and the data of one run.
+    """Holds the model, the optimisers and the data of one run.
 
     Parameters
     ----------
@@ -59,24 +60,44 @@ class DiffusionTrainer:
         Hyperparameters.
     folder : Path
         Where checkpoints, sheets and the log go.
+    device : torch.device
+        Where it runs; the data moves there.
+    precision : torch.dtype
+        Of products and convolutions; weights stay in float32.
     """
 
-    def __init__(self, data: DiffusionData, settings: DiffusionSettings, folder: Path) -> None:
+    def __init__(
+        self,
+        data: DiffusionData,
+        settings: DiffusionSettings,
+        folder: Path,
+        device: torch.device = CPU,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(settings.seed)
-        self.data, self.settings, self.folder = data, settings, folder
-        conditions = data.conditions
+        self.settings, self.folder = settings, folder
+        self.device, self.precision = device, precision
+        self.latents, self.held_out_latents = data.latents.to(device), data.held_out_latents.to(device)
+        self.weights = data.weights.to(device)
+        self.conditions, self.held_out = data.conditions.to(device), data.held_out.to(device)
+        self.latent_shape = tuple(data.latents.shape[1:])
         self.unet = build_unet(
-            settings.channels, data.latents.shape[1], conditions.states.shape[-1], conditions.images.shape[1]
-        ).to(memory_format=torch.channels_last)
+            settings.channels,
+            *self.latent_shape[:2],
+            data.conditions.states.shape[-1],
+            data.conditions.images.shape[1],
+        ).to(device, memory_format=torch.channels_last)
         self.average = {k: v.clone() for k, v in self.unet.state_dict().items()}
-        self.equaliser = conditions.equaliser()
-        self.noiser = EmbeddingNoiser(torch.cat([conditions.images, conditions.texts[0]]))
+        self.equaliser = data.conditions.equaliser().to(device)
+        self.noiser = EmbeddingNoiser(torch.cat([data.conditions.images, data.conditions.texts[0]]), device)
         self.schedule = DDPMScheduler(**SCHEDULE)
         self.optimisers = build_optimisers(self.unet, settings)
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        # A concept in six skin tones is seen more often than one without, but not six times.
-        counts = torch.bincount(conditions.caption, minlength=len(conditions.captions)).float()
-        self.weights = counts[conditions.caption].rsqrt()
+        self.generator = torch.Generator(device).manual_seed(settings.seed)
+        caption = self.conditions.caption
+        # The drawings sorted by caption: those of one caption are a range, which begins at `first`.
+        self.sorted = caption.argsort(stable=True)
+        self.count = torch.bincount(caption, minlength=len(self.conditions.captions))
+        self.first = self.count.cumsum(0) - self.count
         self.step = 0
 
     def rate(self) -> float:
@@ -101,39 +122,49 @@ class DiffusionTrainer:
         """
         s, n = self.settings, len(index)
         caption = conditions.caption[index]
-        kind, template, prompt, noisy = torch.rand(4, n, generator=generator)
-        templates = len(conditions.texts)
-        # As often the bare caption as all templates together: prompts are mostly bare.
-        chosen = ((template * 2 - 1).clamp(min=0) * templates).long()
-        from_text = kind < s.text_share
-        embeddings = torch.where(
-            from_text.unsqueeze(1), conditions.texts[chosen, caption], conditions.images[index]
+        kind, source, template, sibling, noisy, pick = torch.rand(
+            6, n, generator=generator, device=self.device
         )
-        levels = torch.randint(0, s.noisy_level, (n,), generator=generator) * (noisy < s.noisy_share)
-        labels = self.class_vector(embeddings, levels, generator)
-        zero = kind > 1 - s.zero_share
-        labels = torch.where(zero.unsqueeze(1), 0.0, labels)
-        empty = prompt < torch.where(zero, 0.5, s.no_prompt)
-        states = torch.where(empty.view(-1, 1, 1), conditions.empty, conditions.states[caption]).float()
-        return states, labels
+        # As often the bare caption as all templates together: prompts are mostly bare.
+        chosen = ((template * 2 - 1).clamp(min=0) * len(conditions.texts)).long()
+        images = conditions.images[index]
+        # Siblings are drawings that are trained on, also of a held-out drawing.
+        other = self.sorted[
+            (self.first[caption] + (pick * self.count[caption]).long()).clamp(max=len(self.sorted) - 1)
+        ]
+        swapped = (sibling < s.sibling_share) & (self.count[caption] > 0)
+        images = torch.where(swapped.unsqueeze(1), self.conditions.images[other], images)
+        embeddings = torch.where(
+            (source < s.image_share).unsqueeze(1), images, conditions.texts[chosen, caption]
+        )
+        levels = torch.randint(0, s.noisy_level, (n,), generator=generator, device=self.device)
+        labels = self.class_vector(embeddings, levels * (noisy < s.noisy_share), generator)
+        # In order: the embedding alone, both, the prompt alone, neither.
+        no_embedding = kind >= 1 - s.prompt_alone - s.nothing
+        no_prompt = (kind < s.embedding_alone) | (kind >= 1 - s.nothing)
+        labels = torch.where(no_embedding.unsqueeze(1), 0.0, labels)
+        states = torch.where(no_prompt.view(-1, 1, 1), conditions.empty, conditions.states[caption])
+        return states.float(), labels
 
     def loss(self, latents: Tensor, states: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean squared error of v at times drawn evenly over the schedule."""
-        n = len(latents)
+        n, latents = len(latents), latents.float()
         # Stratified: the loss depends on the time more than on anything else.
-        times = ((torch.arange(n) + torch.rand(n, generator=generator)) / n * 1000).long()
-        noise = torch.randn(latents.shape, generator=generator)
+        offsets = torch.rand(n, generator=generator, device=self.device)
+        times = ((torch.arange(n, device=self.device) + offsets) / n * 1000).long()
+        noise = torch.randn(latents.shape, generator=generator, device=self.device)
         noisy = self.schedule.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
-        found = self.unet(noisy, times, states, class_labels=labels).sample
-        return F.mse_loss(found, self.schedule.get_velocity(latents, noise, times))
+        with mixed(self.device, self.precision):
+            found = self.unet(noisy, times, states, class_labels=labels).sample
+        return F.mse_loss(found.float(), self.schedule.get_velocity(latents, noise, times))
 
     def train_step(self) -> float:
         """Take one optimiser step and return the loss."""
         s = self.settings
         self.unet.train()
         index = torch.multinomial(self.weights, s.batch, generator=self.generator)
-        states, labels = self.conditioning(self.data.conditions, index, self.generator)
-        loss = self.loss(self.data.latents[index], states, labels, self.generator)
+        states, labels = self.conditioning(self.conditions, index, self.generator)
+        loss = self.loss(self.latents[index], states, labels, self.generator)
         self.unet.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
@@ -142,65 +173,74 @@ class DiffusionTrainer:
                 group["lr"] = s.lr * self.rate()
             optimiser.step()
         self.step += 1
-        decay = min(s.average, self.step / (self.step + 10))
-        for name, value in self.unet.state_dict().items():
-            self.average[name].lerp_(value, 1 - decay)
+        # The average forgets its random start.
+        decay = min(s.average, 1 - 8 / (self.step + 16))
+        torch._foreach_lerp_(list(self.average.values()), list(self.unet.state_dict().values()), 1 - decay)
         return float(loss.detach())
 
     def averaged(self) -> UNet2DConditionModel:
         """Return a UNet with the averaged weights, which takes equalised embeddings."""
         model = UNet2DConditionModel.from_config(self.unet.config)
         model.load_state_dict(self.average)
+        model = model.to(self.device, memory_format=torch.channels_last)
         return model.eval().requires_grad_(False)
 
     def exported(self) -> UNet2DConditionModel:
         """Return a UNet with the averaged weights, which takes raw embeddings as pipelines give them."""
-        model = self.averaged()
-        first, d = model.class_embedding.linear_1, len(self.equaliser)
-        first.weight[:, :d] = (first.weight[:, :d].double() @ self.equaliser.T.double()).float()
+        model = self.averaged().cpu()
+        first, equaliser = model.class_embedding.linear_1, self.equaliser.cpu().double()
+        d = len(equaliser)
+        first.weight[:, :d] = (first.weight[:, :d].double() @ equaliser.T).float()
         return model
 
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
-        """Return the averaged model's loss on held-out drawings, always with the same draws."""
-        generator = torch.Generator().manual_seed(1)
+        """Return the averaged model's loss on held-out and on training drawings, always with the same draws."""
+        generator = torch.Generator(self.device).manual_seed(1)
         trained, self.unet = self.unet, self.averaged()
-        total = 0.0
-        index = torch.arange(0, len(self.data.held_out_latents), 4)
-        for part in index.split(64):
-            states, labels = self.conditioning(self.data.held_out, part, generator)
-            latents = self.data.held_out_latents[part]
-            total += float(self.loss(latents, states, labels, generator)) * len(part)
+        result = {}
+        for name, latents, conditions in (
+            ("loss", self.held_out_latents, self.held_out),
+            ("loss_seen", self.latents, self.conditions),
+        ):
+            total = 0.0
+            index = torch.arange(0, len(latents), max(1, len(latents) // 256), device=self.device)
+            for part in index.split(64):
+                states, labels = self.conditioning(conditions, part, generator)
+                total += float(self.loss(latents[part], states, labels, generator)) * len(part)
+            result[name] = total / len(index)
         self.unet = trained
-        return {"loss": total / len(index)}
+        return result
 
     @torch.inference_mode()
     def sample(
-        self, captions: list[str], steps: int = 12, guidance: float = 3.0, seed: int = 0
-    ) -> Float[Tensor, "n latent 8 8"]:
+        self, captions: list[str], steps: int = 16, guidance: float = 3.0, seed: int = 0
+    ) -> Float[Tensor, "n latent h w"]:
         """Return latents for captions of the corpus, from their text embeddings and token states."""
-        conditions, generator = self.data.conditions, torch.Generator().manual_seed(seed)
-        where = torch.from_numpy(np.searchsorted(conditions.captions, captions))
-        zeros = torch.zeros(len(where), dtype=torch.int64)
-        labels = self.class_vector(conditions.texts[0, where], zeros, generator)
+        conditions, generator = self.conditions, torch.Generator().manual_seed(seed)
+        where = torch.from_numpy(np.searchsorted(conditions.captions, captions)).to(self.device)
+        zeros = torch.zeros_like(where)
+        quiet = torch.Generator(self.device).manual_seed(seed)
+        labels = self.class_vector(conditions.texts[0, where], zeros, quiet)
         labels = torch.cat([torch.zeros_like(labels), labels])
         states = torch.cat([conditions.empty.expand(len(where), -1, -1), conditions.states[where]]).float()
         solver, model = serving_solver(), self.averaged()
         solver.set_timesteps(steps)
-        latents = torch.randn((len(where), *self.data.latents.shape[1:]), generator=generator)
+        latents = torch.randn((len(where), *self.latent_shape), generator=generator).to(self.device)
         for time_step in solver.timesteps:
-            both = model(torch.cat([latents] * 2), time_step, states, class_labels=labels).sample
-            without, told = both.chunk(2)
+            with mixed(self.device, self.precision):
+                both = model(torch.cat([latents] * 2), time_step, states, class_labels=labels).sample
+            without, told = both.float().chunk(2)
             latents = solver.step(without + guidance * (told - without), time_step, latents).prev_sample
-        return latents
+        return latents.cpu()
 
     def save(self) -> None:
         """Write a checkpoint; the previous one is replaced only when the new one is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / "checkpoint.part"
         state = {
-            "fingerprint": self.data.conditions.fingerprint,
-            "text_fingerprint": self.data.conditions.text_fingerprint,
+            "fingerprint": self.conditions.fingerprint,
+            "text_fingerprint": self.conditions.text_fingerprint,
             "equaliser": self.equaliser,
             "unet": self.unet.state_dict(),
             "average": self.average,
@@ -219,8 +259,8 @@ class DiffusionTrainer:
         ValueError
             Where it was trained on another text tower.
         """
-        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
-        if state["text_fingerprint"] != self.data.conditions.text_fingerprint:
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True, map_location=self.device)
+        if state["text_fingerprint"] != self.conditions.text_fingerprint:
             raise ValueError("the checkpoint was trained on another text tower; train anew")
         # The weights behind it know this one.
         self.equaliser = state["equaliser"]
@@ -228,17 +268,17 @@ class DiffusionTrainer:
         self.average = state["average"]
         for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         self.step = state["step"]
 
     def write_sheet(self, decode) -> None:
         """Write pictures of `SHEET_PROMPTS`, two seeds each."""
-        known = set(self.data.conditions.captions)
-        prompts = [p for p in SHEET_PROMPTS if p in known]
-        rows = [decode(self.sample(prompts, seed=seed)) for seed in (0, 1)]
-        sheet(
-            [row[i : i + 8] for i in range(0, len(prompts), 8) for row in rows], self.folder / "samples.png"
-        )
+        known = set(self.conditions.captions)
+        prompts = [p for p in SHEET_PROMPTS if p in known][:16]
+        rows = [to_pixels(decode(self.sample(prompts, seed=seed))) for seed in (0, 1)]
+        half = max(1, len(prompts) // 2)
+        parts = [row[i : i + half] for i in range(0, 2 * half, half) for row in rows]
+        sheet(parts, self.folder / "samples.png")
 
     def run(self, validate_every: int, decode) -> None:
         """Train to the end, with progress, checkpoints, validation and sheets.
@@ -274,15 +314,17 @@ class DiffusionTrainer:
 
 def load_trainer(arguments: argparse.Namespace, settings: DiffusionSettings) -> DiffusionTrainer:
     """Return a trainer on the paths of the command line."""
-    corpus = Corpus.load(arguments.corpus)
     data = DiffusionData.build(
-        corpus,
+        Drawings.load(arguments.corpus),
         arguments.clip,
         arguments.embeddings,
         arguments.autoencoder / "vae",
         arguments.out / "latents.npz",
     )
-    return DiffusionTrainer(data, settings, arguments.out)
+    device = pick_device(arguments.device)
+    return DiffusionTrainer(
+        data, settings, arguments.out, device, pick_precision(device, arguments.precision)
+    )
 
 
 def add_paths(parser: argparse.ArgumentParser) -> None:
@@ -293,6 +335,8 @@ def add_paths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--autoencoder", type=Path, default=AUTOENCODER)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("auto", "bf16", "f32"), default="auto")
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from services.encoding.clip import build_clip, read_clip_config
 from services.encoding.texts import Tokeniser
-from training.autoencoder import to_tensor
+from training.compute import mixed, pick_device, pick_precision
+from training.drawings import Drawings, to_tensor
 from training.embeddings import CONFIG_FILE, WEIGHTS_FILE, EmbeddingSet
-from training.pairs import Corpus
 from training.text_encoder import convert_text_tower, hidden_states
 
 HELD_OUT_SHARE = 0.08
@@ -124,6 +124,15 @@ class Conditions:
             empty=states[0],
         )
 
+    def part(self, rows: slice) -> Conditions:
+        """Return the same of some of the drawings."""
+        return replace(self, images=self.images[rows], caption=self.caption[rows])
+
+    def to(self, device: torch.device) -> Conditions:
+        """Return the same with its tensors on `device`."""
+        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
     def equaliser(self, shrink: float = 0.01) -> Float[Tensor, "d d"]:
         """Return the matrix that gives embeddings an identity second moment, (M + shrink tr(M) / d I)^-1/2.
 
@@ -139,13 +148,19 @@ class Conditions:
 
 
 @torch.inference_mode()
-def drawing_latents(vae_folder: Path, corpus: Corpus, rows: np.ndarray) -> Float[Tensor, "n latent 8 8"]:
-    """Return the latents of corpus rows, float32; the encoder draws no noise."""
-    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
+def drawing_latents(vae_folder: Path, pixels: np.ndarray) -> Float[Tensor, "n latent h w"]:
+    """Return the latents of drawings, uint8 [n, H, W, 3], float16; the encoder draws no noise."""
+    device = pick_device()
+    precision = pick_precision(device)
+    vae = AutoencoderKL.from_pretrained(vae_folder).to(device).eval()
     parts = []
-    for start in range(0, len(rows), 128):
-        images = to_tensor(corpus.plain[rows[start : start + 128]])
-        parts.append(vae.encode(images).latent_dist.mode() * vae.config.scaling_factor)
+    for start in range(0, len(pixels), 64):
+        images = to_tensor(pixels[start : start + 64]).to(device)
+        with mixed(device, precision):
+            mean = vae.encode(images).latent_dist.mode().float()
+        parts.append((mean * vae.config.scaling_factor).half().cpu())
+        if start // 64 % 50 == 49:
+            print(f"encoded {start + 64} of {len(pixels)} drawings", flush=True)
     return torch.cat(parts)
 
 
@@ -156,60 +171,67 @@ class DiffusionData:
     Attributes
     ----------
     latents : Tensor
-        Of the drawings that are trained on, float32 [n, latent, 8, 8].
+        Of the drawings that are trained on, float16 [n, latent, h, w].
+    weights : Tensor
+        How often each is drawn, up to a factor, float32 [n]. By concept and not by caption: each skin tone is a caption
+        of its own, and people would be half of all samples.
     conditions : Conditions
         Of the same drawings.
     held_out_latents : Tensor
-        Of the validation drawings, float32 [m, latent, 8, 8].
+        Of the validation drawings, float16 [m, latent, h, w].
     held_out : Conditions
         Of the same.
     """
 
-    latents: Float[Tensor, "n latent 8 8"]
+    latents: Float[Tensor, "n latent h w"]
+    weights: Float[Tensor, " n"]
     conditions: Conditions
-    held_out_latents: Float[Tensor, "m latent 8 8"]
+    held_out_latents: Float[Tensor, "m latent h w"]
     held_out: Conditions
 
     @classmethod
-    def build(cls, corpus: Corpus, clip: Path, embeddings: Path, vae: Path, cache: Path) -> DiffusionData:
-        """Read the corpus's training artists; latents are cached, as they do not depend on the towers.
+    def build(cls, drawings: Drawings, clip: Path, embeddings: Path, vae: Path, cache: Path) -> DiffusionData:
+        """Encode the drawings of the training artists; latents are cached, as they do not depend on the towers.
 
         Parameters
         ----------
-        corpus : Corpus
+        drawings : Drawings
             Pictures and words.
         clip, embeddings, vae : Path
             The towers' folder, their embeddings (npz), the autoencoder's folder.
         cache : Path
             Where latents are kept.
         """
-        rows = corpus.rows("train")
-        rows = rows[~held_out_combinations(corpus.columns)[rows]]
-        validation = corpus.rows("validation")
+        train, validation = drawings.split("train"), drawings.split("validation")
+        train = train[~held_out_combinations(drawings.columns)[train]]
         stamp = hashlib.sha256(
-            json.dumps([rows.tolist(), validation.tolist()]).encode()
+            json.dumps([drawings.rows[train].tolist(), drawings.rows[validation].tolist()]).encode()
             + (vae / "config.json").read_bytes()
             + _encoder_bytes(vae)
         ).hexdigest()
-        kept = np.load(cache) if cache.exists() else None
-        if kept is None or str(kept["stamp"]) != stamp:
+        kept = dict(np.load(cache)) if cache.exists() else {}
+        if str(kept.get("stamp")) != stamp:
             print("encoding the drawings", flush=True)
             cache.parent.mkdir(parents=True, exist_ok=True)
             kept = {
-                "train": drawing_latents(vae, corpus, rows).numpy(),
-                "validation": drawing_latents(vae, corpus, validation).numpy(),
+                "train": drawing_latents(vae, drawings.pixels[train]).numpy(),
+                "validation": drawing_latents(vae, drawings.pixels[validation]).numpy(),
             }
             np.savez(cache, stamp=stamp, **kept)
         known = EmbeddingSet.load(embeddings)
-        conditions = Conditions.build(clip, known, np.concatenate([rows, validation]))
-        split = len(rows)
-        parts = [
-            Conditions(
-                **{**vars(conditions), "images": conditions.images[s], "caption": conditions.caption[s]}
-            )
-            for s in (slice(0, split), slice(split, None))
-        ]
-        return cls(torch.from_numpy(kept["train"]), parts[0], torch.from_numpy(kept["validation"]), parts[1])
+        both = Conditions.build(clip, known, drawings.rows[np.concatenate([train, validation])])
+        split = len(train)
+        _, which, counts = np.unique(
+            drawings.columns["concept"][train], return_inverse=True, return_counts=True
+        )
+        weights = torch.from_numpy(counts[which] ** -0.5).float()
+        return cls(
+            torch.from_numpy(kept["train"]),
+            weights,
+            both.part(slice(0, split)),
+            torch.from_numpy(kept["validation"]),
+            both.part(slice(split, None)),
+        )
 
 
 def _encoder_bytes(vae: Path) -> bytes:

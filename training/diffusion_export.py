@@ -26,8 +26,7 @@ from training.diffusion_model import DiffusionSettings, serving_solver
 from training.embeddings import CONFIG_FILE, WEIGHTS_FILE, EmbeddingSet
 from training.text_encoder import build_tokenizer, convert_text_tower
 
-# Of 1, 2, 4 and 7 the guidance by which the judge found most of 80 captions, none of which the benchmark reports on.
-STEPS, GUIDANCE = 12, 4.0
+STEPS, GUIDANCE = 16, 3.0
 
 
 def assemble_pipeline(trainer: DiffusionTrainer, clip: Path, vae: Path) -> StableUnCLIPImg2ImgPipeline:
@@ -73,8 +72,8 @@ def write_pipeline(
                 "pipeline": "StableUnCLIPImg2ImgPipeline",
                 "conditioning": "embedding",
                 "tower_fingerprint": fingerprint,
-                "height": 64,
-                "width": 64,
+                "height": pipeline.vae.config.sample_size,
+                "width": pipeline.vae.config.sample_size,
                 "num_inference_steps": steps,
                 "guidance_scale": guidance,
                 "noise_level": 0,
@@ -134,7 +133,7 @@ def main() -> None:
     trainer = load_trainer(arguments, settings)
     trainer.resume()
     bundle = Bundle.load(arguments.bundle, verify=False)
-    fingerprint = trainer.data.conditions.fingerprint
+    fingerprint = trainer.conditions.fingerprint
     if bundle.manifest.clip.fingerprint != fingerprint:
         raise SystemExit("the bundle holds other towers than the diffusion was trained on")
     write_quantiles(bundle, EmbeddingSet.load(arguments.embeddings))

@@ -18,7 +18,7 @@ from services.manifest import DiffusionEntry
 from services.strict_json import parse_dataclass
 from tests.training.test_diffusion import SMALL, conditions
 from tests.training.test_text_encoder import CONTEXT, clip_config
-from training.autoencoder import build_autoencoder, write_encoder
+from training.autoencoder import build_autoencoder
 from training.diffusion import DiffusionTrainer
 from training.diffusion_data import DiffusionData
 from training.diffusion_export import assemble_pipeline, trained_on, write_pipeline
@@ -37,12 +37,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[DiffusionTrainer
     (clip / CONFIG_FILE).write_text(json.dumps({"model_cfg": config.model_cfg}))
     model = build_clip(read_clip_config(clip / CONFIG_FILE), None)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, clip / WEIGHTS_FILE)
-    vae = build_autoencoder((12, 16, 20, 24), LATENT)
-    write_encoder(vae, torch.rand(8, 3, 64, 64) * 2 - 1, noise=0.1)
+    vae = build_autoencoder((8, 8, 16, 16), LATENT, 64)
     vae.save_pretrained(folder / "vae")
     made = replace(conditions(40, 1), states=torch.randn(5, CONTEXT, 16), empty=torch.zeros(CONTEXT, 16))
     latents = torch.randn(40, LATENT, 8, 8)
-    trainer = DiffusionTrainer(DiffusionData(latents, made, latents[:8], made), SMALL, folder)
+    trainer = DiffusionTrainer(DiffusionData(latents, torch.ones(40), made, latents[:8], made), SMALL, folder)
     trainer.train_step()
     pipeline = assemble_pipeline(trainer, clip, folder / "vae")
     write_pipeline(pipeline, folder / "diffusion", made.fingerprint, steps=3, guidance=2.0)
@@ -65,11 +64,11 @@ def test_service_loads_the_folder_and_its_unet_says_what_was_trained(
     trainer, folder = exported
     entry = parse_dataclass(DiffusionEntry, json.loads((folder / "monofacet.json").read_text()), "diffusion")
     parts = load_parts(folder, entry)
-    raw = trainer.data.conditions.images[:3]
+    raw = trainer.conditions.images[:3]
     labels = torch.cat(
         trainer.noiser(raw, torch.zeros(3, dtype=torch.int64), torch.Generator().manual_seed(0)), 1
     )
-    states, latents = trainer.data.conditions.states[:3].float(), trainer.data.latents[:3]
+    states, latents = trainer.conditions.states[:3].float(), trainer.latents[:3]
     with torch.inference_mode():
         expected = trainer.exported()(latents, 500, states, class_labels=labels).sample
         found = parts.unet(latents, 500, states, class_labels=labels).sample
