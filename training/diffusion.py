@@ -5,10 +5,10 @@
 makes the pipeline.
 
 The model is Stable unCLIP (Ramesh et al., 2022; Rombach et al., 2022), small: a UNet on 16x16 latents sees the
-caption's token states by cross-attention and a joint embedding by its class embedding, which scales and shifts every block. Half
-of the samples have the embedding alone, so that it decides the picture and a change of it is seen; the others have
-both, the prompt alone, or neither, for guidance (Ho and Salimans, 2022). v-prediction (Salimans and Ho, 2022) on the
-cosine schedule; the exported weights are a moving average.
+caption's token states by cross-attention and a joint embedding by its class embedding, which scales and shifts every
+block. Half of the samples have the embedding alone, so that it decides the picture and a change of it is seen; the
+others have both, the prompt alone, or neither, for guidance (Ho and Salimans, 2022). v-prediction (Salimans and Ho,
+2022) on the cosine schedule; the exported weights are a moving average.
 """
 
 from __future__ import annotations
