@@ -6,6 +6,7 @@ The judge (`python -m training.judge`) picks the right caption among 100 for a g
 the same caption, and for that drawing through the autoencoder, which bounds what the generator can reach. Then the
 same for professions, genders and skin tones that the generator never saw together; the kernel inception distance to
 real drawings; and how near the nearest training drawing is, beside how near it is to drawings that were held out.
+All is judged at the corpus's 64 px, which is what the judge was trained on.
 Writes one table, out/bench/generation.json and two sheets of pictures.
 """
 
@@ -33,10 +34,10 @@ from services.bundle import Bundle
 from services.encoding.machine import usable_cores
 from services.imaging.edits import ImageRequest
 from services.imaging.generator import Imaging
-from training.autoencoder import to_tensor
 from training.corpus.build import DEFAULT_DIR
 from training.diffusion import SHEET_PROMPTS
 from training.diffusion_data import held_out_combinations
+from training.drawings import Drawings, resized, to_pixels, to_tensor
 from training.judge import DEFAULT_OUT as JUDGE
 from training.judge import POOLED, Judge, pick_among, read_inputs
 from training.pairs import Corpus
@@ -70,8 +71,7 @@ def through_autoencoder(imaging: Imaging, pixels: np.ndarray) -> np.ndarray:
     """Return drawings encoded and decoded, uint8 [n, H, W, 3]."""
     vae: Any = imaging.parts.vae
     found = [vae.decode(vae.encode(part).latent_dist.mode()).sample for part in to_tensor(pixels).split(32)]
-    made = torch.cat(found).clamp(-1, 1).add(1).mul(127.5).round().byte()
-    return made.permute(0, 2, 3, 1).numpy()
+    return to_pixels(torch.cat(found))
 
 
 def one_row_a_caption(captions: np.ndarray, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -120,14 +120,22 @@ def main(
     loaded = Bundle.load(bundle)
     imaging = Imaging.load(loaded, device="cpu", threads=threads)
     columns, seen = data.columns, data.rows("train")
+    drawings, side = Drawings.load(corpus, imaging.entry.height), data.plain.shape[1]
+
+    def autoencoded(rows: np.ndarray) -> np.ndarray:
+        """Return training or validation drawings, by row of the corpus, as the autoencoder gives them back."""
+        pixels = drawings.pixels[np.searchsorted(drawings.rows, rows)]
+        return resized(through_autoencoder(imaging, pixels), side)
+
     unseen = held_out_combinations(columns)
     known = seen[~unseen[seen]]
     caption = columns["caption"]
 
     rows = one_row_a_caption(caption, known, captions, 0)
-    made = generate(imaging, [ImageRequest(str(caption[r]), seed=i) for i, r in enumerate(rows)], batch)
+    drawn = generate(imaging, [ImageRequest(str(caption[r]), seed=i) for i, r in enumerate(rows)], batch)
+    made = resized(drawn, side)
     real = np.stack([data.plain[r] for r in rows])
-    coded = through_autoencoder(imaging, real)
+    coded = autoencoded(rows)
     follow = following(
         critic, {"generated": made, "real": real, "autoencoded": coded}, caption[rows], caption[known]
     )
@@ -140,7 +148,9 @@ def main(
         [np.random.default_rng(i).choice(new_rows[caption[new_rows] == c]) for i, c in enumerate(wanted)]
     )
     people = np.unique(caption[columns["profession"] != ""])
-    combination = following(critic, {"generated": new, "real": data.plain[shown]}, wanted, people)
+    combination = following(
+        critic, {"generated": resized(new, side), "real": data.plain[shown]}, wanted, people
+    )
 
     held_out = data.rows("validation")
     pool = one_row_a_caption(caption, np.setdiff1d(known, rows), captions, 7)
@@ -158,7 +168,7 @@ def main(
     sample, bank = looked["train_rows"][keep], looked["train_images"][keep, :POOLED].astype(np.float32)
     probe = one_row_a_caption(caption, held_out, captions, 9)
     made_near, which = nearest(features["made"], bank)
-    real_near, _ = nearest(eye.features(through_autoencoder(imaging, data.plain[probe])), bank)
+    real_near, _ = nearest(eye.features(autoencoded(probe)), bank)
     quantiles = [0.01, 0.05, 0.25, 0.5, 0.75]
     copies = {
         "quantiles": quantiles,
@@ -167,14 +177,14 @@ def main(
         "generated_below_real_1%": float((made_near < np.quantile(real_near, 0.01)).mean()),
     }
 
-    grid(made[:64], 8, out / "generation-samples.png")
+    grid(drawn[:64], 8, out / "generation-samples.png", 1)
     nearest_first = np.argsort(made_near)[:16]
     beside = np.stack([made[nearest_first], data.plain[sample[which[nearest_first]]]], 1).reshape(
         -1, *made.shape[1:]
     )
     grid(beside, 8, out / "generation-nearest.png")
     sheet = generate(imaging, [ImageRequest(p, seed=s) for s in (0, 1) for p in SHEET_PROMPTS], batch)
-    grid(sheet, len(SHEET_PROMPTS) // 2, out / "generation-prompts.png")
+    grid(sheet, len(SHEET_PROMPTS) // 2, out / "generation-prompts.png", 1)
 
     result = {
         "bundle": loaded.id,
