@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from monofacet.testing import run_server
 
 from deployments.settings import Settings, is_loopback
 from tests.helm.chart import PLAIN, Manifest, of_kind, pods
@@ -82,6 +86,28 @@ def test_what_is_copied_is_in_the_repository() -> None:
     ).stdout.splitlines()
     for source in copied():
         assert any(path == source or path.startswith(f"{source}/") for path in tracked), source
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_the_health_check_reaches_the_server_whatever_proxy_the_host_has(target: str) -> None:
+    (check,) = [rest for keyword, rest in stages()[target] if keyword == "HEALTHCHECK"]
+    options, _, words = check.partition(" CMD ")
+    assert json.loads(words) == ["monofacet", "health"]
+    limits = {name: float(seconds) for name, seconds in re.findall(r"--([a-z-]+)=(\d+)s", options)}
+    assert limits["timeout"] <= limits["interval"] < limits["start-period"]
+    code = "from monofacet.cli import main; main()"
+    # Docker hands a host's proxy to every container.
+    proxy = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY"), "http://127.0.0.1:1")
+    with run_server() as address:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *json.loads(words)[1:]],
+            env={**os.environ, **proxy, "MONOFACET_TARGET": address.replace("localhost", "127.0.0.1")},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
+    assert (done.returncode, "SERVING" in done.stdout) == (0, True), done.stderr
 
 
 def test_the_documented_run_opens_the_ports_that_it_publishes() -> None:
