@@ -69,8 +69,9 @@ _TURNS = {
 _TAILS = tuple(tail + jpeg.END for tail in (bytes(64), b"\xaa\x5b\xc3\x96" * 16))
 # Pixels that are put on white at once: bounds what that takes beside the picture itself.
 _STRIP_PIXELS = 1_000_000
-# Steps of decoding, at least, between which it can be told to end, and bytes of one, at least.
-_STEPS, _STEP_BYTES = 64, 4_096
+# Steps of decoding, at least, between which it can be told to end, and bytes of one, at least; but what takes so few
+# seconds is decoded as Pillow does, in steps of 64 KiB.
+_STEPS, _STEP_BYTES, _QUICK_S = 64, 4_096, 0.1
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,8 @@ def decode_picture(picture: Picture, check: Check = nothing) -> Image.Image:
 
 def _pixels(picture: Picture, check: Check) -> Image.Image:
     if not picture.unended:
-        return _load(picture.kind, picture.data, check)
-    image, other = (_load(picture.kind, picture.data + tail, check) for tail in _TAILS)
+        return _load(picture, check)
+    image, other = (_load(picture, check, tail) for tail in _TAILS)
     if ImageChops.difference(image, other).getbbox():
         raise CorruptImage("a JPEG that ends before all of its pixels")
     return image
@@ -221,10 +222,12 @@ class _Watched(io.BytesIO):
         return super().read(size)
 
 
-def _load(kind: str, data: bytes, check: Check, raw_mode: str = "") -> Image.Image:
-    """Return the pixels as Pillow reads them, or as `raw_mode` has it."""
-    with Image.open(_Watched(data, check), formats=[kind]) as image:
-        image.decodermaxblock = max(_STEP_BYTES, len(data) // _STEPS)
+def _load(picture: Picture, check: Check, tail: bytes = b"", raw_mode: str = "") -> Image.Image:
+    """Return the pixels as Pillow reads them, with `tail` behind the file, or as `raw_mode` has them."""
+    data = picture.data + tail
+    with Image.open(_Watched(data, check), formats=[picture.kind]) as image:
+        if picture.seconds > _QUICK_S:
+            image.decodermaxblock = max(_STEP_BYTES, len(data) // _STEPS)
         if raw_mode:
             image.tile = [tile._replace(args=raw_mode) for tile in image.tile]
         image.load()
@@ -265,7 +268,7 @@ def to_rgb(image: Image.Image, picture: Picture, check: Check = nothing) -> Imag
     planes = list(zip(image.split(), (value >> (picture.depth - 8) for value in key), strict=True))
     if picture.depth == 16:
         # Pillow keeps the upper bytes; read as if the file were little-endian, these are the lower ones.
-        lower = _load(picture.kind, picture.data, check, "RGB;16L")
+        lower = _load(picture, check, raw_mode="RGB;16L")
         planes += zip(lower.split(), (value & 255 for value in key), strict=True)
     mask = functools.reduce(ImageChops.darker, (_equal(plane, value) for plane, value in planes))
     image.paste(WHITE[:3], mask=mask)

@@ -16,6 +16,7 @@ from monofacet.v1 import feature_service_pb2_grpc
 
 from tests.deployments.conftest import status_details
 from tests.e2e import bad_images
+from tests.support.jpeg_file import scans_jpeg
 from tests.support.service import Service
 from tests.support.waiting import PATIENCE_S
 
@@ -35,6 +36,9 @@ TABLE: dict[str, Row] = {
     "truncated PNG": (lambda: image(bad_images.TRUNCATED_PNG), CODE.INVALID_ARGUMENT, "IMAGE_CORRUPT", DATA),
     "1x1": (lambda: image(bad_images.ONE_PIXEL), CODE.INVALID_ARGUMENT, "IMAGE_TOO_SMALL", DATA),
     "PNG bomb": (lambda: image(bad_images.BOMB), CODE.INVALID_ARGUMENT, "IMAGE_TOO_LARGE", DATA),
+    "JPEG of 400 scans": (
+        lambda: image(scans_jpeg(400, 6_300, 6_300)), CODE.INVALID_ARGUMENT, "IMAGE_TOO_COSTLY", DATA,
+    ),
     "SVG": (lambda: image(bad_images.SVG), CODE.INVALID_ARGUMENT, "IMAGE_FORMAT_UNSUPPORTED", DATA),
     "GIF": (lambda: image(bad_images.GIF), CODE.INVALID_ARGUMENT, "IMAGE_FORMAT_UNSUPPORTED", DATA),
     "text named .png": (

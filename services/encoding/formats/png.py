@@ -54,7 +54,7 @@ def read(data: bytes, max_parts: int) -> Picture:
         raise CorruptImage("a PNG without pixels")
     if header.colour == _PALETTE and walk.palette is None:
         raise CorruptImage("a PNG of palette colours without its palette")
-    kept = [SIGNATURE, chunk(b"IHDR", header.packed)]
+    kept: list[bytes | memoryview] = [SIGNATURE, chunk(b"IHDR", header.packed)]
     transparent = None
     if walk.palette is not None and header.colour == _PALETTE:
         # Whole, so that an index beyond its end is black, as libpng has it, and not what Pillow's palettes begin as.
@@ -65,7 +65,9 @@ def read(data: bytes, max_parts: int) -> Picture:
         values = struct.unpack(f">{header.channels}H", walk.transparency)
         # Of a value wider than the depth the lower bits count.
         transparent = tuple(value & ((1 << header.depth) - 1) for value in values)
-    kept += [chunk(b"IDAT", b"".join(walk.pixels)), chunk(b"IEND", b"")]
+    # Their checksums were compared; Pillow does not look at this one.
+    size = struct.pack(">I", sum(map(len, walk.pixels)))
+    kept += [size, b"IDAT", *walk.pixels, b"\0\0\0\0", chunk(b"IEND", b"")]
     values_read = header.width * header.height * max(1, header.channels * header.depth // 8)
     if transparent is not None and header.depth == 16 and header.colour == _RGB:
         # Decoded twice: see `services.encoding.images`.
