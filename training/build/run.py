@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from services.bundle import Bundle
 from services.imaging.reference import folder_sha256
 from training.build import finish
 from training.build.assemble import check_replaceable
+from training.build.bad_rows import BAD_ROWS, check_bad_share, write_bad_rows
 from training.build.describe import (
     card_samples,
     card_thumbnails,
@@ -52,7 +51,6 @@ from training.build.towers import fetch_towers
 from training.build.workers import run_all, threads
 from training.dictionary_table import CANDIDATES
 
-BAD_ROWS = "bad_rows.csv"
 # What the defence tells while it is calibrated and judged.
 DEFENSE_TELLS = 8
 
@@ -361,34 +359,6 @@ def embed(settings: BuildSettings, reporter: Reporter) -> Store:
     return store
 
 
-def check_bad_share(bad: Sequence[Sequence[Any]], good: int, settings: BuildSettings) -> None:
-    """Raise BuildError where more rows are bad than a user may be expected to know of.
-
-    Parameters
-    ----------
-    bad : sequence of [source, row, key, reason]
-        Listed in the file of bad rows.
-    good : int
-        Pairs that can be used, or may be.
-    settings : BuildSettings
-        With the largest share.
-    """
-    reasons = Counter(str(row[3]) for row in bad)
-    where = f"{settings.work / BAD_ROWS} says why"
-    if not good:
-        raise BuildError(f"no row of the pairs can be used; {where}{_most(reasons)}")
-    share = len(bad) / (len(bad) + good)
-    if share > settings.max_bad_share:
-        raise BuildError(
-            f"{len(bad)} of {len(bad) + good} rows cannot be used, {share:.1%}, and --max-bad-share is "
-            f"{settings.max_bad_share:.1%}; {where}{_most(reasons)}"
-        )
-
-
-def _most(reasons: Counter[str]) -> str:
-    return f"; most often: {reasons.most_common(1)[0][0]}" if reasons else ""
-
-
 def check_pairs(store: Store, settings: BuildSettings, reporter: Reporter) -> None:
     """Tell how many pairs of finished embeddings have no picture in `--pairs`.
 
@@ -448,11 +418,3 @@ def with_people(store: Store, clip: Path, device: str) -> None:
     with part.open("wb") as file:
         np.save(file, people, allow_pickle=False)
     part.replace(path)
-
-
-def write_bad_rows(rows: Sequence[Sequence[Any]], path: Path) -> None:
-    """List rows that are skipped: source, row, key and reason."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "row", "key", "reason"])
-        writer.writerows(rows)
