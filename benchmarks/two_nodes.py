@@ -33,7 +33,7 @@ from rich.table import Table
 from deployments.environment import ENVIRONMENT, ONE_MACHINE
 from deployments.metrics import REQUEST_DURATION
 from deployments.settings import EMBEDDED_BUNDLE, Settings
-from tests.support.service import descendants
+from deployments.supervisor import descendants
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
 # Why the call in progress was tried again, once a time.

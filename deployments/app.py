@@ -15,6 +15,7 @@ from ray.serve.config import RequestRouterConfig
 from deployments import logs
 from deployments.process import (
     confine_to_loopback,
+    end_with_ray,
 )
 from deployments.replicas import EncoderReplica, GeneratorReplica
 from deployments.served import Served, load_served, read_served
@@ -58,6 +59,7 @@ class GatewayReplica:
         from deployments.watch import RayReplicas, Watch
 
         confine_to_loopback(settings)
+        end_with_ray(settings)
         logs.configure(settings.log_format, settings.log_level, "gateway")
         catalogues = [Catalogue.read(load_served(bundle.settings)) for bundle in served]
         self._server = GatewayServer(settings, *catalogues)

@@ -35,6 +35,9 @@ ENVIRONMENT = {
     "RAY_ROTATION_MAX_BYTES": str(16 * 1024 * 1024),
     "RAY_ROTATION_BACKUP_COUNT": "1",
 }
+# Seconds that Ray's processes may wait for each other. A start on a busy machine is slow, not wrong; the command itself
+# sees when one of them has died.
+_PATIENCE_S = 600
 # Of a machine that is a cluster of its own.
 ONE_MACHINE = {
     # Here they are used: they start while Serve's controller does, one core of a small machine being idle then.
@@ -43,6 +46,30 @@ ONE_MACHINE = {
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     # No Ray port outward. Ray's own switch for "loopback only", whatever its name says.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # The command for Ray's node to register; it waits for the agents, which are slow to import.
+    "RAY_raylet_start_wait_time_s": str(_PATIENCE_S),
+    "RAY_gcs_server_port_wait_time_s": str(_PATIENCE_S),
+    "RAY_NUM_REDIS_GET_RETRIES": str(_PATIENCE_S),
+    # The node for its agents and workers.
+    "RAY_agent_register_timeout_ms": str(_PATIENCE_S * 1000),
+    "RAY_worker_register_timeout_seconds": str(_PATIENCE_S),
+    # Whoever connects to another, in attempts of a second or in all.
+    "RAY_raylet_client_num_connect_attempts": str(_PATIENCE_S),
+    "RAY_gcs_rpc_server_connect_timeout_s": str(_PATIENCE_S),
+    "RAY_py_gcs_connect_timeout_s": str(_PATIENCE_S),
+    "RAY_gcs_server_request_timeout_seconds": str(_PATIENCE_S),
+    # Ray asks its node every few seconds how it is, and would end it for five late answers. There is no other node.
+    "RAY_health_check_initial_delay_ms": "60000",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_health_check_failure_threshold": "10",
+}
+# What keeps a Ray private; nobody's environment changes it. The other RAY_* variables that this file does not name are
+# taken out of its environment: they are meant for another Ray.
+PRIVATE = {
+    # It would start its workers by `uv run` too, and upload the working directory to them.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Who has no token cannot submit work, another user of this machine included. RAY_AUTH_TOKEN is made at each start.
+    "RAY_AUTH_MODE": "token",
 }
 # Of processes that hold replicas. They save hops between threads on the way of a message. A process without an
 # event loop needs its router in a thread, so the command sets them once Ray Serve is imported.

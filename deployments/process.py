@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -12,6 +13,9 @@ from contextlib import suppress
 from typing import Any, cast
 
 from deployments.settings import Settings
+
+# Linux: a signal to this process once the thread that started it has ended.
+_PR_SET_PDEATHSIG = 1
 
 
 def confine_to_loopback(settings: Settings) -> None:
@@ -32,6 +36,15 @@ def confine_to_loopback(settings: Settings) -> None:
         return port
 
     replica.add_port_to_grpc_server = bind_to_loopback
+
+
+def end_with_ray(settings: Settings) -> None:
+    """End this replica with the node that started it; Ray leaves one that answers calls behind.
+
+    On a cluster a replica is in a container that ends with its node.
+    """
+    if settings.loopback_only and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def keep_libraries_quiet() -> None:

@@ -18,6 +18,7 @@ from deployments.generation_work import Events, Failed, GenerateWork, GeneratorI
 from deployments.process import (
     computing_thread,
     confine_to_loopback,
+    end_with_ray,
     give_back_memory,
     keep_libraries_quiet,
 )
@@ -51,6 +52,7 @@ class EncoderReplica:
 
     def __init__(self, settings: Settings) -> None:
         confine_to_loopback(settings)
+        end_with_ray(settings)
         keep_libraries_quiet()
         logs.configure(settings.log_format, settings.log_level, "encoder")
         self._encoder: Any = None
@@ -136,6 +138,7 @@ class GeneratorReplica:
 
     def __init__(self, settings: Settings) -> None:
         confine_to_loopback(settings)
+        end_with_ray(settings)
         logs.configure(settings.log_format, settings.log_level, "generator")
         self._settings = settings
         self._checked = False

@@ -2,59 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
+import errno
 import os
-import shutil
-import signal
 import socket
-import tempfile
-import threading
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from deployments.environment import ENVIRONMENT, ONE_MACHINE, REPLICA_ENVIRONMENT
-from services.absent import without
+from deployments.supervisor import Signals
 
 if TYPE_CHECKING:
+    from deployments.scratch import Scratch
     from deployments.settings import Settings
 
-# Controller, gateway, encoder and generator: Ray starts a worker for each CPU that it is told of before they ask.
-_WORKERS = 4
-log = logging.getLogger("monofacet.command")
-
-
-class Stopped(BaseException):
-    """A signal asked to stop while the server was starting."""
-
-
-class _Signals:
-    """SIGTERM and SIGINT: while starting they interrupt, afterwards they end `wait`."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self._starting = True
-
-    def install(self) -> None:
-        """Take the signals; again after Ray has put its own handlers in place."""
-        signal.signal(signal.SIGTERM, self._handle)
-        signal.signal(signal.SIGINT, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._event.set()
-        if self._starting:
-            self._starting = False
-            raise Stopped
-
-    def wait(self) -> None:
-        """Block until a signal comes."""
-        self._starting = False
-        self._event.wait()
+# Seconds that the server may take to end beyond what its settings give to the calls.
+_MARGIN_S = 25.0
 
 
 def serve(
@@ -99,13 +65,11 @@ def serve(
         str | None, typer.Option(help="debug, info, warning or error. Default: info, a line a call.")
     ] = None,
 ) -> None:
-    """Serve a bundle over gRPC until SIGTERM or Ctrl-C; calls in flight are finished first.
+    """Serve a bundle over gRPC until SIGTERM, SIGHUP or Ctrl-C; calls in flight are finished first.
 
     Every other knob is an environment variable MONOFACET_<NAME>: see docs/operations.md.
     """
     started = time.perf_counter()
-    signals = _Signals()
-    signals.install()
     flags = {
         # Both, so that neither comes from the environment.
         "bundle": bundle[0] if bundle else None,
@@ -125,55 +89,66 @@ def serve(
         "log_format": log_format,
         "log_level": log_level,
     }
-    settings = _settings({name: value for name, value in flags.items() if value is not None})
-    _check(settings)
-    for name, value in (ENVIRONMENT | ONE_MACHINE).items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))
-    # Unix sockets lie below it and their paths may have 107 characters, so it must be short.
-    directory = Path(tempfile.mkdtemp(prefix="mf-", dir="/tmp"))
-    try:
-        from deployments.logs import Collector, configure
+    with Signals() as signals:
+        settings = _settings({name: value for name, value in flags.items() if value is not None})
+        _watch_over(settings, _scratch(settings), signals, started)
 
-        with Collector(directory), ThreadPoolExecutor(1) as beside:
-            configure(settings.log_format, settings.log_level, "command")
-            # Beside the start of Ray, which mostly waits for other processes.
-            verifying = beside.submit(_verified, settings)
-            with _LocalRay(settings, directory):
-                signals.install()
-                log.info("Ray runs")
-                ids = verifying.result()
-                log.info("the bundles are verified")
-                gateway, ports, why = _run(settings)
-                if why:
-                    _say(f"not serving: {why}", err=True)
-                else:
-                    _say(
-                        f"ready: {','.join(ids)} on {settings.host}:{ports[0]}, metrics on "
-                        f"http://{settings.metrics_host}:{ports[1]}/metrics, "
-                        f"after {time.perf_counter() - started:.1f} s"
-                    )
-                # Also when nothing can be served: health says NOT_SERVING, and restarting would hide why.
-                signals.wait()
-                _say("stopping; calls in flight are finished first")
-                _stop(settings, gateway)
-    except Stopped:
-        pass
+
+def _scratch(settings: Settings) -> Scratch:
+    """Return the folder of a server that can be started; else stop with one line."""
+    from deployments.scratch import NoScratch, Scratch, sweep
+
+    # First: what a killed server has left may hold the ports.
+    for left in sweep(os.environ):
+        _say(f"removed {left}, left by a server that was killed", err=True)
+    _check(settings)
+    try:
+        return Scratch.make(os.environ)
+    except NoScratch as error:
+        _say(str(error), err=True)
+        raise typer.Exit(2) from error
+
+
+def _watch_over(settings: Settings, scratch: Scratch, signals: Signals, started: float) -> NoReturn:
+    """Run the server in a child until it ends, remove what there was of it, and end with its exit code."""
+    from deployments import machine
+    from deployments.supervisor import supervise
+
+    code = 1
+    try:
+        code = supervise(
+            lambda link: machine.run(settings, scratch, link, started),
+            signals,
+            _say,
+            scratch.remove,
+            settings.linger_s + settings.drain_s + _MARGIN_S,
+        )
     finally:
-        _remove(directory)
-    _say("stopped")
+        # From here on no signal can change how this ends: not by the default action that Python gives back either.
+        signals.ignore()
+        scratch.remove()
+        if code == 0:
+            _say("stopped")
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
 
 
 def _say(line: str, err: bool = False) -> None:
-    typer.echo(f"monofacet: {line}", err=err)
+    from deployments.machine import say
+
+    say(line, err)
 
 
 def _settings(flags: dict[str, Any]) -> Settings:
     from pydantic import ValidationError
 
     from deployments.logs import wants_json
-    from deployments.settings import Settings
+    from deployments.settings import Settings, service_links
 
+    for name in service_links(os.environ):
+        _say(f"{name} is not read: Kubernetes set it for a Service of this name", err=True)
     try:
         settings = Settings(**flags)
         # The replicas have no terminal to look at.
@@ -208,140 +183,40 @@ def _check(settings: Settings) -> None:
     except AccessInvalid as error:
         _say(str(error), err=True)
         raise typer.Exit(2) from error
+    _check_port(settings.host, settings.port)
+    _check_port(settings.metrics_host, settings.metrics_port)
+    if settings.health_port:
+        _check_port(settings.host, settings.health_port)
     if tokens is None and settings.tls_client_ca is None and not is_loopback(settings.host):
         _say(
             f"warning: no tokens and no client certificates: all who reach {settings.host} may call", err=True
         )
-    for host, port in (
-        (settings.host, settings.port),
-        (settings.host, settings.health_port),
-        (settings.metrics_host, settings.metrics_port),
-    ):
-        if port:
-            _check_port(host.strip("[]"), port)
 
 
 def _check_port(host: str, port: int) -> None:
+    """Stop with one line where a server could listen at none of the host's addresses, or where one is taken."""
+    from deployments.settings import joined
+
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        refused = [error for *where, address in found if (error := _refused(where, address))]
+        for error in refused:
+            # A machine without IPv6 may know an address of that kind for a name, and listens at the other.
+            if error.errno != errno.EADDRNOTAVAIL or len(refused) == len(found):
+                raise error
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "no such host"
+        _say(f"cannot listen on {joined(host, port)}: {why}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _refused(where: list[Any], address: Any) -> OSError | None:
+    family, kind, protocol, _ = where
+    try:
         with socket.socket(family, kind, protocol) as probe:
             # As the servers do: a port in TIME_WAIT can be taken.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        _say(f"cannot listen on {host}:{port}: {error.strerror}", err=True)
-        raise typer.Exit(2) from error
-
-
-def _verified(settings: Settings) -> list[str]:
-    """Check every hash of the bundles before anything is loaded from them; return their ids."""
-    from services.bundle import Bundle
-    from services.errors import BundleError
-
-    ids = []
-    for path in settings.served:
-        try:
-            ids.append(Bundle.load(path).id)
-        except BundleError as error:
-            _say(f"{path}: {error}", err=True)
-            raise typer.Exit(1) from error
-    return ids
-
-
-class _LocalRay:
-    """A Ray of our own for as long as the command runs: on loopback, without a dashboard, and gone after."""
-
-    def __init__(self, settings: Settings, directory: Path) -> None:
-        self._settings = settings
-        self._directory = directory
-
-    def __enter__(self) -> None:
-        # Ray Serve would take a second to import pandas, for answers that are tables.
-        with without("pandas"):
-            importlib.import_module("ray.serve")
-        for name, value in REPLICA_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        try:
-            self._start(attempts=3)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def _start(self, attempts: int) -> None:
-        import ray
-
-        from deployments.local_ray import fewer_processes
-
-        try:
-            with fewer_processes():
-                ray.init(
-                    address="local",
-                    num_cpus=_WORKERS,
-                    include_dashboard=False,
-                    object_store_memory=self._settings.object_store_bytes,
-                    logging_level=logging.ERROR,
-                    _temp_dir=str(self._directory),
-                )
-        except Exception as error:
-            # Ray gives its own processes 30 s, which a busy machine may not keep, and cannot be told otherwise.
-            ray.shutdown()
-            if attempts == 1:
-                _say(f"cannot start: Ray: {str(error).splitlines()[0]}", err=True)
-                raise typer.Exit(1) from error
-            self._start(attempts - 1)
-
-    def __exit__(self, *exception: object) -> None:
-        import ray
-
-        ray.shutdown()
-
-
-def _remove(directory: Path) -> None:
-    # Ray's processes may write their last lines a moment after it has stopped.
-    for _ in range(50):
-        shutil.rmtree(directory, ignore_errors=True)
-        if not directory.exists():
-            break
-        time.sleep(0.1)
-
-
-def _run(settings: Settings) -> tuple[Any, tuple[int, int], str]:
-    """Start the application and wait until it is warm.
-
-    Returns
-    -------
-    The gateway's handle, its two ports, and why it does not serve (empty when it does).
-    """
-    from ray import serve as ray_serve
-    from ray.serve.schema import LoggingConfig
-
-    from deployments.app import APP_NAME, build
-
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    # No proxy: the gateway is the only way in.
-    ray_serve.start(proxy_location="Disabled", logging_config=quiet)
-    log.info("Serve runs")
-    try:
-        gateway = ray_serve.run(build(settings), name=APP_NAME, route_prefix=None, logging_config=quiet)
-        return gateway, gateway.ports.remote().result(), gateway.warmed.remote().result()
-    except RuntimeError as error:
-        # Ray gave up on a replica, such as one that the kernel kills for its memory each time it starts.
-        why = str(error).strip().splitlines()[-1].strip()
-        try:
-            gateway = ray_serve.get_deployment_handle("gateway", APP_NAME)
-            return gateway, gateway.ports.remote().result(timeout_s=10), why
-        except Exception:  # no gateway to ask, for whatever reason: why the start failed is what counts
-            _say(f"cannot start: {why}", err=True)
-            raise typer.Exit(1) from error
-
-
-def _stop(settings: Settings, gateway: Any) -> None:
-    from ray import serve as ray_serve
-
-    from deployments.app import APP_NAME
-
-    if not gateway.drain.remote().result(timeout_s=settings.linger_s + settings.drain_s + 10):
-        _say("some calls were cut off", err=True)
-    # Not serve.shutdown(): it kills Serve's controller while Ray still watches it, and Ray says so at length.
-    ray_serve.delete(APP_NAME)
+        return error
+    return None

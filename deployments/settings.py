@@ -7,9 +7,11 @@ Each field is read from an environment variable, `MONOFACET_` and the field's na
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +29,16 @@ Backend = Literal["auto", "torch", "openvino"]
 # What Kubernetes sets MONOFACET_PORT to in every pod beside a Service named monofacet.
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.+:\d+")
 _BUNDLE_ID = re.compile(r"[^@\s]+@[0-9a-f]{12,64}")
+
+
+def service_links(environment: Mapping[str, str]) -> list[str]:
+    """Return the names of the variables that would be settings, were they not Kubernetes' own.
+
+    In each pod it sets NAME_PORT=tcp://ADDRESS:PORT for each Service of the namespace: MONOFACET_PORT for one that is
+    called `monofacet`, MONOFACET_METRICS_PORT for `monofacet-metrics`.
+    """
+    names = (f"MONOFACET_{field.upper()}" for field in Settings.model_fields)
+    return [name for name in names if _SERVICE_LINK.fullmatch(environment.get(name, ""))]
 
 
 class Settings(BaseSettings):
@@ -487,6 +499,14 @@ class Settings(BaseSettings):
             if not (name.endswith("port") and isinstance(value, str) and _SERVICE_LINK.fullmatch(value))
         }
 
+    @field_validator("host", "metrics_host")
+    @classmethod
+    def _bare(cls, value: str) -> str:
+        """Take an IPv6 address with and without brackets; `joined` puts them where they belong."""
+        if not (bare := value.strip().removeprefix("[").removesuffix("]")):
+            raise ValueError("an address is missing: 0.0.0.0 is every IPv4 one, :: every one")
+        return bare
+
     @field_validator("bundles", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
@@ -548,6 +568,14 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"will not listen on {self.host} in plain text: set tls_certificate and tls_key, or insecure"
             )
+        listening = [
+            ("port", self.host, self.port),
+            ("health_port", self.host, self.health_port),
+            ("metrics_port", self.metrics_host, self.metrics_port),
+        ]
+        for (one, at, number), (other, there, same) in itertools.combinations(listening, 2):
+            if number and number == same and (at == there or not {at, there}.isdisjoint({"0.0.0.0", "::"})):
+                raise ValueError(f"{one} and {other} are both {number}")
         if self.token_rate:
             try:
                 limits.parse(self.token_rate)
@@ -561,6 +589,11 @@ def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def joined(host: str, port: int) -> str:
+    """Return `host:port`, as gRPC and URLs take it: an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

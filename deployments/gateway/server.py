@@ -57,7 +57,7 @@ from deployments.gateway.transport import options
 from deployments.generation_work import GeneratorInfo
 from deployments.metrics import Metrics
 from deployments.served import deployment_of
-from deployments.settings import MIB, Settings
+from deployments.settings import MIB, Settings, joined
 from deployments.work import EncoderInfo
 
 log = logging.getLogger("monofacet.gateway")
@@ -259,7 +259,7 @@ class GatewayServer:
         if settings.reflection:
             add_reflection((*SERVICES, HEALTH), self._server)
         self._set_health(_NOT_SERVING)
-        address = f"{settings.host}:{settings.port}"
+        address = joined(settings.host, settings.port)
         if self._certificate is None:
             port = self._server.add_insecure_port(address)
         else:
@@ -273,7 +273,7 @@ class GatewayServer:
                 options=options(settings, _SMALL_BYTES),
             )
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
-            self._health_server.add_insecure_port(f"{settings.host}:{settings.health_port}")
+            self._health_server.add_insecure_port(joined(settings.host, settings.health_port))
             await self._health_server.start()
         self._metrics_server = MetricsServer(
             settings.metrics_host, settings.metrics_port, self.metrics.registry

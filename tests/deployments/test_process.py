@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
+import psutil
 import pytest
 
 from deployments.process import computing_thread, give_way
@@ -39,3 +42,34 @@ def test_no_niceness_changes_nothing() -> None:
     before = niceness()
     give_way(0)
     assert niceness() == before
+
+
+# Starts a child that says who it is once it is ready, and waits to be killed.
+PARENT = """
+import subprocess, sys
+child = (
+    "import os, time; from deployments.process import end_with_ray; from deployments.settings import Settings; "
+    "end_with_ray(Settings(loopback_only=%s)); print(os.getpid(), flush=True); time.sleep(600)"
+)
+subprocess.run([sys.executable, "-c", child % sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
+@pytest.mark.parametrize("loopback_only", [True, False], ids=["one machine", "cluster"])
+def test_a_replica_ends_with_what_started_it_on_one_machine(loopback_only: bool) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(loopback_only)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    try:
+        _, alive = psutil.wait_procs([child], timeout=60 if loopback_only else 0.5)
+        assert bool(alive) is not loopback_only
+    finally:
+        if child.is_running():
+            child.kill()

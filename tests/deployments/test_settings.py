@@ -7,7 +7,7 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
-from deployments.settings import Settings
+from deployments.settings import Settings, joined, service_links
 from services.encoding.images import MAX_PIXELS
 
 
@@ -57,3 +57,51 @@ def test_replicas_get_the_same_settings() -> None:
 
 def test_nothing_listens_to_a_network_by_default() -> None:
     assert Settings().host == "127.0.0.1"
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    links = {
+        "MONOFACET_SERVICE_HOST": "10.96.0.12",
+        "MONOFACET_SERVICE_PORT": "9000",
+        "MONOFACET_PORT": "tcp://10.96.0.12:9000",
+        "MONOFACET_PORT_9000_TCP": "tcp://10.96.0.12:9000",
+        "MONOFACET_PORT_9000_TCP_PROTO": "tcp",
+        "MONOFACET_METRICS_PORT": "tcp://10.96.0.13:9100",
+        "MONOFACET_HEALTH_PORT": "udp://10.96.0.14:9001",
+    }
+    for name, value in links.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    assert (settings.port, settings.metrics_port, settings.health_port) == (9000, 9100, 0)
+    assert service_links(links) == ["MONOFACET_PORT", "MONOFACET_HEALTH_PORT", "MONOFACET_METRICS_PORT"]
+    assert Settings(port=9007).port == 9007
+    monkeypatch.setenv("MONOFACET_PORT", "nine thousand")
+    with pytest.raises(ValidationError):
+        Settings()
+
+
+@pytest.mark.parametrize(
+    ("written", "address"), [("::1", "[::1]:9000"), ("[::1]", "[::1]:9000"), ("localhost", "localhost:9000")]
+)
+def test_an_ipv6_address_may_be_written_with_brackets_or_without(written: str, address: str) -> None:
+    settings = Settings(host=written, metrics_host=written)
+    assert joined(settings.host, settings.port) == address
+    assert settings.metrics_host == settings.host
+
+
+@pytest.mark.parametrize("host", ["", " ", "[]"])
+def test_no_address_is_no_host(host: str) -> None:
+    with pytest.raises(ValidationError, match="an address is missing"):
+        Settings(host=host)
+
+
+def test_no_two_servers_share_a_port() -> None:
+    with pytest.raises(ValidationError, match="port and metrics_port are both 9000"):
+        Settings(metrics_port=9000)
+    with pytest.raises(ValidationError, match="health_port and metrics_port are both 9001"):
+        Settings(health_port=9001, metrics_port=9001, metrics_host="0.0.0.0")
+    # 0 is a free one for each, and another address has ports of its own.
+    assert Settings(port=0, metrics_port=0).metrics_port == 0
+    assert Settings(metrics_port=9000, metrics_host="127.0.0.2").metrics_port == 9000

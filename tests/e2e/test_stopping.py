@@ -1,4 +1,4 @@
-"""SIGTERM: what is in flight is finished, nothing is left behind."""
+"""Starting and stopping: what is in flight is finished, and nothing is left behind whatever dies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -187,9 +190,123 @@ def test_a_model_that_cannot_be_warmed_leaves_the_port_open_and_says_why(
         assert service.stop() == 0
 
 
+def folder_of(service: Service) -> Path:
+    """Return the temporary folder of a running service; other servers of this machine have theirs."""
+    for pid in service.descendants():
+        if found := re.search(r"--temp-dir=(\S+)", " ".join(psutil.Process(pid).cmdline())):
+            return Path(found[1])
+    raise AssertionError("no folder")
+
+
+# Asks Ray what it knows, as whoever wants to submit work has to.
+STRANGER = """
+import sys
+from ray._raylet import GcsClient
+print(len(GcsClient(address=sys.argv[1]).internal_kv_keys(b"", namespace=None, timeout=60)), "keys")
+"""
+
+
+def test_no_environment_matters_nobody_else_may_use_its_ray_and_a_dead_ray_ends_it(
+    tiny: Bundle, tmp_path: Path
+) -> None:
+    """One start for all that it does not depend on, on IPv6; then Ray's node is killed."""
+    environment = {
+        "HOME": "/proc",
+        "TMPDIR": "/tmp/" + "x" * 120,
+        "MONOFACET_SERVICE_HOST": "10.96.0.12",
+        "MONOFACET_HEALTH_PORT": "tcp://10.96.0.14:9001",
+        "RAY_ADDRESS": "10.255.255.1:6379",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_GCS_SERVER_PORT": "1",
+        "RAY_JOB_CONFIG_JSON_ENV_VAR": '{"runtime_env": {"working_dir": "/nowhere"}}',
+        "RAY_NAMESPACE": "theirs",
+        "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES": "",
+        "RAY_REDIS_ADDRESS": "10.255.255.1:6379",
+        "RAY_RUNTIME_ENV_HOOK": "no.such.hook",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_TMPDIR": "/nowhere",
+        "RAY_USE_TLS": "1",
+    }
+    service = start_service(
+        tiny.path, tmp_path / "log", ["--host", "::1", "--metrics-host", "[::1]"], environment
+    )
+    folder = folder_of(service)
+    assert service.target.startswith("[::1]:") and "http://[::1]:" in service.metrics_url
+    assert "MONOFACET_HEALTH_PORT is not read" in service.log.read_text()
+    with monofacet.Client(service.target, timeout=240) as client:
+        assert len(client.encode(["red circle"]).norms) == 1
+    below = service.descendants()
+    (node,) = (pid for pid in below if psutil.Process(pid).name() == "raylet")
+    found = re.search(r"gcs[-_]address=(\S+)", " ".join(psutil.Process(node).cmdline()))
+    assert found
+    own = psutil.Process(node).environ()["RAY_AUTH_TOKEN"]
+    for mode, token, enters in (("disabled", "", False), ("token", "a guess", False), ("token", own, True)):
+        tried = subprocess.run(
+            [sys.executable, "-c", STRANGER, found[1]],
+            env={**os.environ, "RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": token},
+            capture_output=True,
+            text=True,
+            timeout=STOP_TIMEOUT_S,
+        )
+        assert ("keys" in tried.stdout) is enters, tried.stderr
+        assert enters or "InvalidAuthToken" in tried.stderr
+    os.kill(node, signal.SIGKILL)
+    assert service.process.wait(STOP_TIMEOUT_S) == 1
+    assert left(below) == []
+    assert not folder.exists()
+    assert service.log.read_text().count("cannot go on: Ray: its process raylet has died") == 1
+
+
+def test_the_next_start_sweeps_what_a_killed_one_left_and_a_storm_of_signals_is_one_stop(
+    served: Bundle, tmp_path: Path
+) -> None:
+    """Both processes of the command are killed; the next one gets SIGHUP amid a generation, and then all others."""
+    # Another server of this machine may sweep /tmp meanwhile. Short, for the sockets.
+    place = tempfile.mkdtemp(dir="/tmp")
+    quick = {"TMPDIR": place, "MONOFACET_GENERATOR": "false"}
+    killed = start_service(served.path, tmp_path / "killed", environment=quick)
+    orphans = killed.descendants()
+    abandoned = folder_of(killed)
+    for child in psutil.Process(killed.process.pid).children():
+        # Neither sees the other die.
+        os.kill(child.pid, signal.SIGSTOP)
+    killed.process.kill()
+    killed.process.wait()
+    for pid in orphans:
+        if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
+            os.kill(pid, signal.SIGKILL)
+    service = start_service(served.path, tmp_path / "log", environment={"TMPDIR": place})
+    assert f"removed {abandoned}" in service.log.read_text()
+    assert not abandoned.exists()
+    assert left(orphans) == []
+    below, folder = service.descendants(), folder_of(service)
+    with monofacet.Client(service.target, timeout=240) as client, ThreadPoolExecutor(1) as pool:
+        client.generate("red circle", seeds=1)
+        flying = pool.submit(client.generate, "red circle", seeds=[1, 2, 3, 4])
+        time.sleep(0.5)
+        service.process.send_signal(signal.SIGHUP)
+        while service.process.poll() is None:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                service.process.send_signal(number)
+            time.sleep(0.01)
+        assert len(flying.result().images) == 4
+    assert service.process.returncode == 0
+    assert left(below) == []
+    assert folder.parent == Path(place) and not folder.exists()
+    Path(place).rmdir()
+    printed = service.log.read_text()
+    assert printed.endswith("monofacet: stopped\n")
+    assert printed.count("monofacet: stopping") == 1
+    assert "Traceback" not in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "line"),
     [
+        (["--host", "::"], {}, "will not listen on :: in plain text"),
+        (["--host", "no.such.host.invalid", "--insecure"], {}, "cannot listen on no.such.host.invalid:"),
+        (["--host", "192.0.2.1", "--insecure", "--port", "9000"], {}, "cannot listen on 192.0.2.1:9000: "),
+        (["--port", "9000", "--metrics-port", "9000"], {}, "port and metrics_port are both 9000"),
         (["--host", "0.0.0.0"], {}, "will not listen on 0.0.0.0 in plain text"),
         (["--tls-cert", "/nowhere.crt", "--tls-key", "/nowhere.key"], {}, "tls: /nowhere.crt: No such file"),
         (["--tokens-file", "/nowhere"], {}, "tokens_file: /nowhere: No such file"),

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from deployments.supervisor import descendants
+
 # Ray and three Python processes that import torch, on a machine that may be busy with something else.
 START_TIMEOUT_S = 420.0
 STOP_TIMEOUT_S = 90.0
-# Ray's processes give each other some seconds to start, which a busy machine may not keep.
-RAY_GAVE_UP = "monofacet: cannot start: "
 READY = re.compile(r"monofacet: ready: (?P<bundle>\S+) on (?P<target>\S+), metrics on (?P<metrics>\S+),")
 
 
@@ -71,7 +71,7 @@ def start_service(
     until: re.Pattern[str] = READY,
     prefix: Sequence[str] = (),
 ) -> Service:
-    """Start a service and wait until it says that it is ready; once more when it was Ray that did not start.
+    """Start a service and wait until it says that it is ready.
 
     Parameters
     ----------
@@ -93,22 +93,6 @@ def start_service(
     RuntimeError
         With its output, when it ends or does not become ready in time.
     """
-    try:
-        return _start(bundle, log, arguments, environment or {}, until, prefix)
-    except RuntimeError as error:
-        if RAY_GAVE_UP not in str(error):
-            raise
-    return _start(bundle, log, arguments, environment or {}, until, prefix)
-
-
-def _start(
-    bundle: Path,
-    log: Path,
-    arguments: Sequence[str],
-    environment: Mapping[str, str],
-    until: re.Pattern[str],
-    prefix: Sequence[str],
-) -> Service:
     command = [
         *prefix, sys.executable, "-c", "from monofacet.cli import main; main()",
         "serve", "--bundle", str(bundle), "--port", "0", "--metrics-port", "0", *arguments,
@@ -119,7 +103,7 @@ def _start(
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=Path(__file__).parents[2],
-            env={**os.environ, **environment},
+            env={**os.environ, **(environment or {})},
             # A Ctrl-C at the test runner must not reach it: the fixture stops it in order.
             start_new_session=True,
         )
@@ -130,16 +114,13 @@ def _start(
             found = {"target": "", "metrics": "", "bundle": "", **match.groupdict()}
             return Service(found["target"], found["metrics"], found["bundle"], process, log)
         time.sleep(0.1)
-    below = descendants(process.pid)
     process.terminate()
     try:
         process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
+        # The server sees that, ends itself and what it has started.
         process.kill()
         process.wait()
-        # Ray's agents notice a killed parent late.
-        for pid in below & descendants(1):
-            os.kill(pid, signal.SIGKILL)
     raise RuntimeError(f"the service did not become ready:\n{log.read_text(errors='replace')}")
 
 
@@ -152,21 +133,3 @@ def metric(service: Service, name: str, **labels: str) -> float:
         for sample in family.samples
         if sample.name == name and labels.items() <= sample.labels.items()
     )
-
-
-def descendants(pid: int) -> set[int]:
-    """Return the ids of all processes below `pid`."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(stat.rsplit(")", 1)[1].split()[1])
-    found: set[int] = set()
-    frontier = {pid}
-    while frontier:
-        frontier = {child for child, parent in parents.items() if parent in frontier} - found
-        found |= frontier
-    return found
