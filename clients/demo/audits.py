@@ -23,8 +23,8 @@ PROFESSIONS = (
     "police officer", "firefighter", "nurse", "astronaut", "teacher", "judge", "farmer", "cook", "mechanic",
     "factory worker", "office worker", "scientist", "singer", "artist", "pilot", "guard",
 )  # fmt: skip
-# What the bundle's study chose on held-out drawings.
-ABLATION = Ablation(top_gender_features=4, mode=AblationMode.PROJECT)
+# Where the bundle's study recommends none.
+ABLATION = Ablation(top_gender_features=16, mode=AblationMode.ZERO)
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class Bias:
 
 def audit_bias(client: Client, console: Console) -> Bias:
     """Ask how gendered each profession is, and audit the ablation on captions of women and men."""
-    answer = client.classify_gender(PROFESSIONS, ablation=ABLATION)
+    ablation = client.model().recommended_ablation or ABLATION
+    answer = client.classify_gender(PROFESSIONS, ablation=ablation)
     professions = dict(zip(PROFESSIONS, answer.classifications, strict=True))
-    table = Table(title=f"P(woman) of words that name no gender; ablation: {ABLATION}")
+    table = Table(title=f"P(woman) of words that name no gender; ablation: {ablation}")
     for heading in ("text", "before", "after", "cosine kept"):
         table.add_column(heading)
     for name, row in professions.items():
@@ -69,12 +70,14 @@ def audit_bias(client: Client, console: Console) -> Bias:
         for name in PROFESSIONS
         for gender in Gender
     ] + [LabelledItem(name, None, name, cluster=name) for name in PROFESSIONS]
-    settings = AuditSettings((ABLATION,), bootstrap_samples=200, null_sets=200, min_group=1, seed=0)
+    settings = AuditSettings((ablation,), bootstrap_samples=200, null_sets=200, min_group=1, seed=0)
     audit = client.audit_gender(items, settings)
     first = audit.audits[0]
     console.print(
         f"audit of {len(items)} captions: AUC {_percent(first.auc.before.value)} before and "
-        f"{_percent(first.auc.after.value)} after; verdict {first.verdict.value}"
+        f"{_percent(first.auc.after.value)} after; a classifier trained "
+        f"anew {_percent(first.probe.before.value)} and {_percent(first.probe.after.value)}; verdict "
+        f"{first.verdict.value}" + "".join(f"; worse: {name.replace('_', ' ')}" for name in first.harms)
     )
     return Bias(professions, audit)
 
