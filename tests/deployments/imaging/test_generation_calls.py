@@ -57,7 +57,7 @@ async def test_a_generation_keeps_the_limit_of_texts(open_gateway: Open) -> None
     edit = pb.SteeringEdit(label=common_pb2.MODALITY_LABEL_TEXT, reference=common_pb2.Input(text="c" * 9))
     asked = pb.GenerateRequest(
         # Four characters of two bytes are within it, five are not.
-        prompt="é" * 4, negative_prompt="é" * 5, steering=pb.Steering(edits=[edit]), truncate_text=True
+        prompt="é" * 4, negative_prompt="é" * 5, steering=pb.Steering(edits=[edit])
     )  # fmt: skip
     async with open_gateway(max_text_bytes=8) as gateway:
         with pytest.raises(aio.AioRpcError) as caught:
