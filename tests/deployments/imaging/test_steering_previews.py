@@ -36,7 +36,7 @@ async def test_a_preview_is_what_the_steering_maths_says(
         request = preview()
         request.max_features = 64
         answer = await gateway.imaging.PreviewSteering(request)
-        unit, _ = model.encode_texts(model.prepare("red circle", False)[None])
+        unit, _ = model.encode_texts(model.tokenise("red circle", False)[None])
         sae = dictionaries["sae"]
         z = sae.encode(torch.from_numpy(unit), Modality.TEXT)[0].numpy()
         text = tiny.modality("sae").label == "TEXT"
