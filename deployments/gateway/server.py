@@ -102,7 +102,7 @@ ENCODING = frozenset(
     )
 )
 # A message a little over the limit is answered by us, with a reason; only a far larger one by gRPC itself.
-_SLACK_BYTES = 1 * MIB
+_SLACK_BYTES = 2 * MIB
 # Bytes of a request to health or reflection, which name one thing.
 _SMALL_BYTES = 4096
 # Requests to health that are read at once, apart from all others: whatever the load, it must answer.
