@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -376,6 +377,13 @@ def preview_raises() -> dict[str, Any]:
     }
 
 
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def served(bundle: Path, folder: Path, replicas: int, small: dict[str, int]) -> Iterator[Service]:
     """Start a server on its own copy of the bundle, on small file systems of its own where asked."""
@@ -384,7 +392,9 @@ def served(bundle: Path, folder: Path, replicas: int, small: dict[str, int]) -> 
         mounts = "; ".join(f"mount -t tmpfs -o size={size}m tmpfs {where}" for where, size in small.items())
         prefix = ["unshare", "-m", "sh", "-ec", f'{mounts}; exec "$@"', "sh"]
     environment = {"MONOFACET_ENCODER_REPLICAS": str(replicas)}
-    service = start_service(bundle, folder / "log", environment=environment, prefix=prefix)
+    # Ports of its own, and not just any free ones: a gateway that starts again must be where it was.
+    ports = [f"--{name}={free_port()}" for name in ("port", "metrics-port")]
+    service = start_service(bundle, folder / "log", ports, environment, prefix=prefix)
     try:
         yield service
     finally:
