@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from contextvars import ContextVar
@@ -106,6 +107,17 @@ async def _never(requests: Any, context: Any) -> AsyncIterator[bytes]:
     yield b""
 
 
+def _forget(error: BaseException | None) -> None:
+    """Drop what the frames hold that an error has left, and the errors before it.
+
+    gRPC keeps the error of an aborted call in a circle with the call's context until the garbage collector comes; the
+    request would stay with it, after it was counted as gone.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
 class Chain(aio.ServerInterceptor):  # type: ignore[misc]
     """Puts layers around all calls.
 
@@ -155,16 +167,22 @@ class Chain(aio.ServerInterceptor):  # type: ignore[misc]
         async def behave(requests: Any, context: Any) -> Any:
             call = Call(method, context, requests, client_streaming, streaming)
             current_call.set(call)
-            async with AsyncExitStack() as stack:
-                for layer in group.layers:
-                    await stack.enter_async_context(layer(call))
-                current_caller.set(call.caller)
-                argument = call.requests if client_streaming else call.request
-                if not inspect.isasyncgenfunction(inner):
-                    return await inner(argument, context)
-                async with aclosing(inner(argument, context)) as responses:
-                    async for response in responses:
-                        await self._write(context, response)
+            argument: Any = None
+            try:
+                async with AsyncExitStack() as stack:
+                    for layer in group.layers:
+                        await stack.enter_async_context(layer(call))
+                    current_caller.set(call.caller)
+                    argument = call.requests if client_streaming else call.request
+                    if not inspect.isasyncgenfunction(inner):
+                        return await inner(argument, context)
+                    async with aclosing(inner(argument, context)) as responses:
+                        async for response in responses:
+                            await self._write(context, response)
+            except BaseException as error:
+                call.request = argument = None
+                _forget(error)
+                raise
             return None
 
         make = (

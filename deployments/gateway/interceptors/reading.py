@@ -28,7 +28,7 @@ from deployments.gateway.interceptors.chain import Call
 _DRAIN_S = 3.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Received:
     """A message as it came: its size on the wire, and what it says or why it says nothing."""
 
@@ -36,11 +36,16 @@ class Received:
     message: Any
     error: Exception | None = None
 
-    def opened(self) -> Any:
-        """Return the message, or raise what is wrong with it."""
-        if self.error is not None:
-            raise self.error
-        return self.message
+    def taken(self) -> Any:
+        """Return the message, once, or raise what is wrong with it.
+
+        gRPC's iterator keeps the last of what it gave, and an aborted call keeps the iterator.
+        """
+        error, message = self.error, self.message
+        self.error = self.message = None
+        if error is not None:
+            raise error
+        return message
 
 
 def checked_deserializer(decode: Callable[[bytes], Any], max_bytes: int) -> Callable[[bytes], Received]:
@@ -182,7 +187,7 @@ class Requests:
             received = await self._read(caller, call.requests)
             self._release(caller, held - received.size)
             held = received.size
-            call.request = received.opened()
+            call.request = received.taken()
             del received
             yield
         finally:
@@ -351,7 +356,7 @@ class Requests:
                 raise why or (Draining() if self._draining else _idle(idle_s)) from None
             finally:
                 stream.reading = None
-            message = received.opened()
+            message = received.taken()
             del received
             yield message
 
