@@ -37,6 +37,8 @@ _LOOK_AGAIN_S = 0.1
 # A call to a replica ends before its caller's deadline, so that the gateway can still say why.
 _MARGIN = 0.05
 _MOST_MARGIN_S = 0.25
+# Seconds without an answer after which a replica may be called silent, and not the call too long for its deadline.
+_SILENCE_S = 8.0
 # Seconds that a call may take whose caller set no deadline: a stream's chunk, on a slow tower.
 _LONGEST_S = 600.0
 
@@ -102,9 +104,9 @@ class ModelHandle:
         Raises
         ------
         EncoderUnavailable
-            When the second replica died as well, none has a model, or none answered anything meanwhile.
+            When the second replica died as well, none has a model, or none answered anything for long.
         DeadlineExpired
-            When there was no time left, though replicas answer.
+            When there was no time left, though replicas answer, or may do.
         """
         began = time.monotonic()
         try:
@@ -112,7 +114,7 @@ class ModelHandle:
                 with self._in_flight():
                     return await self._call(method, args, began)
         except TimeoutError:
-            if self._answered < began or not self.alive:
+            if self._silent(began):
                 raise EncoderUnavailable("no replica of the model answered in time; try later") from None
             raise DeadlineExpired from None
 
@@ -190,7 +192,7 @@ class ModelHandle:
                     if begun:
                         break
                 except TimeoutError:
-                    if begun or self._answered >= began:
+                    if begun or not self._silent(began):
                         raise DeadlineExpired from None
                     break
                 except serve_errors.RequestCancelledError:
@@ -199,6 +201,11 @@ class ModelHandle:
                 finally:
                     response.cancel()
         raise EncoderUnavailable("the model is not available; try later")
+
+    def _silent(self, began: float) -> bool:
+        """Return whether a call that began then was given no answer because nobody answers, not for lack of time."""
+        silence = time.monotonic() - max(began, self._answered)
+        return not self.alive or (self._answered < began and silence >= _SILENCE_S)
 
     @contextmanager
     def _in_flight(self) -> Iterator[None]:

@@ -112,5 +112,9 @@ def _resident_bytes() -> int:
 
 def _gpu_bytes() -> int:
     # Whoever has not imported torch holds no GPU, and need not pay for it.
-    torch = sys.modules.get("torch")
-    return int(torch.cuda.memory_reserved()) if torch is not None and torch.cuda.is_initialized() else 0
+    # Another thread may be importing it: what is there is then half there.
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    initialized = getattr(cuda, "is_initialized", None)
+    return (
+        int(cuda.memory_reserved()) if cuda is not None and initialized is not None and initialized() else 0
+    )

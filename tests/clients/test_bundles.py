@@ -20,7 +20,11 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "ClassifyModality": lambda client: client.classify_modality("a"),
     "ScoreModality": lambda client: client.score_modality([(png(), "a"), (png(), "b")]),
     "ClassifyGender": lambda client: client.classify_gender("a"),
-    "AuditGender": lambda client: client.audit_gender([monofacet.LabelledItem("a", "woman")]),
+    # With settings, so that the model need not be asked first for what it recommends.
+    "AuditGender": lambda client: client.audit_gender(
+        [monofacet.LabelledItem("a", "woman")],
+        monofacet.AuditSettings((monofacet.Ablation(top_gender_features=4),)),
+    ),
     "FilterAdversarial": lambda client: client.filter_adversarial([png()]),
     "Generate": lambda client: client.generate("a"),
     "PreviewSteering": lambda client: client.preview_steering("a", monofacet.SteeringEdit([1], scale=0.0)),

@@ -83,6 +83,7 @@ class Watched(FakeMonofacet):
     def __init__(self) -> None:
         self.left = threading.Event()
         self.answered = threading.Event()
+        self.begun = threading.Event()
 
     def Encode(self, request: Any, context: Any) -> Any:
         context.add_callback(self.left.set)
@@ -91,6 +92,7 @@ class Watched(FakeMonofacet):
 
     def StreamEncode(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
         context.add_callback(self.left.set)
+        self.begun.set()
         for answer in super().StreamEncode(requests, context):
             self.answered.set()
             yield answer
@@ -159,6 +161,8 @@ def test_the_iterables_own_error_ends_the_call_and_reaches_the_caller() -> None:
 
     def broken() -> Iterator[str]:
         yield "a"
+        # A call that is cancelled before its servicer has begun is one that the servicer never sees.
+        assert service.begun.wait(HANGS)
         raise KeyError("the caller's own")
 
     with run_server(service) as target, Client(target) as client:

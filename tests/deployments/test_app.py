@@ -178,7 +178,13 @@ async def test_where_no_replica_has_a_model_the_caller_is_told_to_come_back(
         await ModelHandle("encoder", Handle(*[ReplicaFaulty() for _ in range(9)])).call("encode", [], [])
 
 
-async def test_a_call_that_nobody_answers_ends_before_its_callers_deadline_and_says_so() -> None:
+async def test_a_call_that_nobody_answers_ends_before_its_callers_deadline_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(DeadlineExpired):
+        # So soon nobody can tell a replica that is hung from one that works.
+        await ModelHandle("encoder", Handle(None)).call("encode", [], [], remaining_s=0.05)
+    monkeypatch.setattr(handles, "_SILENCE_S", 0.1)
     handle = Handle(None)
     model = ModelHandle("encoder", handle)
     began = asyncio.get_running_loop().time()
@@ -215,7 +221,10 @@ async def test_work_in_flight_that_nobody_answers_is_counted_in_seconds() -> Non
     assert model.stalled_s == 0.0
 
 
-async def test_a_stream_that_nobody_answers_ends_before_its_callers_deadline() -> None:
+async def test_a_stream_that_nobody_answers_ends_before_its_callers_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(handles, "_SILENCE_S", 0.05)
     handle = Streams()
     model = ModelHandle("generator", handle)
     with pytest.raises(EncoderUnavailable):

@@ -233,7 +233,7 @@ def test_no_plain_text_on_a_network_unless_it_is_asked_for(host: str) -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
 def test_plain_text_is_allowed_on_loopback(host: str) -> None:
-    assert Settings(host=host).host == host
+    assert Settings(host=host).host == host.strip("[]")
 
 
 @pytest.mark.parametrize(
