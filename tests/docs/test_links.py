@@ -12,6 +12,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "clients/python/README.md",
+    ROOT / "tests/field/README.md",
     *(ROOT / "docs").glob("*.md"),
 ]
 LINK = re.compile(r"\]\((?!https?://)([^)\s#]*)(?:#([^)\s]+))?\)")
