@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -63,6 +65,8 @@ def asked(url: str, body: Any = None) -> Any:
 @pytest.fixture(scope="module")
 def cluster(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("kuberay")
+    # Unix sockets lie below it, and their paths may have 107 characters; that of a test beside others is longer.
+    short = Path(tempfile.mkdtemp(prefix="mf-k"))
     values: Values = {**PLAIN, "encoder": {"cpus": 1, "maxReplicas": 1}, "gateway": {"replicas": 1}}
     (service,) = of_kind(values, "RayService")
     head = service["spec"]["rayClusterConfig"]["headGroupSpec"]
@@ -81,9 +85,7 @@ def cluster(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     words = [
         f"--{name}" if value == "true" else f"--{name}={value}" for name, value in sorted(params.items())
     ]
-    command = (
-        f"{Path(sys.executable).with_name('ray')} start --head --temp-dir={folder / 'r'} {' '.join(words)}"
-    )
+    command = f"{Path(sys.executable).with_name('ray')} start --head --temp-dir={short} {' '.join(words)}"
     (container,) = head["template"]["spec"]["containers"]
     environment = {variable["name"]: variable["value"] for variable in container["env"]}
     log = folder / "head.log"
@@ -120,6 +122,7 @@ def cluster(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             process.wait()
         for pid in below & descendants(1):
             os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(short, ignore_errors=True)
 
 
 def applications(cluster: dict[str, Any]) -> dict[str, Any]:
