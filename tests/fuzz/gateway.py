@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 from google.protobuf import descriptor_pool, message_factory
@@ -16,6 +17,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.rpc import code_pb2, status_pb2
 from grpc import aio
+from monofacet._async.core import Ending
 from monofacet.v1 import feature_service_pb2
 
 from services.bundle import Bundle
@@ -36,10 +38,6 @@ MAPPED = {
 }
 _STREAM = "monofacet.v1.FeatureService/StreamEncode"
 _AT_ONCE = 8
-# What gRPC's own client says when the server ends a call while the client still writes: the status is lost on
-# the way, whatever it was.
-_LOST = "Internal error from Core"
-_TRIES = 3
 _TIMEOUT_S = 120.0
 
 
@@ -78,26 +76,19 @@ async def send(channel: aio.Channel, case: Case) -> tuple[CODE, str, str]:
     -------
     The code, the reason, and what is wrong with the answer (empty when nothing is).
     """
-    for _ in range(_TRIES):
-        answer = await _send_once(channel, case)
-        if _LOST not in answer[2]:
-            break
-    return answer
-
-
-async def _send_once(channel: aio.Channel, case: Case) -> tuple[CODE, str, str]:
     call = channel.stream_stream(f"/{case.method}")(iter(case.messages), timeout=_TIMEOUT_S)
+    ending = Ending(call)
     try:
         async for answer in call:
             wrong = _item_amiss(case.method, answer) or _not_finite(_parsed(case.method, answer))
             if wrong:
                 return CODE.OK, "", wrong
     except aio.AioRpcError as error:
-        return _judge(error)
+        return _judge(await ending.settle(error))
     return CODE.OK, "", ""
 
 
-def _judge(error: aio.AioRpcError) -> tuple[CODE, str, str]:
+def _judge(error: Any) -> tuple[CODE, str, str]:
     trailing = dict(error.trailing_metadata() or ())
     if "grpc-status-details-bin" not in trailing:
         return error.code(), "", f"{error.code().name} without details: {error.details()}"
