@@ -41,6 +41,8 @@ class AuditRequest:
         As in the contract's `AuditSettings`, every one set.
     remaining_s
         Seconds until the caller's deadline; None for none.
+    caller
+        As in `deployments.work.Work`.
     """
 
     dictionary: str
@@ -60,3 +62,4 @@ class AuditRequest:
     min_group: int
     seed: int
     remaining_s: float | None = None
+    caller: str = ""

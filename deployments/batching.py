@@ -2,17 +2,19 @@
 
 It knows nothing of models. It adds no wait, so a lone caller pays nothing for it; under load the running
 batch is the wait, and batches grow by themselves. Work whose caller has gone, or whose deadline passed,
-is dropped before it runs. A ticket is what one caller submitted: one item or hundreds, and callers share
-batches item by item.
+is dropped before it runs. A ticket is what was submitted at once: one item or hundreds. Callers share
+batches item by item, and so do the requests of one caller.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+from deployments.shares import Shares
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -56,7 +58,8 @@ class _Ticket(Generic[Item, Result]):
     done: asyncio.Future[None]
     deadline: float | None
     submitted: float
-    caller: object
+    request: object
+    caller: str
     next: int = 0
     unfinished: int = 0
     started: float | None = None
@@ -107,6 +110,7 @@ class GreedyBatcher(Generic[Item, Result]):
         self._weigh = weigh
         self._tickets: deque[_Ticket[Item, Result]] = deque()
         self._queued = 0
+        self._shares = Shares()
         self._cancel_abandoned = cancel_abandoned
         self._running: dict[asyncio.Task[None], _Batch[Item, Result]] = {}
         self._wakeup: asyncio.Handle | None = None
@@ -118,9 +122,14 @@ class GreedyBatcher(Generic[Item, Result]):
         return self._queued
 
     async def submit(
-        self, items: Sequence[Item], *, deadline: float | None = None, caller: object = None
+        self,
+        items: Sequence[Item],
+        *,
+        deadline: float | None = None,
+        request: object = None,
+        caller: str = "",
     ) -> Outcome[Result]:
-        """Queue the items of one caller and wait for their results.
+        """Queue items and wait for their results.
 
         Cancelling the caller abandons what has not started yet.
 
@@ -130,9 +139,11 @@ class GreedyBatcher(Generic[Item, Result]):
             At least one item.
         deadline
             Time of the event loop's clock (`loop.time()`, seconds) after which no item may start.
+        request
+            What the items are part of, where one request submits many tickets, as a stream does; tickets without one
+            are each a request of their own.
         caller
-            Whose it is, where one caller submits many tickets, as a stream does; tickets without one are each
-            a caller of their own.
+            Whose request it is. Callers who wait get even shares, however many requests they have.
 
         Raises
         ------
@@ -160,7 +171,8 @@ class GreedyBatcher(Generic[Item, Result]):
             loop.create_future(),
             deadline,
             loop.time(),
-            caller if caller is not None else object(),
+            request if request is not None else object(),
+            caller,
             unfinished=len(items),
         )
         self._tickets.append(ticket)
@@ -213,31 +225,49 @@ class GreedyBatcher(Generic[Item, Result]):
                 task.cancel()
 
     def _next_batch(self, now: float) -> _Batch[Item, Result]:
-        """Fill a batch: half of it one item a caller, oldest first, the rest in order of arrival.
-
-        The first half keeps a caller of hundreds from holding back single items; the second half finishes
-        tickets one after another, so that callers do not all wait for the same moment.
-        """
+        """Fill a batch: the next item is always of the caller who has had least."""
         self._prune(now)
         batch: _Batch[Item, Result] = _Batch()
-        callers: set[object] = set()
-        for ticket in list(self._tickets):
-            if ticket.caller in callers:
-                continue
-            callers.add(ticket.caller)
-            if batch.weight * 2 >= self.max_batch or not self._take(batch, ticket):
-                break
-        for ticket in list(self._tickets):
-            while ticket.next < len(ticket.items):
-                if not self._take(batch, ticket):
-                    break
-            if ticket.next < len(ticket.items):
-                break
+        waiting: dict[str, list[_Ticket[Item, Result]]] = {}
+        for ticket in self._tickets:
+            waiting.setdefault(ticket.caller, []).append(ticket)
+        turns = {caller: self._taking(batch, tickets) for caller, tickets in waiting.items()}
+        while turns:
+            # Of equals the first is the minimum, which came first.
+            caller = min(turns, key=self._shares.had)
+            weight = next(turns[caller], None)
+            if weight is None:
+                del turns[caller]
+            else:
+                self._shares.charge(caller, weight)
         self._tickets = deque(t for t in self._tickets if t.next < len(t.items))
         for ticket in {entry[0] for entry in batch.entries}:
             if ticket.started is None:
                 ticket.started = now
         return batch
+
+    def _taking(self, batch: _Batch[Item, Result], tickets: Sequence[_Ticket[Item, Result]]) -> Iterator[int]:
+        """Take one caller's items into a batch one by one, and yield their weights.
+
+        Until the batch is half full, one item a request, oldest first, then in order of arrival. The first keeps a
+        request of hundreds from holding back single items; the second finishes tickets one after another, so that
+        they do not all wait for the same moment.
+        """
+        requests: set[object] = set()
+        for ticket in tickets:
+            if ticket.request in requests:
+                continue
+            requests.add(ticket.request)
+            before = batch.weight
+            if before * 2 >= self.max_batch or not self._take(batch, ticket):
+                break
+            yield batch.weight - before
+        for ticket in tickets:
+            while ticket.next < len(ticket.items):
+                before = batch.weight
+                if not self._take(batch, ticket):
+                    return
+                yield batch.weight - before
 
     def _take(self, batch: _Batch[Item, Result], ticket: _Ticket[Item, Result]) -> bool:
         weight = self._weigh(ticket.items[ticket.next])

@@ -100,13 +100,16 @@ class _Lane:
             threads, f"decode-{name}", initializer=give_way, initargs=(settings.compute_niceness,)
         )
         self._batcher: GreedyBatcher[_Item, Decoded | _Item] = GreedyBatcher(
-            self._some, max_batch=together, max_queued=settings.max_queued_items, concurrency=threads
+            self._some, max_batch=together, max_queued=2 * settings.max_queued_items, concurrency=threads
         )
 
     async def __call__(
-        self, items: Sequence[_Item], deadline: float | None, caller: str
+        self, items: Sequence[_Item], deadline: float | None, work: Work
     ) -> Sequence[Decoded | _Item]:
-        return (await self._batcher.submit(items, deadline=deadline, caller=caller or None)).results
+        outcome = await self._batcher.submit(
+            items, deadline=deadline, request=work.stream or None, caller=work.caller
+        )
+        return outcome.results
 
     async def _some(self, items: Sequence[_Item]) -> list[Decoded | _Item]:
         def run() -> list[Decoded | _Item]:
@@ -175,7 +178,7 @@ class Decoding:
         pictures = [item for item in items if not isinstance(work.items[item.index], str)]
         try:
             parts = await asyncio.gather(
-                self._texts(texts, deadline, work.stream), self._pictures(pictures, deadline, work.stream)
+                self._texts(texts, deadline, work), self._pictures(pictures, deadline, work)
             )
             decoded: dict[int, Decoded] = {}
             costly: list[_Item] = []
@@ -186,7 +189,7 @@ class Decoding:
                     decoded[item.index] = result
             if costly and not alone:
                 return [TravelsAlone()]
-            for item, result in zip(costly, await self._costly(costly, deadline, work.stream), strict=True):
+            for item, result in zip(costly, await self._costly(costly, deadline, work), strict=True):
                 assert not isinstance(result, _Item)
                 decoded[item.index] = result
             return [decoded[index] for index in range(len(items))]

@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,6 +38,8 @@ from services.modality import ModalitySettings, score_pairs, stack_rows
 from services.tables import ModalityTable
 
 log = logging.getLogger("monofacet.encoder")
+
+_Scored = ModalityTable | tuple[Audit, ...]
 
 
 class Model(Decoder, Protocol):
@@ -150,9 +152,12 @@ class Encoder:
         self._forward_thread = pool(1, thread_name_prefix="forward")
         # One thread here too: it bounds the dense activations in memory to those of one call.
         self._score_thread = pool(1, thread_name_prefix="score")
+        self._scores: GreedyBatcher[Callable[[], _Scored], _Scored] = GreedyBatcher(
+            self._run_score, max_batch=1, max_queued=settings.max_queued_items
+        )
         self._decoding = Decoding(settings, model)
         self._batcher: GreedyBatcher[Prepared, _Row] = GreedyBatcher(
-            self._run, max_batch=settings.max_batch_items, max_queued=settings.max_queued_items
+            self._run, max_batch=settings.max_batch_items, max_queued=2 * settings.max_queued_items
         )
 
     def info(self) -> EncoderInfo:
@@ -190,9 +195,7 @@ class Encoder:
         records, self._records = tuple(self._records), []
         return Reply(tuple(answers), records, self._name)
 
-    async def score(
-        self, request: ScoreRequest | AuditRequest
-    ) -> ModalityTable | tuple[Audit, ...] | InvalidInput:
+    async def score(self, request: ScoreRequest | AuditRequest) -> _Scored | InvalidInput:
         """Score pairs, or audit ablations, in a thread; bootstraps and random sets take seconds.
 
         Returns
@@ -211,16 +214,18 @@ class Encoder:
         check = until(request.remaining_s, gone.is_set)
         compute = partial(self._compute, request, check)
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._score_thread, compute)
+            return (await self._scores.submit([compute], caller=request.caller)).results[0]
         except InvalidInput as error:
             return error
         finally:
             # Ends what is computed for a caller who has gone; nothing once it is done.
             gone.set()
 
-    def _compute(
-        self, request: ScoreRequest | AuditRequest, check: Check
-    ) -> ModalityTable | tuple[Audit, ...]:
+    async def _run_score(self, computes: list[Callable[[], _Scored]]) -> list[_Scored]:
+        loop = asyncio.get_running_loop()
+        return [await loop.run_in_executor(self._score_thread, compute) for compute in computes]
+
+    def _compute(self, request: ScoreRequest | AuditRequest, check: Check) -> _Scored:
         check()
         if self._closed:
             raise BatcherClosed
@@ -278,6 +283,7 @@ class Encoder:
         await self._idle.wait()
         await self._decoding.close()
         await self._batcher.close()
+        await self._scores.close()
         for pool in (self._forward_thread, self._score_thread):
             await asyncio.to_thread(pool.shutdown)
         self._model.close()
@@ -311,7 +317,9 @@ class Encoder:
             nothing = np.zeros(0, np.float32)
             return Encoded(nothing.reshape(0, 0), nothing, inference_s=decode_s, failed=bad)
         try:
-            outcome = await self._batcher.submit(good, deadline=deadline, caller=work.stream or None)
+            outcome = await self._batcher.submit(
+                good, deadline=deadline, request=work.stream or None, caller=work.caller
+            )
         except (QueueFull, DeadlineExpired, BatcherClosed) as error:
             return error
         except Exception:  # one caller's failure must not fail the others of the message

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
 from deployments.generation_work import Event, Failed, Finished, GenerateWork, Preview, Progress
 from deployments.pulse import Activity
+from deployments.shares import Shares
 from deployments.work import BatchRecord
 from services.errors import GenerationFailed, MonofacetError
 
@@ -129,31 +130,6 @@ class Job:
         )
 
 
-class _Shares:
-    """What each caller has had of the engine, in steps weighted by the memory of their images.
-
-    Who comes begins where the engine is: idleness saves nothing up, and leaving pays no debts.
-
-    Source: Goyal, Vin and Cheng, "Start-time fair queueing" (1996).
-    """
-
-    def __init__(self) -> None:
-        self._had: dict[str, float] = {}
-        # What the last one who was given something had had until then.
-        self._now = 0.0
-
-    def had(self, caller: str) -> float:
-        """Return what a caller has had."""
-        return max(self._now, self._had.get(caller, 0.0))
-
-    def charge(self, caller: str, cost: float) -> None:
-        """Count what a caller is given."""
-        self._now = self.had(caller)
-        self._had[caller] = self._now + cost
-        # The others begin here, known or not.
-        self._had = {name: had for name, had in self._had.items() if had > self._now}
-
-
 class Engine:
     """Runs jobs.
 
@@ -177,7 +153,8 @@ class Engine:
         self._max_bytes = max_bytes
         self._lock = threading.Condition()
         self._unprepared: Counter[str] = Counter()
-        self._shares = _Shares()
+        # In steps weighted by the memory of their images.
+        self._shares = Shares()
         self._jobs: set[Job] = set()
         self._waiting: deque[_Image] = deque()
         self._active: list[_Image] = []

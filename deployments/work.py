@@ -36,7 +36,9 @@ class Work:
         A bad item is an answer of its own (`Encoded.failed`) and not the end of the others, as in a stream.
     stream
         Name of the stream that the work is an item of; empty for a call of its own. All items of a stream share
-        one caller's part of the model.
+        one request's part of the model.
+    caller
+        Whose call it is; callers share the model evenly.
     """
 
     items: tuple[bytes | str, ...]
@@ -46,6 +48,7 @@ class Work:
     looks: int = 0
     each: bool = False
     stream: str = ""
+    caller: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +186,8 @@ class ScoreRequest:
         As in the contract's `ScoreSettings`, every one set.
     remaining_s
         Seconds until the caller's deadline; None for none.
+    caller
+        As in `Work`.
     """
 
     dictionary: str
@@ -195,3 +200,4 @@ class ScoreRequest:
     false_discovery_rate: float = 0.05
     seed: int = 0
     remaining_s: float | None = None
+    caller: str = ""

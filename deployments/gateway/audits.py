@@ -14,6 +14,7 @@ from monofacet.v1 import bias_service_pb2 as pb
 
 from deployments.audit_request import AuditRequest
 from deployments.gateway.ablations import Resolved
+from deployments.gateway.interceptors.chain import current_caller
 from deployments.gateway.messages import timings
 from deployments.work import Encoded, Features
 from services.bias.calibration import BiasCalibration
@@ -144,6 +145,7 @@ class AuditItems:
             min_group=self.settings.min_group,
             seed=self.settings.seed,
             remaining_s=remaining_s,
+            caller=current_caller.get(),
         )
 
     def response(self, audits: Sequence[Audit], bundle: str) -> pb.AuditGenderResponse:

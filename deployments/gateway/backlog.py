@@ -18,6 +18,8 @@ _SPEED_S = 1.0
 _REFUSALS_S = 1.0
 # From this share of requests refused on, the server is overloaded: more callers than now and then one too many.
 _OVERLOADED = 0.2
+# The part of the room that a caller finds although others have filled it.
+_FEW = 8
 # Items that an overloaded replica still takes, however slow it is: one is computed, one is decoded, one is on its way.
 _LEAST = 3
 
@@ -43,10 +45,12 @@ class _Fading:
 class Backlog:
     """Admits requests to one deployment by the wait that they would have.
 
-    The batcher shares the model evenly between callers, so what stands before a request of n items is, of each
-    caller before it, at most n items. Large requests therefore weigh little on small ones, and a stream weighs as
-    one caller however many of its items are under way. The wait is that many items over the speed at which items
-    were answered while there was work: of the whole path, whatever part of it is the slow one.
+    The batcher shares the model evenly between callers, and each caller's part between the caller's requests. So what
+    stands before a request of n items is, of each of the caller's own requests, at most n items, and of each other
+    caller as much as of this one. Large requests therefore weigh little on small ones, a stream weighs as one request
+    however many of its items are under way, and a caller as one however many requests there are. The wait is that many
+    items over the speed at which items were answered while there was work: of the whole path, whatever part of it is
+    the slow one.
 
     A burst may wait for `max_wait_s`, since the queue is empty again soon. While requests are refused all the time, no
     queue is a burst: a longer one delays every answer and adds none, so it is held at `overload_wait_s`.
@@ -57,7 +61,9 @@ class Backlog:
     Parameters
     ----------
     max_items
-        Items at the deployment, waiting or running; bounds memory. Streams, which can wait, take up to half.
+        Items at the deployment, waiting or running; bounds memory. Streams, which can wait, take up to half. Who has
+        less than an eighth of that there may pass it, by an eighth each and twice it in all: others who fill the room
+        keep nobody out.
     max_wait_s
         Expected seconds of waiting.
     overload_wait_s
@@ -92,7 +98,8 @@ class Backlog:
         self._answered, self._busy_s = _Fading(_SPEED_S), _Fading(_SPEED_S)
         self._asked, self._refused = _Fading(_REFUSALS_S), _Fading(_REFUSALS_S)
         self.replicas = 1
-        self._callers: dict[object, int] = {}
+        # Items there, by caller and request.
+        self._requests: dict[str, dict[object, int]] = {}
         self.items = 0
 
     @property
@@ -107,14 +114,15 @@ class Backlog:
         self._pass_time()
         return self._refused.value > max(1.0, _OVERLOADED * self._asked.value)
 
-    @property
-    def full(self) -> bool:
-        """Whether a request of one item would be refused now; a larger one may wait for more."""
-        return bool(self._callers) and not self._fits(1, False)
+    def full(self, caller: str = "") -> bool:
+        """Return whether a request of one item would be refused now; a larger one may wait for more."""
+        return bool(self.items) and not self._fits(1, False, caller)
 
-    def before(self, items: int) -> int:
-        """Return how many items of others come before the last of `items` new ones."""
-        return sum(min(items, theirs) for theirs in self._callers.values())
+    def before(self, items: int, caller: str = "") -> int:
+        """Return how many items come before the last of a caller's `items` new ones."""
+        own = sum(min(items, theirs) for theirs in self._requests.get(caller, {}).values())
+        others = (sum(theirs.values()) for name, theirs in self._requests.items() if name != caller)
+        return own + sum(min(own + items, theirs) for theirs in others)
 
     def refuse(self) -> None:
         """Count a request that was refused, here or at the door."""
@@ -123,7 +131,7 @@ class Backlog:
         self._refused.value += 1
 
     @contextmanager
-    def admitted(self, items: int, stream: object = None) -> Iterator[None]:
+    def admitted(self, items: int, stream: object = None, caller: str = "") -> Iterator[None]:
         """Hold a request's place from its arrival to its answer.
 
         Parameters
@@ -132,6 +140,8 @@ class Backlog:
             Of the request.
         stream
             Names the stream that the items belong to; None for a request of its own.
+        caller
+            Whose it is.
 
         Raises
         ------
@@ -139,46 +149,53 @@ class Backlog:
             When it should come back later.
         """
         self._pass_time()
-        if self._callers and not self._fits(items, stream is not None):
+        if self.items and not self._fits(items, stream is not None, caller):
             # A stream that is made to wait asks again at once, which says nothing about the others.
             if stream is None:
                 self.refuse()
             raise QueueFull
         self._asked.value += stream is None
-        caller = object() if stream is None else stream
-        self._callers[caller] = self._callers.get(caller, 0) + items
-        self.items += items
+        request = object() if stream is None else stream
+        self._count(items, request, caller)
         try:
             yield
             self._pass_time()
             self._answered.value += items
         finally:
             self._pass_time()
-            self.items -= items
-            self._callers[caller] -= items
-            if not self._callers[caller]:
-                del self._callers[caller]
+            self._count(-items, request, caller)
+
+    def _count(self, items: int, request: object, caller: str) -> None:
+        self.items += items
+        theirs = self._requests.setdefault(caller, {})
+        theirs[request] = theirs.get(request, 0) + items
+        if not theirs[request]:
+            del theirs[request]
+        if not theirs:
+            del self._requests[caller]
 
     def _pass_time(self) -> None:
         now = self._clock()
         passed, self._now = max(0.0, now - self._now), now
         for counted in (self._asked, self._refused):
             counted.pass_(passed)
-        if self._callers:
+        if self.items:
             for measured in (self._answered, self._busy_s):
                 measured.pass_(passed)
             self._busy_s.value += passed
 
-    def _fits(self, items: int, stream: bool) -> bool:
-        if self.items + items > self._max_items:
+    def _fits(self, items: int, stream: bool, caller: str) -> bool:
+        own = sum(self._requests.get(caller, {}).values())
+        few = own + items <= self._max_items // _FEW and self.items + items <= 2 * self._max_items
+        if not few and self.items + items > self._max_items:
             return False
         if stream:
             half = max(1, self._max_items // 2)
             # A batch of pairs may be half by itself. Were it to wait for an empty queue, a steady load of others would
             # keep it out for ever; it waits until they leave as much as StreamEncode's chunks need.
-            return self.items + min(items, max(1, half // 2)) <= half
+            return few or self.items + min(items, max(1, half // 2)) <= half
         patience = _OVERLOADED_PATIENCE if self.overloaded else _PATIENCE
-        return self.before(items) < max(self._length(), patience * items + 1)
+        return self.before(items, caller) < max(self._length(), patience * items + 1)
 
     def _length(self) -> float:
         """Return how many items may be before a request."""

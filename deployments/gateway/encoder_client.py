@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from deployments.batching import DeadlineExpired, GreedyBatcher, QueueFull
 from deployments.gateway.backlog import Backlog
 from deployments.gateway.errors import EncoderUnavailable
+from deployments.gateway.interceptors.chain import current_caller
 from deployments.metrics import Metrics
 from deployments.settings import Settings
 from deployments.work import Encoded, Reply, TravelsAlone, Work
@@ -94,14 +95,13 @@ class EncoderClient:
             cancel_abandoned=True,
         )
 
-    @property
-    def shut(self) -> bool:
-        """Whether requests are refused before their size is known.
+    def shut(self, caller: str) -> bool:
+        """Return whether a caller's requests are refused before their size is known.
 
         Only under overload, when reading what will be refused takes the time of the others. A burst is let in to be
         read: a large request may wait for longer than a single item. While no encoder is left, calls wait for one.
         """
-        return self._alive() and self._backlog.overloaded and self._backlog.full
+        return self._alive() and self._backlog.overloaded and self._backlog.full(caller)
 
     @property
     def replicas(self) -> int:
@@ -135,8 +135,9 @@ class EncoderClient:
             As the batcher's.
         """
         items = len(work.items)
+        work = replace(work, caller=current_caller.get())
         try:
-            with self._backlog.admitted(items, work.stream or None):
+            with self._backlog.admitted(items, work.stream or None, work.caller):
                 self._metrics.queue_items.labels(self._deployment).set(self._backlog.items)
                 return await self._encode(work, remaining_s)
         except QueueFull:
@@ -178,7 +179,9 @@ class EncoderClient:
         else:
             only_texts = all(isinstance(item, str) for item in work.items)
             gathered = self._gathered_texts if only_texts else self._gathered_pictures
-            outcome = await gathered.submit([waiting], deadline=deadline, caller=work.stream or None)
+            outcome = await gathered.submit(
+                [waiting], deadline=deadline, request=work.stream or None, caller=work.caller
+            )
             answer, waited = outcome.results[0], outcome.queue_s
             if isinstance(answer, TravelsAlone):
                 answer = (await self._send_all([waiting]))[0]

@@ -10,6 +10,7 @@ from functools import partial
 
 from monofacet.v1 import modality_service_pb2 as pb
 
+from deployments.gateway.interceptors.chain import current_caller
 from deployments.work import Encoded, Features, ScoreRequest
 from services.errors import InvalidInput
 
@@ -128,4 +129,5 @@ class PairScores:
             s.false_discovery_rate,
             s.seed,
             remaining_s,
+            current_caller.get(),
         )

@@ -231,7 +231,7 @@ class GatewayServer:
 
         With several bundles one of them may still take the call, and its own backlog decides.
         """
-        if call.method in ENCODING and self._encoders and all(e.shut for e in self._encoders):
+        if call.method in ENCODING and self._encoders and all(e.shut(call.caller) for e in self._encoders):
             for encoder in self._encoders:
                 encoder.refuse()
             raise QueueFull

@@ -11,12 +11,14 @@ from deployments.batching import GreedyBatcher, QueueFull
 from deployments.gateway.backlog import Backlog
 
 
-def admit(backlog: Backlog, stack: ExitStack, items: int, stream: object = None, times: int = 1) -> int:
+def admit(
+    backlog: Backlog, stack: ExitStack, items: int, stream: object = None, times: int = 1, caller: str = ""
+) -> int:
     """Return how many of `times` requests of `items` are let in."""
     entered = 0
     for _ in range(times):
         try:
-            stack.enter_context(backlog.admitted(items, stream))
+            stack.enter_context(backlog.admitted(items, stream, caller))
             entered += 1
         except QueueFull:
             pass
@@ -94,9 +96,9 @@ def test_while_many_are_refused_the_queue_is_held_short_and_afterwards_a_burst_f
     with ExitStack() as stack:
         # 0.2 s at 200 a second.
         assert admit(known, stack, 1, times=100) == 40
-        assert known.overloaded and known.full
+        assert known.overloaded and known.full()
         clock.now += 0.2
-    assert not known.full
+    assert not known.full()
     with ExitStack() as stack:
         # 0.05 s at 200 a second, and one for rounding.
         assert admit(known, stack, 1, times=100) in (10, 11)
@@ -200,7 +202,7 @@ async def test_a_single_is_in_the_next_batch_whatever_a_stream_has_queued() -> N
     batcher: GreedyBatcher[str, str] = GreedyBatcher(run, max_batch=8, max_queued=1_000)
     first = asyncio.create_task(batcher.submit(["first"]))
     await asyncio.sleep(0.01)
-    stream = [asyncio.create_task(batcher.submit([f"s{n}"], caller="stream")) for n in range(100)]
+    stream = [asyncio.create_task(batcher.submit([f"s{n}"], request="stream")) for n in range(100)]
     bulk = asyncio.create_task(batcher.submit([f"b{n}" for n in range(100)]))
     await asyncio.sleep(0)
     single = asyncio.create_task(batcher.submit(["single"]))
@@ -211,3 +213,79 @@ async def test_a_single_is_in_the_next_batch_whatever_a_stream_has_queued() -> N
     assert "b0" in batches[1] and "s0" in batches[1]
     # What is free after one item a caller goes to the oldest.
     assert batches[1] == ["s0", "b0", "single", "s1", "s2", "s3", "s4", "s5"]
+
+
+def test_before_a_callers_request_comes_as_much_of_another_caller_as_of_itself() -> None:
+    known = backlog(max_items=1_024)
+    with ExitStack() as stack:
+        assert admit(known, stack, 1, times=30, caller="alice") == 30
+        # Thirty requests of the same caller, but one of another's.
+        assert known.before(1, "alice") == 30
+        assert known.before(1, "bob") == 1
+        assert known.before(8, "bob") == 8
+        assert admit(known, stack, 8, times=1, caller="bob") == 1
+        # Bob's own eight items count by request; of Alice's, as many as will then be Bob's.
+        assert known.before(1, "bob") == 1 + 2
+        assert known.before(100, "alice") == 30 + 8
+
+
+def test_a_caller_who_fills_the_room_keeps_no_other_out() -> None:
+    known = backlog(max_items=80)
+    with ExitStack() as stack:
+        assert admit(known, stack, 1, "stream", times=100, caller="alice") == 40
+        assert admit(known, stack, 1, "stream", times=100, caller="bob") == 10
+        assert admit(known, stack, 80, caller="alice") == 0
+        assert admit(known, stack, 30, caller="alice") == 1
+        assert admit(known, stack, 1, caller="alice") == 0
+        assert admit(known, stack, 10, caller="carol") == 1
+
+
+def test_twice_the_room_is_the_most_whoever_asks() -> None:
+    known = backlog(max_items=8)
+    with ExitStack() as stack:
+        assert sum(admit(known, stack, 1, caller=f"caller {n}") for n in range(50)) == 16
+
+
+async def test_callers_share_batches_evenly_however_many_requests_they_have() -> None:
+    batches: list[list[str]] = []
+    going = asyncio.Event()
+
+    async def run(items: list[str]) -> list[str]:
+        batches.append(items)
+        await going.wait()
+        return items
+
+    batcher: GreedyBatcher[str, str] = GreedyBatcher(run, max_batch=8, max_queued=10_000)
+    first = asyncio.create_task(batcher.submit(["first"], caller="alice"))
+    await asyncio.sleep(0.01)
+    many = [asyncio.create_task(batcher.submit(["a"], caller="alice")) for _ in range(100)]
+    bulk = asyncio.create_task(batcher.submit(["b"] * 40, caller="bob"))
+    await asyncio.sleep(0.01)
+    going.set()
+    await asyncio.gather(first, bulk, *many)
+    # Half of each batch is Bob's until he is done, although a hundred requests came before his one.
+    assert [batch.count("b") for batch in batches[1:11]] == [4] * 10
+    assert all(batch.count("a") == 8 for batch in batches[11:18])
+
+
+async def test_idle_time_gives_a_caller_no_claim_on_more_than_half() -> None:
+    batches: list[list[str]] = []
+    going = asyncio.Event()
+
+    async def run(items: list[str]) -> list[str]:
+        batches.append(items)
+        await going.wait()
+        return items
+
+    batcher: GreedyBatcher[str, str] = GreedyBatcher(run, max_batch=4, max_queued=10_000)
+    going.set()
+    await batcher.submit(["a"] * 400, caller="alice")
+    batches.clear()
+    going.clear()
+    first = asyncio.create_task(batcher.submit(["a"], caller="alice"))
+    await asyncio.sleep(0.01)
+    both = [asyncio.create_task(batcher.submit([c] * 20, caller=c)) for c in "ab"]
+    await asyncio.sleep(0.01)
+    going.set()
+    await asyncio.gather(first, *both)
+    assert [batch.count("b") for batch in batches[1:]] == [2] * 10

@@ -76,7 +76,7 @@ class Server:
                 place = self.backlog.admitted(1)
                 try:
                     # At the door, as the gateway asks first.
-                    if self.backlog.overloaded and self.backlog.full:
+                    if self.backlog.overloaded and self.backlog.full():
                         self.backlog.refuse()
                         raise QueueFull
                     place.__enter__()

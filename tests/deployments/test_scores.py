@@ -57,3 +57,24 @@ async def test_what_is_computed_for_a_caller_who_has_gone_ends(
     assert await asyncio.to_thread(begun.wait, 10)
     scoring.cancel()
     assert await asyncio.to_thread(ended.wait, 10)
+
+
+async def test_one_callers_scores_wait_for_one_of_another_and_not_for_all(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(encoder, "_score", lambda request, _: order.append(request.caller))
+    busy = threading.Event()
+    encoder._score_thread.submit(busy.wait)
+
+    def score(caller: str) -> asyncio.Future[Any]:
+        return asyncio.ensure_future(encoder.score(ScoreRequest("debug", (), (), (), caller=caller)))
+
+    scoring = [score("alice") for _ in range(4)]
+    await asyncio.sleep(0)
+    scoring.append(score("bob"))
+    await asyncio.sleep(0.01)
+    busy.set()
+    await asyncio.gather(*scoring)
+    # Alice's first one had begun.
+    assert order == ["alice", "bob", "alice", "alice", "alice"]
