@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,6 +14,8 @@ from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import modality_service_pb2 as pb
 from monofacet.v1 import model_service_pb2
 
+from deployments.access.scopes import Scope
+from deployments.access.tokens import new_token
 from services.bundle import Bundle
 from tests.deployments.conftest import Open, error_details
 
@@ -203,6 +206,27 @@ async def test_only_so_many_scores_run_at_once(open_gateway: Open) -> None:
         assert (await gateway.modality.ScoreModality(iter([SETTINGS, pairs]))).pairs == 6
     assert caught.value.code() is CODE.RESOURCE_EXHAUSTED
     assert error_details(caught.value) == ("TOO_MANY_CALLS", [], 0.25)
+
+
+async def test_one_callers_scores_leave_places_to_others(open_gateway: Open, tmp_path: Path) -> None:
+    pairs = batch(*[(f"image {n}".encode(), f"text {n}") for n in range(6)])
+    made = [new_token(name, frozenset([Scope.READ]), None) for name in ("alice", "bob")]
+    (tmp_path / "tokens").write_text("".join(f"{line}\n" for _, line in made))
+    alice, bob = ((("authorization", f"Bearer {token}"),) for token, _ in made)
+    async with open_gateway(max_client_streams=4, tokens_file=tmp_path / "tokens") as gateway:
+        hers = [gateway.modality.ScoreModality(metadata=alice) for _ in range(2)]
+        for call in hers:
+            await call.write(SETTINGS)
+        while gateway.server._client_streams.streams < 2:
+            await asyncio.sleep(0.01)
+        third = gateway.modality.ScoreModality(metadata=alice)
+        await third.write(SETTINGS)
+        with pytest.raises(aio.AioRpcError) as caught:
+            await third
+        assert error_details(caught.value)[0] == "TOO_MANY_CALLS"
+        assert (await gateway.modality.ScoreModality(iter([SETTINGS, pairs]), metadata=bob)).pairs == 6
+        for call in hers:
+            call.cancel()
 
 
 async def test_an_idle_score_gives_up_its_place(open_gateway: Open) -> None:

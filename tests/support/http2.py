@@ -81,7 +81,13 @@ class Raw:
             return False
         if not data:
             return False
-        self.events += self.connection.receive_data(data)
+        try:
+            self.events += self.connection.receive_data(data)
+        except h2.exceptions.ProtocolError:
+            # h2 takes nothing after GOAWAY, but a server that ends a connection gently sends a ping behind it.
+            if not self.gone:
+                raise
+            return True
         self._flush()
         return True
 
@@ -131,7 +137,8 @@ class Raw:
     @property
     def gone(self) -> bool:
         """Whether the server has said that it ends the connection."""
-        return any(isinstance(event, h2.events.ConnectionTerminated) for event in self.events)
+        closed = h2.connection.ConnectionState.CLOSED
+        return self.connection.state_machine.state is closed
 
     def reset_many(self, path: str, count: int, token: str = "") -> int:
         """Open streams and reset each at once, without a look at what the server says; return how many."""
