@@ -262,7 +262,7 @@ class Fault:
     replicas
         Of the encoder.
     fresh
-        The server cannot go on after it.
+        The server cannot go on after it, and ends; whoever started it starts it again.
     small
         Sizes (MiB) of file systems that the server is given for its own: by where they lie.
     """
@@ -322,7 +322,7 @@ FAULTS = (
     Fault("weights changed on disk, encoder killed", _weights_changed, until_s=30.0),
     Fault("bundle folder gone, encoder killed", _bundle_gone, until_s=30.0),
     Fault("SIGKILL of the gateway", _signalled(f"{_REPLICA}gateway", signal.SIGKILL)),
-    Fault("SIGKILL of the raylet", _signalled("/raylet/raylet ", signal.SIGKILL), fresh=True, until_s=20.0),
+    Fault("SIGKILL of the raylet", _signalled("/raylet/raylet ", signal.SIGKILL), fresh=True),
     Fault("SIGSTOP of one of two encoders", _signalled(f"{_REPLICA}encoder", signal.SIGSTOP), replicas=2),
     Fault("SIGKILL of one of two encoders", _signalled(f"{_REPLICA}encoder", signal.SIGKILL), replicas=2),
     Fault("disk full", _filled("/tmp"), until_s=20.0, small={"/tmp": 300, "/dev/shm": 400}),
@@ -412,6 +412,7 @@ def suffer(service: Service, fault: Fault, bundle: Path, folder: Path) -> dict[s
             raise RuntimeError("the server was not well before the fault")
         observer.restart()
         end = fault.make(service, bundle)
+        exited = _exit(service, observer) if fault.fresh else None
         if fault.until_s:
             time.sleep(fault.until_s)
         ended = observer.now
@@ -419,6 +420,8 @@ def suffer(service: Service, fault: Fault, bundle: Path, folder: Path) -> dict[s
             end()
         recovered = not fault.fresh and observer.wait_well(BOUND_S, ended + _WELL_S)
     seen = observer.seen
+    if exited:
+        seen.health.append(exited)
     bad = [call for call in seen.calls if call[2] != "OK"]
     counts = Counter(call[2] for call in seen.calls)
     longest = max((call[1] - call[0] for call in seen.calls if call[2] == "OK"), default=0.0)
@@ -436,6 +439,12 @@ def suffer(service: Service, fault: Fault, bundle: Path, folder: Path) -> dict[s
         "ended_by_operator_s": round(ended, 1) if fault.until_s else None,
         "recovery_s": round(max(back, waited), 1) if recovered else None,
     }
+
+
+def _exit(service: Service, observer: Observer) -> tuple[float, str]:
+    """Wait for the end of a server; return when it was, and its exit code as a state."""
+    code = service.process.wait(BOUND_S)
+    return observer.now, f"exit code {code}"
 
 
 def main(
