@@ -5,10 +5,10 @@ chooses on their held-out pairs, writes the bundle's ``bias/`` section with its 
 with every figure, and prints the tables. ``--test`` adds openmoji, once, at the end. No tower is run: embeddings are
 read.
 
-The ablation that is reported is the one after which a classifier that is trained anew tells the genders least, on
-drawings and texts, among those that keep 95% of the retrieval of drawings that show no people. Where it can be
-trained on drawings or on texts only, theirs alone count; where on neither, the AUC nearest to 0.5 chooses. The figures
-say which it was.
+The ablation that is reported is, among those that keep 95% of the retrieval of drawings that show no people, the one
+whose audit on held-out drawings has the strongest verdict, then the fewest harms; then the one after which a classifier
+that is trained anew tells the genders least, on drawings and texts. Where that can be trained on drawings or on texts
+only, theirs alone count; where on neither, the AUC nearest to 0.5. The figures say which it was.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import numpy as np
 from services.bias.ablation import Side
 from services.bias.associate import associate
 from services.bias.association import Association, rank_by_association
-from services.bias.audit import Audit, AuditSettings, audit, audit_scores
+from services.bias.audit import Audit, AuditSettings, Verdict, audit, audit_scores
 from services.bias.calibration import BiasCalibration, DictionaryCalibration, ModalityCalibration
 from services.bias.cases import UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_scores
@@ -52,13 +52,17 @@ from training.report import render
 
 KEEP = 0.95
 # What the bundle's section holds of the figures.
-KEPT_FIGURES = ("dictionary", "chosen", "chosen_by", "thresholds", "labels")
+KEPT_FIGURES = ("dictionary", "chosen", "chosen_by", "candidates", "thresholds", "labels")
 FIT = ("fit", "pool")
 TRAINING_ARTISTS = (*FIT, "validation")
 MIN_GROUP = 5
 SIDES = ("image", "text")
 # What may choose, the first that is defined, and its value where no gender is left.
 AIMS = {"probe": 0.5, "auc": 0.5}
+# The weakest first.
+STRENGTH = (
+    Verdict.NO_EFFECT, Verdict.THRESHOLD_ONLY, Verdict.NOT_SPECIFIC, Verdict.SILENCED, Verdict.EFFECT,
+)  # fmt: skip
 # Audited in full beside the chosen one.
 ALWAYS = (*(f"label {label.value}, zero" for label in LABELS), "LEACE", "counterparts 1", "round trip")
 
@@ -192,7 +196,7 @@ class Choice:
     method : str
         Its name.
     figure : str
-        What chose it: one of `AIMS`, or "r1_kept" where no ablation keeps enough.
+        What chose it among those of the strongest verdict: one of `AIMS`, or "r1_kept" where no ablation keeps enough.
     sides : tuple of str
         "image" and "text", or the one of them on which the figure is defined; none for "r1_kept".
     """
@@ -202,20 +206,38 @@ class Choice:
     sides: tuple[str, ...]
 
 
-def choose(rows: list[dict[str, Any]]) -> Choice:
+def enough_kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the feature ablations that keep enough of the retrieval of drawings that show no people."""
+    return [row for row in rows if row["features"] and row["r1_kept"] >= KEEP]
+
+
+def choose(rows: list[dict[str, Any]], audits: Mapping[str, Mapping[str, Any]]) -> Choice:
     """Return the feature ablation of the rule in this module's docstring; the least loss where none keeps enough.
+
+    Parameters
+    ----------
+    rows
+        Quick figures of all methods.
+    audits
+        By name, "verdict" and "harms" of those that keep enough.
 
     Raises
     ------
     NotEnoughItems
         Where no figure that could choose is defined.
     """
-    ablations = [row for row in rows if row["features"]]
-    enough = [row for row in ablations if row["r1_kept"] >= KEEP]
+    enough = enough_kept(rows)
     if not enough:
+        ablations = [row for row in rows if row["features"]]
         return Choice(max(ablations, key=lambda row: row["r1_kept"])["method"], "r1_kept", ())
     figure, sides = criterion(enough)
-    return Choice(min(enough, key=lambda row: distance(row, figure, sides))["method"], figure, sides)
+
+    def rank(row: dict[str, Any]) -> tuple[int, int, float]:
+        found = audits[row["method"]]
+        strength = STRENGTH.index(Verdict(found["verdict"]))
+        return -strength, len(found["harms"]), distance(row, figure, sides)
+
+    return Choice(min(enough, key=rank)["method"], figure, sides)
 
 
 def criterion(rows: list[dict[str, Any]]) -> tuple[str, tuple[str, ...]]:
@@ -321,7 +343,9 @@ def run(
     by_name = {method.name: method for method in methods}
     validation = study.cases("validation")
     rows = study.compare(methods, validation, Utility.of(data, study.dictionary, "validation"))
-    choice = choose(rows)
+    candidates = [row["method"] for row in enough_kept(rows)]
+    audits = {name: study.full(by_name[name], sides, validation) for name in candidates}
+    choice = choose(rows, audits)
     chosen = choice.method
     tell(f"{tables.methods_table('Methods', rows, 'image').markdown()}\nchosen by {choice.figure}: {chosen}")
     thresholds = {
@@ -336,6 +360,10 @@ def run(
         "keep": KEEP,
         "thresholds": {m.value: value for m, value in thresholds.items()},
         "labels": label_shares(labels, known[study.name]),
+        "candidates": [
+            {"method": name, "verdict": found["verdict"], "harms": found["harms"]}
+            for name, found in audits.items()
+        ],
         "validation": {"methods": rows},
         "texts": {},
     }

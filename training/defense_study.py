@@ -32,6 +32,7 @@ from training.defense.calibrate import Seen, Setting, calibrate
 from training.defense.corruptions import typographic
 from training.defense.data import Drawings, StudyData, load
 from training.defense.observe import Looks, Observed, join, look_twice, observed_from
+from training.defense.sample import write_attacked
 from training.defense.victim import Victim, to_images, to_pixels
 from training.embeddings import DEFAULT_OUT as EMBEDDINGS
 
@@ -330,6 +331,7 @@ def main() -> None:
     print(tables.markdown(figures))
     if not arguments.dry_run:
         write(arguments.bundle, calibration, figures, arguments.work, arguments.docs)
+        write_attacked(arguments.bundle)
 
 
 if __name__ == "__main__":

@@ -39,30 +39,45 @@ def row(method: str, image: float, text: float, *, kept: float = 1.0, auc: float
     }
 
 
+def alike(rows: list[dict], verdict: str = "EFFECT") -> dict[str, dict]:
+    """Return audits of one verdict and no harm."""
+    return {row["method"]: {"verdict": verdict, "harms": []} for row in rows}
+
+
+def test_the_strongest_verdict_chooses_before_any_figure_and_then_the_fewest_harms() -> None:
+    rows = [row("nothing", 0.5, 0.5), *(row(name, p, p) for name, p in (("a", 0.5), ("b", 0.7), ("c", 0.6)))]
+    audits = alike(rows) | {"a": {"verdict": "THRESHOLD_ONLY", "harms": []}}
+    assert choose(rows, audits).method == "c"
+    audits["c"] = {"verdict": "EFFECT", "harms": ["worst_group_accuracy"]}
+    assert choose(rows, audits).method == "b"
+    audits["b"] = {"verdict": "SILENCED", "harms": []}
+    assert choose(rows, audits).method == "c"
+
+
 def test_the_least_of_a_trained_classifier_chooses_among_those_that_keep_enough() -> None:
     rows = [row("nothing", 0.5, 0.5), row("a", 0.7, 0.7), row("b", 0.6, 0.7), row("c", 0.5, 0.5, kept=0.9)]
-    assert choose(rows) == Choice("b", "probe", ("image", "text"))
+    assert choose(rows, alike(rows)) == Choice("b", "probe", ("image", "text"))
 
 
 def test_a_side_on_which_no_classifier_can_be_trained_has_no_say() -> None:
     rows = [row("nothing", NAN, 0.5), row("a", NAN, 0.7), row("b", NAN, 0.6)]
-    assert choose(rows) == Choice("b", "probe", ("text",))
+    assert choose(rows, alike(rows)) == Choice("b", "probe", ("text",))
 
 
 def test_without_a_classifier_the_auc_nearest_to_one_half_chooses() -> None:
     rows = [row("nothing", NAN, NAN, auc=0.5)]
     rows += [row(name, NAN, NAN, auc=auc) for name, auc in (("a", 0.9), ("b", 0.1), ("c", 0.6))]
-    assert choose(rows) == Choice("c", "auc", ("image", "text"))
+    assert choose(rows, alike(rows)) == Choice("c", "auc", ("image", "text"))
 
 
 def test_where_none_keeps_enough_the_least_loss_chooses() -> None:
     rows = [row("nothing", 0, 0), row("a", 0.1, 0.1, kept=0.5), row("b", 0.3, 0.3, kept=0.6)]
-    assert choose(rows) == Choice("b", "r1_kept", ())
+    assert choose(rows, alike(rows)) == Choice("b", "r1_kept", ())
 
 
 def test_nothing_is_chosen_by_a_figure_that_is_not_defined() -> None:
     with pytest.raises(NotEnoughItems, match="no ablation can be chosen"):
-        choose([row("a", NAN, NAN, auc=NAN), row("b", NAN, NAN, auc=NAN)])
+        choose(rows := [row("a", NAN, NAN, auc=NAN), row("b", NAN, NAN, auc=NAN)], alike(rows))
 
 
 def test_a_caption_is_gendered_only_if_all_its_pairs_agree() -> None:
@@ -165,7 +180,14 @@ def test_pairs_that_are_all_gendered_are_studied_and_the_record_says_what_chose(
     assert figures["chosen_by"] == calibration.figures["chosen_by"]
     assert figures["chosen_by"] == {"figure": "probe", "sides": ["image", "text"]}
     ablations = [r for r in figures["validation"]["methods"] if r["features"]]
-    nearest = min(ablations, key=lambda r: sum(abs(r[side]["probe"] - 0.5) for side in ("image", "text")))
+    audited = {found["method"]: found for found in figures["candidates"]}
+    assert set(audited) == {r["method"] for r in ablations}
+    # Random towers know nothing, so that removing something comes to nothing much; all the same the rule holds.
+    strongest = max(bias_study.STRENGTH.index(found["verdict"]) for found in audited.values())
+    best = [r for r in ablations if bias_study.STRENGTH.index(audited[r["method"]]["verdict"]) == strongest]
+    fewest = min(len(audited[r["method"]]["harms"]) for r in best)
+    best = [r for r in best if len(audited[r["method"]]["harms"]) == fewest]
+    nearest = min(best, key=lambda r: sum(abs(r[side]["probe"] - 0.5) for side in ("image", "text")))
     assert figures["chosen"] == nearest["method"]
     assert figures["test"]["audits"][0]["recalibrated"]["skew"]["before"]["value"] is None
     assert "by how little a classifier" in tables.summary(figures)

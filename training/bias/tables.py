@@ -30,7 +30,7 @@ def summary(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> str:
     rows = {row["method"]: row for row in figures["validation"]["methods"]}
     nothing, chosen = rows["nothing"], rows[figures["chosen"]]
     parts = [
-        f"Ablations of {figures['dictionary']}; chosen on held-out pairs by {chosen_by(figures)}: "
+        f"Ablations of {figures['dictionary']}; chosen on held-out pairs by verdict, then by {chosen_by(figures)}: "
         f"{figures['chosen']}, which keeps {chosen['r1_kept']:.0%} of the retrieval of pictures that show no people."
     ]
     for part, title in titles.items():
