@@ -18,7 +18,7 @@ from services.bundle import Bundle, refresh_manifest
 from services.encoding.images import ImagePreprocess, decode_image
 from services.manifest import Sample
 from training.build_bundle import DEFAULT_OUT
-from training.defense.attacks import feature_matching, pgd
+from training.defense.attacks import pgd, untargeted
 from training.defense.victim import Victim, to_images, to_pixels
 from training.redteam import embed_texts
 
@@ -53,7 +53,8 @@ def attack_samples(bundle: Bundle, samples: list[Sample], seed: int = 0) -> tupl
     aims = torch.empty_like(own)
     aims[order] = order.roll(1)
     generator = torch.Generator().manual_seed(seed)
-    moved = pgd(feature_matching(victim, texts[aims]), clean, LEVELS / 255, generator=generator)
+    away = untargeted(victim, texts, aims, victim.logit_scale)
+    moved = pgd(lambda images: -away(images), clean, LEVELS / 255, generator=generator)
     pixels = to_pixels(moved)
     before, after = victim.embed(clean) @ texts.T, victim.embed(to_images(pixels)) @ texts.T
     taken = (before.argmax(1) == own) & (after.argmax(1) == aims)
