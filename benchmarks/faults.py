@@ -14,7 +14,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -43,6 +42,7 @@ from deployments.gateway.server import IMAGING
 from deployments.settings import EMBEDDED_BUNDLE
 from services.bundle import CLIP_WEIGHTS
 from services.encoding.machine import usable_cores
+from tests.support.ports import free_port
 from tests.support.service import Service, descendants, start_service
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
@@ -375,13 +375,6 @@ def preview_raises() -> dict[str, Any]:
         "alerts": "none",
         "recovery_s": round(seconds, 1),
     }
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,9 @@ from tests.support.tiny_bias import with_bias  # noqa: E402
 from tests.support.tiny_bundle import make_tiny_bundle  # noqa: E402
 from tests.support.tiny_defense import with_defense  # noqa: E402
 from tests.support.tiny_pipeline import add_tiny_pipeline  # noqa: E402
+
+# What `nohup` starts ignores SIGHUP, and so would every server of a test.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # An example that takes long on a busy machine is no failure.
 hypothesis.settings.register_profile(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -17,6 +16,7 @@ from pathlib import Path
 from benchmarks.peers.environments import HERE, WHERE, python
 from benchmarks.peers.traffic import MODEL
 from services.bundle import Bundle
+from tests.support.ports import free_port
 from tests.support.service import descendants, start_service
 
 # Of a machine that does something else at the same time.
@@ -151,7 +151,7 @@ def started(contender: Contender, bundle: Bundle, log: Path) -> Iterator[Running
         finally:
             service.stop()
         return
-    port = _free_port()
+    port = free_port()
     environment = {
         **os.environ,
         # Nothing is fetched and nothing is reported.
@@ -173,13 +173,6 @@ def started(contender: Contender, bundle: Bundle, log: Path) -> Iterator[Running
         yield Running(f"127.0.0.1:{port}", process.pid)
     finally:
         _stop(process)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _until_healthy(port: int, process: subprocess.Popen[bytes], log: Path) -> None:

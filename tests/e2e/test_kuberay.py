@@ -29,17 +29,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.bundle import Bundle
 from tests.helm.chart import PLAIN, Values, of_kind, pods
+from tests.support.ports import free_port
 from tests.support.service import descendants
 
 LIMIT_S = 400
 pytestmark = pytest.mark.timeout(2 * LIMIT_S)
 AGENT = 52365
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
 
 
 def asked(url: str, body: Any = None) -> Any:
@@ -147,7 +142,9 @@ def test_the_head_and_its_workers_are_ready_and_the_application_runs(cluster: di
     asked(f"http://127.0.0.1:{dashboard}/api/serve/applications/", cluster["config"])
     deadline = time.monotonic() + LIMIT_S
     while (state := applications(cluster).get("monofacet", {})).get("status") != "RUNNING":
-        assert state.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), state
+        # Assertions cut what they show; why it failed must be read.
+        if state.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
+            pytest.fail(json.dumps(state, indent=1, default=str))
         assert time.monotonic() < deadline, (state, cluster["log"].read_text())
         time.sleep(0.5)
     assert set(state["deployments"]) == {"gateway", "encoder"}

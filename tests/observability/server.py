@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import urllib.error
 import urllib.parse
@@ -18,6 +17,7 @@ import yaml
 
 from deployments.chart import RULES
 from tests.observability.tools import tool
+from tests.support.ports import free_port
 from tests.support.waiting import PATIENCE_S, eventually
 
 JOB = "monofacet"
@@ -45,12 +45,6 @@ class Prometheus:
         return [(sample["metric"], float(sample["value"][1])) for sample in result]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def running_prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
     """Start a Prometheus that scrapes `target` (`host:port`) and has the chart's rules loaded."""
@@ -62,7 +56,7 @@ def running_prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
     }
     file = directory / "prometheus.yml"
     file.write_text(yaml.safe_dump(config))
-    port = _free_port()
+    port = free_port()
     with (directory / "prometheus.log").open("wb") as log:
         process = subprocess.Popen(
             [
