@@ -25,7 +25,7 @@ from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.dictionaries import DEFAULT_DIR, GROUP, SEEDS, load_all, load_pairs
 from training.embeddings import DEFAULT_OUT as EMBEDDINGS
 from training.embeddings import EmbeddingSet
-from training.figures import EvaluationSet, figures, stability
+from training.figures import EvaluationSet, figures, kept, stability
 from training.sae import Pairs
 
 DEFAULT_OUT = Path("work/dictionaries.json")
@@ -130,6 +130,7 @@ def build_table(
         rows: dict[str, dict[str, Any]] = {}
         for name, dictionary in {**trained, **baselines}.items():
             rows[name] = figures(dictionary, evaluation, alive_features(dictionary, pairs)).as_dict()
+            rows[name]["kept"] = kept(dictionary, evaluation)
             tell(f"{part} {name} {rows[name]}")
         if part == "validation":
             fvu = min(rows[name]["fvu"] for name in CANDIDATES if name in rows)

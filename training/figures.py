@@ -89,10 +89,13 @@ class EvaluationSet:
         """Return the row of `texts` that belongs to each image, int64 [n]."""
         return np.searchsorted(self.text_captions, self.captions)
 
+    def hits(self, images: Tensor, texts: Tensor) -> Float[np.ndarray, " n"]:
+        """Return for each image whether its caption comes first."""
+        return recall(ranks(_unit(images), _unit(texts), self.captions, self.text_captions), 1)
+
     def r1(self, images: Tensor, texts: Tensor) -> float:
         """Return R@1, image to caption."""
-        rank = ranks(_unit(images), _unit(texts), self.captions, self.text_captions)
-        return float(recall(rank, 1).mean())
+        return float(self.hits(images, texts).mean())
 
     def gender_auc(self, images: Tensor, man: Tensor, woman: Tensor) -> float:
         """Return the AUC of woman against man on images whose caption says which; NaN without such images."""
@@ -207,6 +210,40 @@ def figures(dictionary: Dictionary, evaluation: EvaluationSet, alive: Tensor | N
         coactivation=float(np.median(np.nan_to_num(correlation[live]))) if live.any() else float("nan"),
         split=float(((mds[live] < SPLIT_LOW) | (mds[live] > SPLIT_HIGH)).mean()) if live.any() else 0.0,
     )
+
+
+@torch.no_grad()
+def kept(
+    dictionary: Dictionary, evaluation: EvaluationSet, resamples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Return the share of R@1 that a dictionary keeps, with its 95% bootstrap interval over captions.
+
+    Returns
+    -------
+    dict of str to dict
+        "r1_round_trip" and "r1_codes", each with "value", "low" and "high".
+    """
+    z = {modality: dictionary.encode(e, modality) for modality, e in evaluation.sides()}
+    back = {modality: dictionary.decode(z[modality], modality) for modality in z}
+    hits = np.stack(
+        [
+            evaluation.hits(evaluation.images, evaluation.texts),
+            evaluation.hits(back[IMAGE], back[TEXT]),
+            evaluation.hits(z[IMAGE], z[TEXT]),
+        ]
+    )
+    captions = evaluation.pair_texts()
+    sums = np.stack([np.bincount(captions, row) for row in hits])
+    rng = np.random.default_rng(seed)
+    weights = rng.multinomial(sums.shape[1], np.full(sums.shape[1], 1 / sums.shape[1]), size=resamples)
+    drawn = weights @ sums.T
+    found = {}
+    for place, name in ((1, "r1_round_trip"), (2, "r1_codes")):
+        ratio = drawn[:, place] / np.maximum(drawn[:, 0], 1e-9)
+        low, high = np.quantile(ratio, [0.025, 0.975])
+        value = hits[place].sum() / max(hits[0].sum(), 1e-9)
+        found[name] = {"value": float(value), "low": float(low), "high": float(high)}
+    return found
 
 
 def stability(dictionaries: list[Dictionary]) -> float:

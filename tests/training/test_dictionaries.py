@@ -12,6 +12,7 @@ from training import dictionaries
 from training.baselines import PCA, pca_for_fvu, random_dictionary
 from training.dictionary_table import choose_default
 from training.embeddings import EmbeddingSet, EmbeddingSettings, is_current, split_parts
+from training.figures import EvaluationSet, kept
 from training.ncl import NCLSettings, train_ncl
 from training.sae import Pairs, SAESettings, SAETrainer, info_nce, same_rows
 
@@ -211,3 +212,25 @@ def test_parts_do_not_depend_on_whether_the_test_artist_is_there():
     without = shuffled != "test"
     assert (part == "pool").sum() == 10
     assert np.array_equal(split_parts(shuffled[without], 0.2, 0), part[without])
+
+
+def test_what_a_dictionary_keeps_of_retrieval_has_an_interval_that_holds_it():
+    rng = np.random.default_rng(0)
+    texts = F.normalize(torch.from_numpy(rng.standard_normal((120, DIM)).astype(np.float32)), dim=1)
+    captions = np.array([f"caption {i:03d}" for i in range(120)])
+    rows = np.repeat(np.arange(120), 2)
+    noise = torch.from_numpy(rng.standard_normal((240, DIM)).astype(np.float32))
+    evaluation = EvaluationSet(
+        images=F.normalize(texts[rows] + 0.25 * noise, dim=1),
+        captions=captions[rows],
+        texts=texts,
+        text_captions=captions,
+        people=(texts[:1], texts[1:2]),
+        gender=np.full(240, ""),
+        fit_mean={modality: torch.zeros(DIM) for modality in Modality},
+    )
+    same = kept(PCA(Pairs(evaluation.images, torch.from_numpy(rows), texts[None]), DIM), evaluation)
+    assert same["r1_round_trip"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    some = kept(PCA(Pairs(evaluation.images, torch.from_numpy(rows), texts[None]), 8), evaluation)
+    for figure in some.values():
+        assert 0 < figure["low"] < figure["value"] < figure["high"] < 1
