@@ -51,8 +51,9 @@ protos: setup  ## Generate the stubs and docs/api.md from protos/
 docs: setup  ## Write docs/api.md from the contract
 	$(BIN)/python docs/reference
 
-figures: setup  ## Write the README's figures from the embedded bundle and out/bench/
+figures: setup  ## Write the figures of the README and of docs/generation.md from the embedded bundle and out/bench/
 	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.generation_page
 
 chart: setup  ## Write what the chart holds of the code: alerts, dashboard, environment, schema of the settings
 	$(BIN)/python -m deployments.chart

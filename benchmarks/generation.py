@@ -1,12 +1,13 @@
 """How good generated pictures are: they follow their prompts, look like drawings, and are not copies.
 
-`python -m benchmarks.generation [--bundle bundles/emoji] [--captions 500]`
+`python -m benchmarks.generation [--bundle bundles/emoji] [--captions 400]`
 
-The judge (`python -m training.judge`) picks the right caption among 100 for a generated picture, for a real drawing of
-the same caption, and for that drawing through the autoencoder, which bounds what the generator can reach. Then the
-same for professions, genders and skin tones that the generator never saw together; the kernel inception distance to
-real drawings; and how near the nearest training drawing is, beside how near it is to drawings that were held out.
-All is judged at the corpus's 64 px, which is what the judge was trained on.
+The captions are of validation drawings, which nothing was trained on, without those that `training.diffusion_choice`
+chose settings by. The judge (`python -m training.judge`) picks the right caption among 100 for a generated picture, for
+the validation drawing itself, and for that drawing through the autoencoder, which bounds what the generator can reach.
+Then the same for professions, genders and skin tones that the generator never saw together; the kernel inception
+distance to real drawings; and how near the nearest training drawing is, beside how near it is to drawings that were
+held out. All is judged at the corpus's 64 px, which is what the judge was trained on.
 Writes one table, out/bench/generation.json and two sheets of pictures.
 """
 
@@ -28,7 +29,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.image_measures import Eye, kid, nearest
+from benchmarks.image_measures import Eye, nearest
 from benchmarks.readme import UNET
 from services.bundle import Bundle
 from services.encoding.machine import usable_cores
@@ -36,10 +37,12 @@ from services.imaging.edits import ImageRequest
 from services.imaging.generator import Imaging
 from training.corpus.build import DEFAULT_DIR
 from training.diffusion import SHEET_PROMPTS
+from training.diffusion_choice import for_choosing
 from training.diffusion_data import held_out_combinations
 from training.drawings import Drawings, resized, to_pixels, to_tensor
 from training.judge import DEFAULT_OUT as JUDGE
 from training.judge import POOLED, Judge, pick_among, read_inputs
+from training.kid import kid
 from training.pairs import Corpus
 from training.retrieval import bootstrap_mean
 
@@ -107,7 +110,7 @@ def main(
     bundle: Annotated[Path, typer.Option(help="with a pipeline")] = Path("bundles/emoji"),
     corpus: Annotated[Path, typer.Option()] = DEFAULT_DIR,
     judge: Annotated[Path, typer.Option(help="what training.judge wrote")] = JUDGE,
-    captions: Annotated[int, typer.Option(help="captions to follow")] = 500,
+    captions: Annotated[int, typer.Option(help="captions to follow, at most")] = 400,
     combined: Annotated[int, typer.Option(help="pictures of combinations never seen together")] = 200,
     batch: Annotated[int, typer.Option(help="pictures in a step")] = 16,
     threads: Annotated[int, typer.Option()] = usable_cores(),
@@ -124,18 +127,21 @@ def main(
 
     def autoencoded(rows: np.ndarray) -> np.ndarray:
         """Return training or validation drawings, by row of the corpus, as the autoencoder gives them back."""
-        pixels = drawings.pixels[np.searchsorted(drawings.rows, rows)]
-        return resized(through_autoencoder(imaging, pixels), side)
+        return through_autoencoder(imaging, drawings.pixels[np.searchsorted(drawings.rows, rows)])
 
     unseen = held_out_combinations(columns)
     known = seen[~unseen[seen]]
     caption = columns["caption"]
 
-    rows = one_row_a_caption(caption, known, captions, 0)
+    held_out = data.rows("validation")
+    rows = held_out[~unseen[held_out] & ~for_choosing(caption[held_out])]
+    rows = one_row_a_caption(caption, rows, captions, 0)
     drawn = generate(imaging, [ImageRequest(str(caption[r]), seed=i) for i, r in enumerate(rows)], batch)
     made = resized(drawn, side)
     real = np.stack([data.plain[r] for r in rows])
-    coded = autoencoded(rows)
+    whole = autoencoded(rows)
+    errors = (whole.astype(float) - drawings.pixels[np.searchsorted(drawings.rows, rows)]) / 255
+    coded = resized(whole, side)
     follow = following(
         critic, {"generated": made, "real": real, "autoencoded": coded}, caption[rows], caption[known]
     )
@@ -152,7 +158,6 @@ def main(
         critic, {"generated": resized(new, side), "real": data.plain[shown]}, wanted, people
     )
 
-    held_out = data.rows("validation")
     pool = one_row_a_caption(caption, np.setdiff1d(known, rows), captions, 7)
     features = {name: eye.features(p) for name, p in (("made", made), ("real", real), ("coded", coded))}
     other = eye.features(data.plain[pool])
@@ -168,7 +173,7 @@ def main(
     sample, bank = looked["train_rows"][keep], looked["train_images"][keep, :POOLED].astype(np.float32)
     probe = one_row_a_caption(caption, held_out, captions, 9)
     made_near, which = nearest(features["made"], bank)
-    real_near, _ = nearest(eye.features(autoencoded(probe)), bank)
+    real_near, _ = nearest(eye.features(resized(autoencoded(probe), side)), bank)
     quantiles = [0.01, 0.05, 0.25, 0.5, 0.75]
     copies = {
         "quantiles": quantiles,
@@ -195,6 +200,13 @@ def main(
         "combinations": {"count": len(names), "candidates": "captions with a profession", **combination},
         "kid": {"features": "EfficientNet-Lite0 (ImageNet), pooled, 96 px", "times": 1000, **kids},
         "copies": copies,
+        "autoencoder": {"psnr": asdict(bootstrap_mean(-10 * np.log10(np.square(errors).mean((1, 2, 3)))))},
+        "pictures": {
+            "captions": len(rows),
+            "side": imaging.entry.height,
+            "steps": imaging.entry.num_inference_steps,
+            "guidance": imaging.entry.guidance_scale,
+        },
         "judge": json.loads((judge / "judge.json").read_text())["figures"],
         "sheet_prompts": list(SHEET_PROMPTS),
         "minutes": (time.monotonic() - started) / 60,

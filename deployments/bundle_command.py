@@ -236,6 +236,19 @@ def export_dictionary(
             typer.echo(f"wrote {folder}")
 
 
+@commands.command("export-pipeline")
+def export_pipeline(
+    bundle: BundlePath,
+    out: Annotated[Path, typer.Argument(help="Folder to be made, in diffusers' layout.")],
+) -> None:
+    """Write the text-to-image pipeline as a folder that diffusers runs without the service."""
+    with _explained():
+        loaded = _load(bundle)
+        from services.imaging.stock import write_stock_pipeline
+
+        typer.echo(f"wrote {write_stock_pipeline(loaded, out)}")
+
+
 @commands.command("import-dictionary")
 def import_dictionary(
     bundle: BundlePath,

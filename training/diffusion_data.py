@@ -16,10 +16,10 @@ from torch import Tensor
 
 from services.encoding.clip import build_clip, read_clip_config
 from services.encoding.texts import Tokeniser
+from services.imaging.text_encoder import convert_text_tower, hidden_states
 from training.compute import mixed, pick_device, pick_precision
 from training.drawings import Drawings, to_tensor
 from training.embeddings import CONFIG_FILE, WEIGHTS_FILE, EmbeddingSet
-from training.text_encoder import convert_text_tower, hidden_states
 
 HELD_OUT_SHARE = 0.08
 

@@ -1,8 +1,9 @@
 """Make the bundle's pipeline from what was trained, with the quantiles that steering needs.
 
-``python -m training.diffusion_export --bundle bundles/emoji`` writes ``diffusion/`` (a diffusers
+``python -m training.diffusion_export --bundle bundles/emoji`` writes ``diffusion/`` (the parts of a diffusers
 `StableUnCLIPImg2ImgPipeline` in half-precision safetensors, and ``monofacet.json``), ``steering/`` (quantiles of every
-dictionary's activations on the training pairs), and renews the manifest.
+dictionary's activations on the training pairs), and renews the manifest. ``python -m training.diffusion_choice`` then
+chooses solver, steps and guidance.
 """
 
 from __future__ import annotations
@@ -19,39 +20,36 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableUnCLIPImg2ImgPipeline
 
 from services.bundle import Bundle, refresh_manifest
 from services.dictionaries import Modality
-from services.encoding.clip import build_clip, read_clip_config
 from services.imaging.statistics import ActivationStatistics
 from training.diffusion import DiffusionTrainer, add_paths, load_trainer
 from training.diffusion_model import DiffusionSettings, serving_solver
-from training.embeddings import CONFIG_FILE, WEIGHTS_FILE, EmbeddingSet
-from training.text_encoder import build_tokenizer, convert_text_tower
+from training.embeddings import EmbeddingSet
 
+# Until `training.diffusion_choice` has measured.
 STEPS, GUIDANCE = 16, 3.0
 
 
-def assemble_pipeline(trainer: DiffusionTrainer, clip: Path, vae: Path) -> StableUnCLIPImg2ImgPipeline:
-    """Return the trained model as a stock pipeline, float32.
+def assemble_pipeline(trainer: DiffusionTrainer, vae: Path) -> StableUnCLIPImg2ImgPipeline:
+    """Return the trained model as a pipeline without encoders, float32.
 
-    It has no image encoder: the image tower of the bundle is not a `CLIPVisionModelWithProjection`, and whoever runs
-    the pipeline gives the joint embedding itself, as ``image_embeds``. diffusers loads the folder with
-    ``from_pretrained(folder, image_encoder=None, feature_extractor=None)``.
+    Prompts and pictures are encoded by the towers of the bundle, which it need not hold twice;
+    `services.imaging.stock` writes a folder with all that diffusers needs.
 
     Parameters
     ----------
     trainer : DiffusionTrainer
         Whose averaged weights to take.
-    clip, vae : Path
-        Folders of the towers and of the autoencoder.
+    vae : Path
+        Folder of the autoencoder.
     """
-    config = read_clip_config(clip / CONFIG_FILE)
     noising = {k: v for k, v in trainer.noiser.scheduler.config.items() if not k.startswith("_")}
     return StableUnCLIPImg2ImgPipeline(
         feature_extractor=None,
         image_encoder=None,
         image_normalizer=trainer.noiser.normaliser,
         image_noising_scheduler=DDPMScheduler(**noising),
-        tokenizer=build_tokenizer(config.context_length),
-        text_encoder=convert_text_tower(build_clip(config, clip / WEIGHTS_FILE), config),
+        tokenizer=None,
+        text_encoder=None,
         unet=trainer.exported(),
         scheduler=serving_solver(),
         vae=AutoencoderKL.from_pretrained(vae),
@@ -63,7 +61,7 @@ def write_pipeline(
 ) -> None:
     """Write a pipeline in half precision, and what the manifest says of it."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("unet", "vae", "text_encoder"):
+    for name in ("unet", "vae"):
         getattr(pipeline, name).half()
     pipeline.save_pretrained(folder, safe_serialization=True)
     (folder / "monofacet.json").write_text(
@@ -137,7 +135,7 @@ def main() -> None:
     if bundle.manifest.clip.fingerprint != fingerprint:
         raise SystemExit("the bundle holds other towers than the diffusion was trained on")
     write_quantiles(bundle, EmbeddingSet.load(arguments.embeddings))
-    pipeline = assemble_pipeline(trainer, arguments.clip, arguments.autoencoder / "vae")
+    pipeline = assemble_pipeline(trainer, arguments.autoencoder / "vae")
     folder = bundle.path / "diffusion"
     write_pipeline(pipeline, folder, fingerprint, arguments.inference_steps, arguments.guidance)
     record = {"settings": asdict(settings), "step": trainer.step}

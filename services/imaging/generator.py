@@ -121,7 +121,7 @@ class Imaging:
         torch.set_num_threads(threads or usable_cores())
         # f32 means it: on a GPU convolutions would otherwise round their inputs to 10 bits (TF32).
         torch.backends.cudnn.allow_tf32 = False
-        parts = load_parts(pipeline_folder(bundle.path, entry, verify), entry, device)
+        parts = load_parts(pipeline_folder(bundle.path, entry, verify), entry, device, bundle)
         imaging = cls(bundle, parts, Embedder(bundle, device, image_limits, text_limits))
         imaging.denoiser.calibrate(imaging.prepare(ImageRequest()), max_batch)
         return imaging

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from services.bundle import Bundle
+from services.encoding.clip import build_clip
 from services.errors import ManifestError, UnsafeWeights, UnsupportedModel
 from services.imaging.folder import check_configs, read_json, weights_variant
 from services.manifest import DiffusionEntry
@@ -90,7 +92,9 @@ class Parts:
         return scheduler
 
 
-def load_parts(folder: Path, entry: DiffusionEntry, device: str = "cpu") -> Parts:
+def load_parts(
+    folder: Path, entry: DiffusionEntry, device: str = "cpu", bundle: Bundle | None = None
+) -> Parts:
     """Load a pipeline.
 
     Parameters
@@ -101,6 +105,8 @@ def load_parts(folder: Path, entry: DiffusionEntry, device: str = "cpu") -> Part
         What the manifest says of it.
     device : str
         "cpu" (float32) or a GPU (float16).
+    bundle : Bundle or None
+        Whose text tower a pipeline without a text encoder reads prompts by.
 
     Raises
     ------
@@ -138,12 +144,20 @@ def load_parts(folder: Path, entry: DiffusionEntry, device: str = "cpu") -> Part
 
     try:
         unclip = entry.pipeline == STABLE_UNCLIP
+        if lacks_text_encoder(index):
+            encoder, tokenizer = _text_tower(bundle, entry)
+            encoder = encoder.to(device, dtype)
+        else:
+            encoder = model("text_encoder", transformers.CLIPTextModel)
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(
+                folder / "tokenizer", local_files_only=True
+            )
         parts = Parts(
             entry=entry,
             unet=model("unet", diffusers.UNet2DConditionModel),
             vae=model("vae", diffusers.AutoencoderKL),
-            text_encoder=model("text_encoder", transformers.CLIPTextModel),
-            tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
+            text_encoder=encoder,
+            tokenizer=tokenizer,
             scheduler=_scheduler(folder, index, "scheduler", entry.scheduler),
             image_normalizer=_normalizer(folder, index, StableUnCLIPImageNormalizer, device, dtype)
             if unclip
@@ -158,6 +172,25 @@ def load_parts(folder: Path, entry: DiffusionEntry, device: str = "cpu") -> Part
         _load_ip_adapter(parts, folder / entry.ip_adapter)
     _check_parts(parts)
     return parts
+
+
+def lacks_text_encoder(index: dict[str, Any]) -> bool:
+    """Return whether a pipeline, by its ``model_index.json``, leaves prompts to the bundle's own text tower."""
+    return all((index.get(name) or [None, None])[1] is None for name in ("text_encoder", "tokenizer"))
+
+
+def _text_tower(bundle: Bundle | None, entry: DiffusionEntry) -> tuple[Any, Any]:
+    """Return the bundle's text tower as a pipeline has it, and its tokenizer."""
+    from services.imaging.text_encoder import build_tokenizer, convert_text_tower
+
+    if bundle is None or bundle.manifest.clip.fingerprint != entry.tower_fingerprint:
+        raise ManifestError(
+            "the pipeline has no text encoder, and was made for other towers than the bundle's",
+            [("diffusion.tower_fingerprint", "is not that of the bundle's towers")],
+        )
+    config = bundle.clip_config
+    tower = convert_text_tower(build_clip(config, bundle.clip_weights), config)
+    return tower, build_tokenizer(config.context_length)
 
 
 def _first_line(error: Exception) -> str:

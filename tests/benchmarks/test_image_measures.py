@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import wasserstein_distance
 
-from benchmarks.image_measures import Eye, colour_distance, kid, lab, nearest, structure_distance
+from benchmarks.image_measures import Eye, colour_distance, lab, nearest, structure_distance
+from training.kid import kid
 
 
 def pictures(count: int, seed: int) -> np.ndarray:

@@ -22,6 +22,7 @@ from services.dictionaries import SAE, Modality, SAEPair
 from services.encoding.clip import build_clip
 from services.errors import ManifestError
 from services.inspection import diff_bundles, inspect_bundle, match_rows
+from tests.support.tiny_pipeline import add_tiny_pipeline
 
 Run = Callable[..., Result]
 
@@ -236,6 +237,17 @@ def test_a_dictionary_goes_out_of_one_bundle_and_into_another(
     assert again.exit_code == 3 and "is there already" in again.output
     refused = run("export-dictionary", tiny.path, "ncl", tmp_path / "ncl")
     assert refused.exit_code == 3 and "no form" in refused.output
+
+
+def test_a_pipeline_goes_out_as_a_folder_and_only_where_there_is_one(
+    tiny: Bundle, copied: Path, tmp_path: Path, run: Run
+) -> None:
+    refused = run("export-pipeline", tiny.path, tmp_path / "none")
+    assert refused.exit_code == 3 and "no text-to-image pipeline" in refused.output
+    add_tiny_pipeline(Bundle.load(copied))
+    done = run("export-pipeline", copied, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "image_encoder" / "model.safetensors").is_file()
 
 
 def test_a_dictionary_that_does_not_fit_leaves_the_bundle_as_it_was(copied: Path) -> None:

@@ -16,7 +16,7 @@ def write_own_pipeline(folder: Path, bundle: Bundle, fingerprint: str = "", seed
     """Write an unCLIP pipeline for the embeddings of the bundle's towers; `fingerprint` says others."""
     from diffusers import StableUnCLIPImg2ImgPipeline
 
-    from training.text_encoder import build_tokenizer, convert_text_tower
+    from services.imaging.text_encoder import build_tokenizer, convert_text_tower
 
     torch.manual_seed(seed)
     config = read_clip_config(bundle.path / CLIP_CONFIG)

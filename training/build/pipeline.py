@@ -130,7 +130,7 @@ def check_steerable(bundle: Bundle) -> None:
     if entry is None:
         raise BuildError("the bundle has no pipeline")
     try:
-        parts = load_parts(pipeline_folder(bundle.path, entry), entry)
+        parts = load_parts(pipeline_folder(bundle.path, entry), entry, bundle=bundle)
         conditioner = Conditioner(parts, Embedder(bundle, "cpu"), Features(bundle))
     except MonofacetError as error:
         raise BuildError(f"the pipeline cannot be served: {error}") from error

@@ -12,7 +12,7 @@ from services.encoding.clip import ClipConfig, build_clip
 from services.encoding.text_tower import TextTower
 from services.encoding.texts import Tokeniser
 from services.errors import UnsupportedModel
-from training.text_encoder import build_tokenizer, convert_text_tower, hidden_states
+from services.imaging.text_encoder import build_tokenizer, convert_text_tower, hidden_states
 
 CAPTIONS = [
     "woman firefighter medium-dark skin tone",

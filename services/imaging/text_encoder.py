@@ -1,6 +1,6 @@
 """The bundle's open_clip text tower as transformers' `CLIPTextModel` and `CLIPTokenizer`, which pipelines expect.
 
-Nothing is trained: the same numbers under other names. A test holds the two equal.
+The same numbers under other names, so that a bundle need not hold its text tower twice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import open_clip
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from services.encoding.clip import ClipConfig
 from services.errors import UnsupportedModel
@@ -29,7 +29,9 @@ RENAMED = {
 }
 
 
-def convert_text_tower(model: Any, config: ClipConfig) -> CLIPTextModel:
+def convert_text_tower(
+    model: Any, config: ClipConfig, projecting: bool = False
+) -> CLIPTextModel | CLIPTextModelWithProjection:
     """Return the text tower of an open_clip model as a `CLIPTextModel`.
 
     Its last hidden state equals the tower's token states after the final layer norm, and its pooled output, times the
@@ -41,6 +43,8 @@ def convert_text_tower(model: Any, config: ClipConfig) -> CLIPTextModel:
         With a causal transformer that reads its result at the end token.
     config : ClipConfig
         Of the model.
+    projecting : bool
+        Return a `CLIPTextModelWithProjection` instead, whose ``text_embeds`` are the tower's raw embeddings.
 
     Raises
     ------
@@ -52,8 +56,11 @@ def convert_text_tower(model: Any, config: ClipConfig) -> CLIPTextModel:
         raise UnsupportedModel("only CLIP's own text tower, read at the end token, has a CLIPTextModel")
     if model.attn_mask is None:
         raise UnsupportedModel("the text tower is not causal, which CLIPTextModel always is")
+    if projecting and not isinstance(model.text_projection, Tensor):
+        raise UnsupportedModel("only a text tower with a linear projection has a CLIPTextModelWithProjection")
     width, layers = int(text["width"]), int(text["layers"])
-    converted = CLIPTextModel(
+    kind: Any = CLIPTextModelWithProjection if projecting else CLIPTextModel
+    converted = kind(
         CLIPTextConfig(
             vocab_size=model.vocab_size,
             hidden_size=width,
@@ -71,8 +78,12 @@ def convert_text_tower(model: Any, config: ClipConfig) -> CLIPTextModel:
     state = dict(_renamed(model, layers))
     found = converted.state_dict()
     prefix = "text_model." if any(name.startswith("text_model.") for name in found) else ""
-    converted.load_state_dict({prefix + name: value for name, value in state.items()}, strict=True)
-    return converted.eval().requires_grad_(False)
+    state = {prefix + name: value for name, value in state.items()}
+    if projecting:
+        state["text_projection.weight"] = model.text_projection.detach().float().T.contiguous()
+    converted.load_state_dict(state, strict=True)
+    result: CLIPTextModel | CLIPTextModelWithProjection = converted.eval().requires_grad_(False)
+    return result
 
 
 def _renamed(model: Any, layers: int) -> list[tuple[str, Tensor]]:
@@ -112,16 +123,19 @@ def build_tokenizer(context_length: int) -> CLIPTokenizer:
     letters = list(open_clip.tokenizer.bytes_to_unicode().values())
     words = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(
+    kind: Any = CLIPTokenizer
+    tokenizer: CLIPTokenizer = kind(
         vocab={word: i for i, word in enumerate(words)},
         merges=merges,
         # "!" is token 0, which open_clip pads with, as in Stable Diffusion 2.
         pad_token="!",
         model_max_length=context_length,
     )
+    return tokenizer
 
 
 @torch.inference_mode()
-def hidden_states(encoder: CLIPTextModel, tokens: Tensor, batch: int = 256) -> Tensor:
+def hidden_states(encoder: Any, tokens: Tensor, batch: int = 256) -> Tensor:
     """Return the states a pipeline's cross-attention sees, float32 [n, context, width]."""
-    return torch.cat([encoder(part).last_hidden_state for part in tokens.split(batch)])
+    parts: Any = tokens.split(batch)  # type: ignore[no-untyped-call]
+    return torch.cat([encoder(part).last_hidden_state for part in parts])
