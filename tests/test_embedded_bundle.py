@@ -24,7 +24,16 @@ def embedded():
 def test_it_verifies_and_stays_within_its_sizes(embedded):
     sizes = {path: file.bytes for path, file in embedded.manifest.files.items()}
     assert sum(size for path, size in sizes.items() if path.startswith("clip/")) <= 40 * MB
-    assert sum(sizes.values()) <= 120 * MB
+    assert sum(sizes.values()) <= 90 * MB
+
+
+def test_its_pipeline_has_the_settings_that_were_chosen(embedded):
+    record = json.loads((EMBEDDED_BUNDLE / "diffusion" / "choice.json").read_text())
+    entry, chosen = embedded.manifest.diffusion, record["chosen"]
+    assert (entry.num_inference_steps, entry.guidance_scale) == (chosen["steps"], chosen["guidance"])
+    (row,) = [row for row in record["table"] if row["stage"] == "steps" and row["chosen"]]
+    assert {name: row[name] for name in chosen} == chosen
+    assert row["not_worse_than_the_best"] and record["captions"] >= 50
 
 
 def test_every_dictionary_can_be_listed_and_shown(embedded):

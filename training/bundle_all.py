@@ -55,6 +55,8 @@ def steps(arguments: argparse.Namespace) -> list[list[str]]:
         ["training.defense_study", "--bundle", str(arguments.out), *corpus, *test],
         # Trained by itself, for it takes longest; without it the bundle is whole but draws no pictures.
         ["training.diffusion_export", "--bundle", str(arguments.out), *embeddings, *corpus, *clip, "--if-trained"],
+        ["training.judge", *corpus, "--if-missing"],
+        ["training.diffusion_choice", "--bundle", str(arguments.out), *corpus],
         ["training.report", "--work", str(work), "--bundle", str(arguments.out)],
     ]  # fmt: skip
 

@@ -332,7 +332,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--steps", type=int, default=JudgeSettings.steps)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--if-missing", action="store_true", help="do nothing where one was trained already")
     arguments = parser.parse_args()
+    if arguments.if_missing and (arguments.out / "judge.json").exists():
+        print(f"{arguments.out} is there already")
+        return
     torch.set_num_threads(arguments.threads)
     settings = JudgeSettings(steps=arguments.steps)
     corpus = Corpus.load(arguments.corpus)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from services.imaging.pipeline import load_parts
 from services.manifest import DiffusionEntry
 from services.strict_json import parse_dataclass
 from tests.services.imaging.conftest import Load, load_kind  # noqa: F401
+from training.bundle_all import steps
 from training.diffusion_choice import (
     GUIDANCES,
     RECORD,
@@ -93,3 +95,14 @@ def test_what_was_chosen_is_what_the_service_loads(load_kind: Load, tmp_path: Pa
     assert parts.scheduler.config.prediction_type == "v_prediction"
     assert len(parts.new_scheduler(9).timesteps) == 9
     assert json.loads((folder / RECORD).read_text()) == {"captions": 3}
+
+
+def test_the_recipe_of_the_bundle_chooses_after_it_exported_and_with_a_judge() -> None:
+    arguments = argparse.Namespace(
+        work=Path("work"), corpus=Path("corpus"), clip=Path("clip"), out=Path("out"), workers=1, seeds=1,
+        views=1, fit_limit=0, effort=1.0, test=False,
+    )  # fmt: skip
+    names = [command[0] for command in steps(arguments)]
+    places = [names.index(f"training.{name}") for name in ("diffusion_export", "judge", "diffusion_choice")]
+    assert places == sorted(places)
+    assert names[-1] == "training.report"
