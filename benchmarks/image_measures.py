@@ -12,29 +12,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from training.colour import Pixels, lab
 from training.judge import Backbone, as_batch
 
-Pixels = np.ndarray
 Row = Float[np.ndarray, " n"]
 
-# sRGB (D65) to XYZ, and the white it is relative to: IEC 61966-2-1.
-XYZ = np.array(
-    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
-)
-WHITE = np.array([0.95047, 1.0, 1.08883])
 # Blocks of EfficientNet-Lite0 at a half, a quarter and an eighth of the side.
 TAPS = (0, 2, 4)
-
-
-def lab(pixels: Pixels) -> Float[np.ndarray, "n h w 3"]:
-    """Return CIE L*a*b* of sRGB pixels, float64; L* from 0 to 100."""
-    value = pixels / 255.0
-    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
-    t = linear @ XYZ.T / WHITE
-    f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
-    return np.stack(
-        [116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], axis=-1
-    )
 
 
 def colour_distance(a: Pixels, b: Pixels) -> Row:

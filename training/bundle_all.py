@@ -57,6 +57,8 @@ def steps(arguments: argparse.Namespace) -> list[list[str]]:
         ["training.diffusion_export", "--bundle", str(arguments.out), *embeddings, *corpus, *clip, "--if-trained"],
         ["training.judge", *corpus, "--if-missing"],
         ["training.diffusion_choice", "--bundle", str(arguments.out), *corpus],
+        # Doses and attributes are measured on pictures, by the judge.
+        ["training.attribute_study", "--bundle", str(arguments.out), *embeddings, *corpus, *clip, "--if-possible"],
         ["training.report", "--work", str(work), "--bundle", str(arguments.out)],
     ]  # fmt: skip
 

@@ -1,0 +1,146 @@
+"""Attribute directions: planted ones are found, within concepts, and what measures them measures it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from services.dictionaries import SAE
+from services.imaging.dose import whitening_of
+from training.attribute_probes import classes
+from training.attribute_study import by_concept
+from training.attributes import COLOURS, Pool, contrasts, differences, fit, joined, pursuit, without_words
+from training.bundle_all import steps
+from training.colour import NAMED, colour_shares
+
+D, N, CONCEPTS = 24, 96, 40
+
+
+def planted(confounded: bool = True) -> tuple[Pool, np.ndarray, SAE, np.ndarray]:
+    """Drawings of people by two artists; smiles are features 3 and 7, and women smile in other concepts than men.
+
+    Returns
+    -------
+    tuple
+        The pool, the change that gender makes, the dictionary, and the ids of the change.
+    """
+    rng = np.random.default_rng(0)
+    dictionary = SAE(D, N, 8)
+    with torch.no_grad():
+        rows = torch.from_numpy(rng.standard_normal((N, D)).astype(np.float32))
+        dictionary.decoder.copy_(rows / rows.norm(dim=1, keepdim=True))
+    rows = dictionary.decoder_rows("image").detach().numpy()
+    ids = np.array([3, 7])
+    change = 1.5 * rows[3] - 0.8 * rows[7]
+    raw, columns = [], {name: [] for name in ("concept", "set", "gender", "caption")}
+    for c in range(CONCEPTS):
+        base = 3 * rng.standard_normal(D)
+        for artist in ("a", "b"):
+            for gender in ("woman", "man"):
+                raw.append(base + (change if gender == "woman" else 0) + 0.05 * rng.standard_normal(D))
+                columns["concept"].append(f"{gender} doing {c}")
+                columns["caption"].append(f"{gender} doing {c}")
+                columns["set"].append(artist)
+                columns["gender"].append(gender)
+    # Other concepts, drawn once: they say nothing of gender, and lie far away.
+    for c in range(CONCEPTS if confounded else 0):
+        raw.append(50 * rows[11] + rng.standard_normal(D))
+        columns["concept"].append(f"woman alone {c}")
+        columns["caption"].append(f"woman alone {c}")
+        columns["set"].append("a")
+        columns["gender"].append("woman")
+    n = len(raw)
+    told = {name: np.array(values) for name, values in columns.items()}
+    told |= {name: np.full(n, "") for name in ("tone", "colour")}
+    told |= {"style": np.full(n, "plain"), "family": told["set"], "name": told["concept"]}
+    return Pool(np.array(raw, np.float32), told), change, dictionary, ids
+
+
+def contrast_of(pool: Pool, name: str) -> object:
+    return next(one for one in contrasts(pool.columns) if one.name == name)
+
+
+def test_a_difference_is_taken_within_concepts_alone() -> None:
+    pool, change, _, _ = planted()
+    found, shared, pairs = differences(pool, contrast_of(pool, "woman"))  # type: ignore[arg-type]
+    assert (len(found), len(np.unique(shared)), pairs) == (2 * CONCEPTS, 2 * CONCEPTS, 2 * CONCEPTS)
+    # Between concepts the difference would be full of the direction of those drawn once.
+    np.testing.assert_allclose(found.mean(0), change, atol=0.05)
+
+
+def test_a_planted_sparse_direction_is_found() -> None:
+    pool, change, dictionary, ids = planted()
+    made = fit(pool, contrast_of(pool, "woman"), whitening_of(pool.raw), dictionary)  # type: ignore[arg-type]
+    assert made is not None
+    attribute, dense = made
+    assert set(ids) <= set(attribute.ids)
+    assert (attribute.entry.group, attribute.entry.pairs) == ("gender", 2 * CONCEPTS)
+    rows = dictionary.decoder_rows("image").detach().numpy()
+    sparse = attribute.values @ rows[attribute.ids]
+    for direction in (sparse, dense):
+        cosine = direction @ change / (np.linalg.norm(direction) * np.linalg.norm(change))
+        assert cosine > 0.98
+
+
+def test_what_few_concepts_tell_is_not_fitted() -> None:
+    pool, _, dictionary, _ = planted()
+    assert fit(pool, contrast_of(pool, "smile"), whitening_of(pool.raw), dictionary) is None  # type: ignore[arg-type]
+
+
+def test_pursuit_takes_no_atom_twice_and_fits_exactly_with_enough() -> None:
+    rng = np.random.default_rng(1)
+    atoms = rng.standard_normal((50, 10))
+    target = 2 * atoms[4] - atoms[9]
+    ids, weights = pursuit(target, atoms, 10)
+    assert len(set(ids)) == 10
+    np.testing.assert_allclose(weights @ atoms[ids], target, atol=1e-8)
+
+
+def test_words_are_replaced_whole() -> None:
+    found = without_words(np.array(["woman with red hair", "womanly man"]), {"woman": "*", "man": "*"})
+    assert found.tolist() == ["* with red hair", "womanly *"]
+    assert joined(np.array(["a", "b"]), np.array(["c", "d"])).tolist() == ["a|c", "b|d"]
+
+
+@pytest.mark.parametrize("name", COLOURS)
+def test_ink_has_the_colour_that_most_of_it_is_nearest_to(name: str) -> None:
+    picture = np.full((1, 16, 16, 3), 255, np.uint8)
+    picture[:, 4:12, 4:12] = NAMED[name]
+    picture[:, 4:6, 4:12] = NAMED["red" if name != "red" else "blue"]
+    shares = colour_shares(picture)[0]
+    assert list(NAMED)[shares.argmax()] == name
+    assert shares[list(NAMED).index(name)] == pytest.approx(0.75)
+    assert colour_shares(np.full((1, 4, 4, 3), 255, np.uint8)).sum() == 0
+
+
+def test_an_interval_counts_concepts_and_keeps_its_width_at_the_ends() -> None:
+    same = by_concept([1.0] * 8 + [0.0] * 8, ["a"] * 8 + ["b"] * 8)
+    assert (same.low, same.high) == (0.0, 1.0)
+    spread = by_concept([1.0, 0.0] * 8, [str(i // 2) for i in range(16)])
+    assert spread.low > 0.2
+    whole = by_concept([1.0] * 16, [str(i) for i in range(16)])
+    assert whole.value == whole.high == 1.0
+    # Wilson's lower bound of 16 in 16.
+    assert whole.low == pytest.approx(16 / (16 + 1.96**2), abs=1e-6)
+
+
+def test_classes_are_told_by_metadata_and_words() -> None:
+    columns = {
+        "concept": np.array(["a wave", "a wave", "a rock", "grinning cat", "crying face"]),
+        "caption": np.array(["a wave", "a wave dark", "a rock", "grinning cat", "crying face"]),
+        "tone": np.array(["", "dark", "", "", ""]),
+        "category": np.array(["People & Body"] * 3 + ["Smileys & Emotion"] * 2),
+    }
+    assert classes("skin tone", columns).tolist() == ["no tone", "dark skin", "", "", ""]
+    assert classes("expression", columns).tolist() == ["", "", "", "smile", "frown"]
+
+
+def test_the_study_is_part_of_the_whole_recipe_after_the_generator() -> None:
+    import argparse
+    from pathlib import Path
+
+    values = {"work": Path("w"), "corpus": Path("c"), "clip": Path("t"), "out": Path("b"), "test": False}
+    numbers = {"workers": 1, "seeds": 1, "views": 1, "fit_limit": 0, "effort": 1.0}
+    names = [command[0] for command in steps(argparse.Namespace(**values, **numbers))]
+    assert names.index("training.attribute_study") > names.index("training.diffusion_export")

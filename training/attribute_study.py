@@ -1,0 +1,355 @@
+"""Doses and attributes of a finished bundle: fit them, find their strengths, measure them.
+
+``python -m training.attribute_study --bundle bundles/emoji`` writes ``attributes/`` and renews the manifest. It needs
+the bundle's generator and the judge (``python -m training.judge``). Concepts with validation drawings are new to the
+fit and to the probes; one half of them chooses doses, the other half is what the attributes' figures are measured on.
+
+* The unit: the smallest dose at which the judge, shown a steered picture and its unsteered twin, takes the steered
+  one for what the feature's strongest captions say in 90% of pairs; and whether the prompt's words should fade.
+* The dose of an attribute: the smallest at which its hit rate and the share of pictures that stay their concept come
+  nearest to 80% and 90%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+
+from services.bundle import Bundle, refresh_manifest
+from services.imaging.dose import (
+    Attribute,
+    AttributeMeasures,
+    Attributes,
+    AttributesConfig,
+    Share,
+    whitening_of,
+)
+from services.imaging.edits import AttributeEdit, Edit, ImageRequest, SetQuantile, Steering
+from services.imaging.generator import Imaging
+from training.attribute_probes import Probes
+from training.attributes import GENDERED, eligible, fit_all, training_pool, without_words
+from training.compute import CPU, mixed, pick_precision
+from training.corpus.build import DEFAULT_DIR
+from training.drawings import resized
+from training.embeddings import DEFAULT_CLIP, EmbeddingSet
+from training.embeddings import DEFAULT_OUT as EMBEDDINGS
+from training.judge import CANDIDATES, Judge, read_inputs
+from training.judge import DEFAULT_OUT as JUDGE
+from training.pairs import Corpus
+from training.retrieval import bootstrap_mean
+
+FOLDER = "attributes"
+UNITS = (0.9, 1.3)
+SEEN = 0.9
+# Features that are about something one can name: what the unit is chosen on.
+NAMED_AUC, FIRES = 0.9, 0.004
+# Dose over which the prompt's words fade: well below what can be seen, and no jump.
+FADE = 0.25
+DOSES = (0.2, 0.3, 0.42, 0.6)
+HIT, KEPT = 0.8, 0.9
+# ITU-R BT.709.
+LUMA = np.array([[0.2126], [0.7152], [0.0722]])
+# What the choosing half must show of an attribute for it to be listed.
+LEAST_HIT, LEAST_KEPT = 0.6, 0.75
+
+
+def draw(
+    imaging: Imaging, requests: Sequence[ImageRequest], side: int, batch: int = 16
+) -> UInt8[NDArray[np.uint8], "n side side 3"]:
+    """Return pictures, in bfloat16 where the CPU has it and in whole batches: faster than what is served."""
+    imaging.denoiser.batching = "free"
+    made, started = [], time.monotonic()
+    with mixed(CPU, pick_precision(CPU)):
+        for start in range(0, len(requests), batch):
+            samples = [imaging.prepare(request) for request in requests[start : start + batch]]
+            while not all(sample.done for sample in samples):
+                imaging.step(samples)
+            made += [imaging.decode(sample) for sample in samples]
+            if start // batch % 10 == 9:
+                print(
+                    f"pictures {len(made)}/{len(requests)} {len(made) / (time.monotonic() - started):.1f}/s",
+                    flush=True,
+                )
+    return resized(np.stack(made), side)
+
+
+class Study:
+    """Fits, chooses and measures.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        With a generator.
+    corpus : Corpus
+        Drawings.
+    embeddings : EmbeddingSet
+        Of them, by the bundle's towers.
+    clip : Path
+        Folder of the towers.
+    judge : Path
+        What training.judge wrote.
+    steps : int
+        Denoising steps of a picture.
+    """
+
+    def __init__(
+        self, bundle: Bundle, corpus: Corpus, embeddings: EmbeddingSet, clip: Path, judge: Path, steps: int
+    ) -> None:
+        self.bundle, self.corpus, self.judge, self.steps = bundle, corpus, Judge(judge), steps
+        self.pool = training_pool(corpus, embeddings, clip)
+        raw_texts = (embeddings.texts * embeddings.text_norm[..., None])[0]
+        used = np.isin(embeddings.captions, self.pool.columns["caption"])
+        plain = self.pool.columns["style"] == "plain"
+        self.bank = np.concatenate([self.pool.raw[plain], raw_texts[used]])
+        self.whitening = whitening_of(self.bank)
+        self.name = bundle.resolve("")
+        self.fitted, self.dense = fit_all(self.pool, self.whitening, bundle.dictionary())
+        self.imaging = Imaging.load(bundle, "cpu", torch.get_num_threads(), verify=False, max_batch=1)
+        seen = read_inputs(corpus, judge, self.judge.settings.seed)
+        self.probes = Probes.fit(corpus, seen, self.judge.backbone)
+        print(f"probes on validation drawings: {self.probes.accuracy}", flush=True)
+        validation = embeddings.where("validation")
+        unseen = np.setdiff1d(embeddings.caption[validation], np.flatnonzero(used))
+        self.usual = self._distance(
+            np.concatenate(
+                [embeddings.images[validation] * embeddings.image_norm[validation, None], raw_texts[unseen]]
+            )
+        )
+        columns = corpus.columns
+        held_out = columns["split"] == "validation"
+        self.concepts = np.unique(columns["concept"][held_out])
+        self._plain: dict[tuple[str, int], np.ndarray] = {}
+        self.stems = without_words(self.concepts, GENDERED)
+        self.candidates = self.judge.texts(list(self.concepts))
+
+    def _distance(self, raw: Float[NDArray[np.float32], "n d"]) -> NDArray[np.float64]:
+        """Return how far embeddings are from the nearest of the training data, whitened."""
+        a, b = raw @ self.whitening, self.bank @ self.whitening
+        squared = np.square(a).sum(1)[:, None] - 2 * a @ b.T + np.square(b).sum(1)[None]
+        nearest: NDArray[np.float64] = np.sqrt(squared.min(1).clip(0))
+        return nearest
+
+    def off_distribution(self, raw: Float[NDArray[np.float32], "n d"]) -> float:
+        """Return the mean share of held-out embeddings that lie nearer to the training data than these."""
+        return float((self.usual[None] < self._distance(raw)[:, None]).mean())
+
+    def use(self, config: AttributesConfig, attributes: Sequence[Attribute]) -> None:
+        """Let the generator steer by these doses and attributes."""
+        known = Attributes(config, self.whitening, {a.entry.name: a for a in attributes})
+        self.imaging.know(known)
+
+    def kept(self, pictures: np.ndarray, concepts: Sequence[str]) -> NDArray[np.float64]:
+        """Return whether the judge finds each picture's concept among 100 of the validation concepts.
+
+        The same with another gender is no other concept here. The judge is shown lightness alone, so that it does not
+        hold a colour against a thing.
+        """
+        grey = np.repeat(pictures @ LUMA, 3, axis=-1).round().astype(np.uint8)
+        similarity = self.judge.images(grey) @ self.candidates.T
+        rng, found = np.random.default_rng(0), []
+        for row, concept in zip(similarity, concepts, strict=True):
+            own = int(np.searchsorted(self.concepts, concept))
+            others = rng.permutation(np.flatnonzero(self.stems != self.stems[own]))[: CANDIDATES - 1]
+            found.append(row[own] > row[others].max())
+        return np.array(found, np.float64)
+
+    def request(self, concept: str, seed: int, steering: Steering | None = None) -> ImageRequest:
+        """Return what draws a concept."""
+        return ImageRequest(
+            concept, seed=seed, steering=steering or Steering(), num_inference_steps=self.steps
+        )
+
+    def unsteered(self, concepts: Sequence[str], seed: int) -> np.ndarray:
+        """Return pictures without edits, uint8 [n, side, side, 3]; each is made once."""
+        keys = [(concept, seed + i) for i, concept in enumerate(concepts)]
+        missing = [key for key in keys if key not in self._plain]
+        if missing:
+            made = draw(self.imaging, [self.request(*key) for key in missing], self.corpus.plain.shape[1])
+            self._plain.update(zip(missing, made, strict=True))
+        return np.stack([self._plain[key] for key in keys])
+
+    def raw_steered(self, requests: Sequence[ImageRequest]) -> NDArray[np.float32]:
+        """Return the unnormalised embeddings that requests are conditioned on, float32 (n, d)."""
+        made = [self.imaging.condition(request).embedding for request in requests]
+        return np.stack([one[-1].numpy() for one in made if one is not None])
+
+    def choose_unit(self, features: int, seed: int) -> tuple[float, float, dict[str, Any]]:
+        """Return the unit, the dose over which words fade, and the shares seen behind both."""
+        table, cards = self.bundle.modality(), self.bundle.cards().table.to_pandas()
+        rng = np.random.default_rng(seed)
+        texts = {
+            f: list(dict.fromkeys(g.sort_values("rank")["text"]))[:5] for f, g in cards.groupby("feature")
+        }
+        named = np.flatnonzero((table.name_auc >= NAMED_AUC) & (table.firing_rate_image >= FIRES))
+        chosen = rng.permutation([f for f in named if f in texts])[:features]
+        bases = rng.choice(self.concepts, len(chosen))
+        towards = np.stack([self.judge.texts(texts[int(f)]).mean(0) for f in chosen])
+        side = self.corpus.plain.shape[1]
+        plain = self.judge.images(
+            draw(self.imaging, [self.request(str(b), i) for i, b in enumerate(bases)], side)
+        )
+
+        def seen(unit: float, fade: float) -> NDArray[np.float64]:
+            self.use(AttributesConfig("", self.name, unit, fade, {}), ())
+            edits = [Steering((Edit((int(f),), SetQuantile(0.95)),)) for f in chosen]
+            made = draw(
+                self.imaging,
+                [self.request(str(b), i, e) for i, (b, e) in enumerate(zip(bases, edits, strict=True))],
+                side,
+            )
+            found: NDArray[np.float64] = ((self.judge.images(made) - plain) * towards).sum(1) > 0
+            return found.astype(float)
+
+        shares = {f"{unit:g}": vars(bootstrap_mean(seen(unit, FADE))) for unit in UNITS}
+        values = [shares[f"{unit:g}"]["value"] for unit in UNITS]
+        wanted = min(SEEN, max(values))
+        unit = UNITS[next(i for i, value in enumerate(values) if value >= wanted)]
+        held = bootstrap_mean(seen(unit, 0.0))
+        fade = FADE if values[UNITS.index(unit)] >= held.value else 0.0
+        record = {"features": len(chosen), "seen_by_unit": shares, "seen_with_words_kept": vars(held)}
+        print(f"unit {unit:g}, fade {fade:g}: {record}", flush=True)
+        return unit, fade, record
+
+    def measure(
+        self,
+        attribute: Attribute,
+        doses: Sequence[float],
+        concepts: Sequence[str],
+        seed: int,
+        config: AttributesConfig,
+    ) -> list[dict[str, NDArray[np.float64] | float]]:
+        """Return hit, kept and distance at each dose, 0 for the unsteered twins."""
+        found = []
+        side = self.corpus.plain.shape[1]
+        for dose in doses:
+            self.use(config, [replace(attribute, entry=replace(attribute.entry, dose=dose or 1.0))])
+            steering = Steering(attributes=(AttributeEdit(attribute.entry.name),)) if dose else None
+            requests = [self.request(c, seed + i, steering) for i, c in enumerate(concepts)]
+            pictures = draw(self.imaging, requests, side) if dose else self.unsteered(concepts, seed)
+            found.append(
+                {
+                    "hit": self.probes.has(attribute.entry.group, attribute.entry.name, pictures),
+                    "kept": self.kept(pictures, concepts),
+                    "off": self.off_distribution(self.raw_steered(requests)),
+                }
+            )
+        return found
+
+    def run(self, fingerprint: str, choosing: int, measuring: int, features: int) -> Attributes:
+        """Return everything, chosen and measured."""
+        unit, fade, record = self.choose_unit(features, 0)
+        config = AttributesConfig(fingerprint, self.name, unit, fade, {"unit": record})
+        kept, left_out = [], {}
+        for attribute in self.fitted:
+            group, name = attribute.entry.group, attribute.entry.name
+            concepts = np.random.default_rng(1).permutation(eligible(group, name, self.corpus.columns))
+            half = len(concepts) // 2
+            a, b = concepts[:half], concepts[half:]
+            # Few concepts are drawn more than once, from other seeds.
+            plain, *chosen = self.measure(
+                attribute, (0.0, *DOSES), [str(c) for c in np.resize(a, choosing)], 1000, config
+            )
+            there = np.asarray(plain["kept"]) > 0
+            means = [(float(np.mean(m["hit"])), float(np.mean(np.asarray(m["kept"])[there]))) for m in chosen]
+            scores = [min(h / HIT, 1) + min(k / KEPT, 1) for h, k in means]
+            best = int(np.argmax(np.round(scores, 6)))
+            print(f"{name}: {dict(zip(DOSES, means, strict=True))} -> {DOSES[best]}", flush=True)
+            if means[best][0] < LEAST_HIT or means[best][1] < LEAST_KEPT:
+                left_out[name] = {"hit": means[best][0], "kept": means[best][1], "dose": DOSES[best]}
+                continue
+            wanted = [str(c) for c in np.resize(b, measuring)]
+            before, after = self.measure(attribute, (0.0, DOSES[best]), wanted, 2000, config)
+            there = np.asarray(before["kept"]) > 0
+            measures = AttributeMeasures(
+                len(wanted),
+                by_concept(after["hit"], wanted),
+                by_concept(before["hit"], wanted),
+                by_concept(np.asarray(after["kept"])[there], np.asarray(wanted)[there]),
+                by_concept(before["kept"], wanted),
+                float(np.mean(after["off"])),
+                float(np.mean(before["off"])),
+            )
+            print(f"{name}: {measures}", flush=True)
+            kept.append(
+                replace(attribute, entry=replace(attribute.entry, dose=DOSES[best], measures=measures))
+            )
+        evidence = {
+            "unit": record,
+            "left_out": left_out,
+            "probes": self.probes.accuracy,
+            "steps": self.steps,
+            "choosing": choosing,
+        }
+        final = replace(config, evidence=evidence, attributes=tuple(a.entry for a in kept))
+        return Attributes(final, self.whitening, {a.entry.name: a for a in kept})
+
+
+def by_concept(values: Any, concepts: Sequence[str]) -> Share:
+    """Return the share with its interval, by bootstrap over concepts and never narrower than of as many coins."""
+    values = np.asarray(values, float)
+    names, where = np.unique(np.asarray(concepts), return_inverse=True)
+    sums, counts = np.bincount(where, values), np.bincount(where)
+    draws = np.random.default_rng(0).integers(0, len(names), (2000, len(names)))
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    # At 0 and 1 a bootstrap has no width: Wilson's interval has.
+    n, p, z = len(names), values.mean(), 1.96
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return Share(float(p), float(min(low, centre - half)), float(max(high, min(1.0, centre + half))))
+
+
+def main() -> None:
+    """Run the study from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bundle", type=Path, default=Path("bundles/emoji"))
+    parser.add_argument("--embeddings", type=Path, default=EMBEDDINGS)
+    parser.add_argument("--corpus", type=Path, default=DEFAULT_DIR)
+    parser.add_argument("--clip", type=Path, default=DEFAULT_CLIP)
+    parser.add_argument("--judge", type=Path, default=JUDGE)
+    parser.add_argument(
+        "--steps", type=int, default=8, help="denoising steps of the pictures that are measured"
+    )
+    parser.add_argument("--choosing", type=int, default=12, help="pictures a dose, to choose it")
+    parser.add_argument("--measuring", type=int, default=24, help="pictures an attribute, to measure it")
+    parser.add_argument("--features", type=int, default=48, help="features that the unit is chosen on")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--if-possible", action="store_true", help="do nothing without a generator or a judge"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bundle = Bundle.load(arguments.bundle)
+    if bundle.manifest.diffusion is None or not (arguments.judge / "judge.json").exists():
+        message = (
+            "steering is measured with a generator in the bundle, and a judge (python -m training.judge)"
+        )
+        if arguments.if_possible:
+            print(message)
+            return
+        raise SystemExit(message)
+    embeddings = EmbeddingSet.load(arguments.embeddings)
+    if embeddings.fingerprint != bundle.manifest.clip.fingerprint:
+        raise SystemExit("the bundle holds other towers than made the embeddings")
+    started = time.monotonic()
+    study = Study(
+        bundle, Corpus.load(arguments.corpus), embeddings, arguments.clip, arguments.judge, arguments.steps
+    )
+    known = study.run(embeddings.fingerprint, arguments.choosing, arguments.measuring, arguments.features)
+    known.write(bundle.path / FOLDER)
+    refresh_manifest(bundle.path)
+    minutes = (time.monotonic() - started) / 60
+    print(f"{Bundle.load(bundle.path).id}: {len(known.attributes)} attributes, {minutes:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()
