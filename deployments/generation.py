@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
-from deployments.generation_work import Event, Failed, Finished, GenerateWork, Preview, Progress
+from deployments.generation_work import Event, Failed, Finished, GenerateWork, Preview, Progress, Size
 from deployments.pulse import Activity
 from deployments.shares import Shares
 from deployments.work import BatchRecord
@@ -59,7 +59,7 @@ class Sample(Protocol):
 class GenerationModel(Protocol):
     """What the engine needs of a pipeline; tests put a counting debug model here."""
 
-    def prepare(self, work: GenerateWork) -> tuple[list[Any], list[float]]:
+    def prepare(self, work: GenerateWork) -> tuple[list[Any], list[Size]]:
         """Return the samples of a call, images then twins, and the size of each one's steering."""
         ...
 
@@ -85,7 +85,7 @@ class _Image:
     job: Job
     number: int
     sample: Sample
-    delta: float
+    size: Size
     bytes: int
     last_step: int = 0
     started: float = 0.0
@@ -235,10 +235,10 @@ class Engine:
         try:
             if self._alive(job):
                 with self.activity.running("preparation of a call"):
-                    samples, deltas = self._model.prepare(job.work)
-                for number, (sample, delta) in enumerate(zip(samples, deltas, strict=True)):
+                    samples, sizes = self._model.prepare(job.work)
+                for number, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
                     sample.preview = job.work.preview_every > 0
-                    images.append(_Image(job, number, sample, delta, self._model.bytes_of(sample)))
+                    images.append(_Image(job, number, sample, size, self._model.bytes_of(sample)))
         except MonofacetError as error:
             self._fail(job, error)
         except BaseException:  # whatever it is, it is this request's alone; the thread serves the others
@@ -387,4 +387,5 @@ class Engine:
             error = GenerationFailed("the image cannot be decoded")
         now = time.monotonic()
         waited = image.started - image.job.arrived
-        return Finished(image.number, pixels, error, image.delta, waited, now - image.started)
+        size, inference = image.size, now - image.started
+        return Finished(image.number, pixels, error, size.delta, waited, inference, size.dose)

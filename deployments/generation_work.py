@@ -71,6 +71,8 @@ class Finished:
         One of the two is None.
     delta
         Size of its steering.
+    dose
+        The same as the generator sees it; None where the bundle knows no doses.
     queue_s, inference_s
         Seconds from its arrival to its first step, and from there to its picture.
     """
@@ -81,6 +83,7 @@ class Finished:
     delta: float
     queue_s: float
     inference_s: float
+    dose: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,14 @@ class Failed:
     """The whole call failed; nothing follows."""
 
     error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How far edits move an embedding: relative to its length, and as the generator sees it (None without doses)."""
+
+    delta: float = 0.0
+    dose: float | None = None
 
 
 Event = Progress | Preview | Finished | Failed

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from deployments.batching import DeadlineExpired
 from deployments.generation import Engine, GenerationModel
-from deployments.generation_work import Event, Events, Failed, Finished, GenerateWork, GeneratorInfo
+from deployments.generation_work import Event, Events, Failed, Finished, GenerateWork, GeneratorInfo, Size
 from deployments.pulse import Activity
 from deployments.settings import Settings
 from services.bundle import Bundle
@@ -53,18 +53,18 @@ class PipelineModel:
         self._bytes_per_image = self.imaging.bytes_per_image()
         self._pixels = self.imaging.entry.height * self.imaging.entry.width
 
-    def prepare(self, work: GenerateWork) -> tuple[list[Sample], list[float]]:
+    def prepare(self, work: GenerateWork) -> tuple[list[Sample], list[Size]]:
         """Return the samples of a call, images then twins, and the size of each one's steering."""
         requests = [work.request]
         if work.unsteered:
             requests.append(replace(work.request, steering=Steering()))
-        samples, deltas = [], []
+        samples, sizes = [], []
         for request in requests:
             conditioning = self.imaging.condition(request)
             for seed in work.seeds:
                 samples.append(self.imaging.start(conditioning, replace(request, seed=seed)))
-                deltas.append(conditioning.delta)
-        return samples, deltas
+                sizes.append(Size(conditioning.delta, self.imaging.dose(conditioning)))
+        return samples, sizes
 
     def step(self, samples: Sequence[Sample]) -> None:
         """Take samples of one shape a step further."""

@@ -40,6 +40,7 @@ from services.verification import bundle_files, file_sha256, verify_files, verif
 
 if TYPE_CHECKING:
     from services.dictionaries import Dictionary
+    from services.imaging.dose import Attributes
 
 CLIP_CONFIG = "clip/open_clip_config.json"
 CLIP_WEIGHTS = "clip/open_clip_model.safetensors"
@@ -49,6 +50,7 @@ MODALITY = "modality"
 CARDS = "cards"
 CARD_IMAGES = "cards/images.parquet"
 SAMPLES = "samples/samples.json"
+ATTRIBUTES = "attributes"
 BIAS = "bias"
 DEFENSE = "defense"
 DIFFUSION = "diffusion/monofacet.json"
@@ -178,6 +180,27 @@ class Bundle:
             raise UnknownDictionary.named(name, self.manifest.cards.tables)
         return Cards.read(self.path / self.manifest.cards.tables[name], self.thumbnails)
 
+    def attributes(self) -> Attributes | None:
+        """Read doses and attribute directions; None in a bundle without them.
+
+        Raises
+        ------
+        BundleError
+            Where they are of a dictionary that the bundle does not have, or cannot be read.
+        """
+        if self.manifest.attributes is None:
+            return None
+        # Here, because reading a manifest needs none of it.
+        from services.imaging.dose import Attributes
+
+        known = Attributes.read((self.path / self.manifest.attributes.config).parent)
+        name, d = known.config.dictionary, self.clip_config.embed_dim
+        entry = self.manifest.dictionaries.get(name)
+        last = max((int(a.ids.max()) for a in known.attributes.values() if len(a.ids)), default=0)
+        if entry is None or last >= entry.n_features or known.whitening.shape != (d, d):
+            raise BundleFileError(f"attributes: not of {name!r} and the towers of this bundle")
+        return known
+
     @cached_property
     def thumbnails(self) -> dict[str, bytes]:
         """The WebP thumbnails that all cards share, by sample key."""
@@ -267,6 +290,7 @@ def write_manifest(
         ),
         samples=_samples(path),
         files=files,
+        attributes=_calibration(path, ATTRIBUTES),
         bias=_calibration(path, BIAS),
         defense=_calibration(path, DEFENSE),
         diffusion=_diffusion(path),

@@ -13,6 +13,7 @@
     │   ├── TextTooLong                   longer than the context (or than any text we read)
     │   ├── UnknownDictionary
     │   ├── UnknownFeature
+    │   ├── UnknownAttribute
     │   ├── NotEnoughPairs                statistics asked of too few pairs
     │   └── NotEnoughItems                an audit of too few items
     ├── NotCalibrated                 the bundle has no section for what is asked
@@ -203,6 +204,12 @@ class UnknownFeature(InvalidInput):
         """Return the error for `feature`, naming the range that exists."""
         message = f"no feature {feature}; this dictionary has features 0 to {n_features - 1}"
         return cls(message, [(field_path, message)])
+
+
+class UnknownAttribute(InvalidInput):
+    """The bundle has no attribute of that name."""
+
+    default_reason = "UNKNOWN_ATTRIBUTE"
 
 
 class NotEnoughPairs(InvalidInput):

@@ -19,7 +19,7 @@ MANIFEST_NAME = "manifest.json"
 # The name is half of the bundle's id, and part of the names of processes, log files and metrics.
 NAME = re.compile(r"\w[\w .+-]{0,63}")
 NAME_RULE = "must be 1 to 64 letters, digits, spaces and . + - _, and begin with a letter or digit"
-OPTIONAL_SECTIONS = frozenset({"bias", "defense", "diffusion", "probe", "steering"})
+OPTIONAL_SECTIONS = frozenset({"attributes", "bias", "defense", "diffusion", "probe", "steering"})
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,8 @@ class Manifest:
         Dictionary name to the path of its activation quantiles.
     probe : str or None
         Path of what the towers answered when the bundle was made (see `services.probe`); None in a bundle without.
+    attributes : CalibrationEntry or None
+        Doses and attribute directions (see `services.imaging.dose`); None in a bundle without.
     """
 
     schema_version: int
@@ -233,6 +235,7 @@ class Manifest:
     diffusion: DiffusionEntry | None = None
     steering: Mapping[str, str] = field(default_factory=dict)
     probe: str | None = None
+    attributes: CalibrationEntry | None = None
 
 
 def manifest_sha256(manifest: Manifest) -> str:
@@ -279,7 +282,7 @@ def parse_manifest(text: str | bytes) -> Manifest:
 
 def calibrations(manifest: Manifest) -> dict[str, CalibrationEntry]:
     """Return the calibrations that the bundle has, by the name of their section."""
-    entries = {"bias": manifest.bias, "defense": manifest.defense}
+    entries = {"attributes": manifest.attributes, "bias": manifest.bias, "defense": manifest.defense}
     return {section: entry for section, entry in entries.items() if entry is not None}
 
 

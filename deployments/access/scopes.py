@@ -35,6 +35,8 @@ SCOPES: dict[str, Scope] = {
     _V1 + "BiasService/AuditGender": Scope.READ,
     _V1 + "DefenseService/FilterAdversarial": Scope.READ,
     _V1 + "ImagingService/PreviewSteering": Scope.READ,
+    _V1 + "ImagingService/ListAttributes": Scope.READ,
+    _V1 + "ImagingService/GetAttribute": Scope.READ,
     _V1 + "ImagingService/Generate": Scope.GENERATE,
     _V1 + "ModelService/GetModel": Scope.READ,
     _V1 + "ModelService/ListModels": Scope.READ,

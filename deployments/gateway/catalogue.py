@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from services.bundle import Bundle
 from services.errors import UnknownDictionary
+from services.imaging.dose import Attributes
 from services.tables import Cards, ModalityTable
 
 
@@ -19,11 +20,14 @@ class Catalogue:
         The bundle.
     tables, cards
         Modality tables and feature cards, by dictionary; a dictionary may have none.
+    attributes
+        Doses and attributes; None in a bundle without.
     """
 
     bundle: Bundle
     tables: dict[str, ModalityTable]
     cards: dict[str, Cards]
+    attributes: Attributes | None = None
 
     @classmethod
     def read(cls, bundle: Bundle) -> Catalogue:
@@ -33,6 +37,7 @@ class Catalogue:
             bundle,
             {name: bundle.modality(name) for name in manifest.modality},
             {name: bundle.cards(name) for name in manifest.cards.tables},
+            bundle.attributes(),
         )
 
     def resolve(self, name: str, field: str) -> str:

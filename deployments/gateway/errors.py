@@ -27,6 +27,7 @@ from services.errors import (
     NoPipeline,
     NotCalibrated,
     SteeringUnsupported,
+    UnknownAttribute,
     UnknownDictionary,
     UnknownFeature,
     Violation,
@@ -151,6 +152,7 @@ _Code = grpc.StatusCode
 TABLE: tuple[tuple[type[BaseException], Answer], ...] = (
     (UnknownDictionary, Answer(_Code.NOT_FOUND, None)),
     (UnknownFeature, Answer(_Code.NOT_FOUND, None)),
+    (UnknownAttribute, Answer(_Code.NOT_FOUND, None)),
     (UnknownModel, Answer(_Code.NOT_FOUND, None)),
     (InvalidInput, Answer(_Code.INVALID_ARGUMENT, None)),
     (NotCalibrated, Answer(_Code.FAILED_PRECONDITION, None)),

@@ -11,6 +11,7 @@ from monofacet.v1 import imaging_service_pb2 as pb
 from deployments.generation_work import GenerateWork
 from services.errors import InvalidInput
 from services.imaging.edits import (
+    AttributeEdit,
     Edit,
     FromReference,
     ImageRequest,
@@ -41,6 +42,11 @@ def steering_of(message: pb.Steering) -> Steering:
         _PATHS[message.path],
         guidance,
         message.delta if message.HasField("delta") else None,
+        tuple(
+            AttributeEdit(turn.name, turn.strength if turn.HasField("strength") else 1.0)
+            for turn in message.attributes
+        ),
+        message.dose if message.HasField("dose") else None,
     )
 
 

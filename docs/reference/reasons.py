@@ -18,6 +18,10 @@ OTHERS = {
         domain.InvalidInput,
         "No multiple of the edits changes the embedding by `Steering.delta`.",
     ),
+    "DOSE_OUT_OF_REACH": (
+        domain.InvalidInput,
+        "No multiple of the edits changes the embedding by `Steering.dose`.",
+    ),
     "FEATURE_NEVER_ACTIVE": (domain.InvalidInput, "A quantile of a feature that was never active."),
     "PAGE_TOKEN_INVALID": (domain.InvalidInput, "The page token is of another request, or is none."),
     "REFERENCE_REQUIRED": (
@@ -47,7 +51,13 @@ _IMAGE = (
     "IMAGE_TOO_COSTLY",
     "IMAGE_CORRUPT",
 )
-_STEERING = ("STEERING_UNSUPPORTED", "DELTA_OUT_OF_REACH", "FEATURE_NEVER_ACTIVE")
+_STEERING = (
+    "STEERING_UNSUPPORTED",
+    "DELTA_OUT_OF_REACH",
+    "DOSE_OUT_OF_REACH",
+    "FEATURE_NEVER_ACTIVE",
+    "UNKNOWN_ATTRIBUTE",
+)
 # What a request may be refused for that has a field of this name, or a message of this type, anywhere below it.
 BY_CONTENT = {
     "Image": _IMAGE,
@@ -61,6 +71,7 @@ BY_CONTENT = {
 }
 # And what single methods may be refused for besides.
 BY_METHOD = {
+    "GetAttribute": ("UNKNOWN_ATTRIBUTE",),
     "ScoreModality": ("NOT_ENOUGH_PAIRS", "STREAM_IDLE", "TOO_MANY_PAIRS"),
     "ClassifyGender": ("MODEL_NOT_CALIBRATED",),
     "AuditGender": ("MODEL_NOT_CALIBRATED", "NOT_ENOUGH_ITEMS", "STREAM_IDLE", "TOO_MANY_ITEMS"),

@@ -38,7 +38,8 @@ class Conditioning:
     embedding : float tensor, shape (rows, d), or None
         Unnormalised joint embedding; None for a pipeline that takes none.
     has_embedding : tuple of bool, length rows
-        False where the row's embedding is the null one, which unCLIP tells by a null noise level.
+        False where the row's embedding is the null one, which unCLIP tells by a null noise level; contrastive guidance
+        adds the opposite change to it.
     guidance_scale : float
         1 is none.
     steered : Steered or None
@@ -105,7 +106,7 @@ class Conditioner:
         negative, negative_end = self._encode(request.negative_prompt, "negative_prompt", request.truncate)
         base = self._base(request)
         steering, steered = request.steering, None
-        embedding, negative_embedding = None, None
+        embedding, opposite = None, None
         if self.takes_embedding:
             embedding = None if base is None else _vector(base)
         if steering:
@@ -114,19 +115,21 @@ class Conditioner:
             contrastive = steering.guidance == "contrastive"
             if path == "embedding" and steered.delta:
                 embedding = torch.from_numpy(steered.unit) * steered.norm
-                negative_embedding = -change if contrastive else None
+                opposite = -change if contrastive else None
+                hidden = self._faded(hidden, steered)
             elif steered.delta:
                 moved = hidden_change(self._projection(), change)
                 hidden = steered_hidden_states(hidden, end, moved)
                 if contrastive:
                     negative = steered_hidden_states(negative, negative_end, -moved)
-        rows = [(hidden, embedding)]
+        rows = [(hidden, embedding, embedding is not None)]
         if guidance > 1:
-            rows.insert(0, (negative, negative_embedding))
+            # Null, and the opposite change: at strength 0 it is the null that guidance subtracts without edits.
+            rows.insert(0, (negative, opposite, False))
         return Conditioning(
             torch.stack([row[0] for row in rows]),
             self._embeddings([row[1] for row in rows]),
-            tuple(row[1] is not None for row in rows),
+            tuple(row[2] for row in rows),
             guidance,
             steered,
         )
@@ -152,6 +155,17 @@ class Conditioner:
         except InvalidInput as error:
             raise error.moved(lambda path: f"steering.{path}") from error
         return (torch.from_numpy(steered.unit) - torch.from_numpy(base.unit)) * base.norm, steered
+
+    def _faded(self, hidden: Tensor, steered: Steered) -> Tensor:
+        """Return the prompt's hidden states on their way to the empty prompt's, as far as the dose says.
+
+        The words still describe the picture without the edits, and would hold it in place; what they say is in the
+        embedding too.
+        """
+        known = self._features.attributes
+        if known is None or not known.config.fade or steered.dose is None:
+            return hidden
+        return torch.lerp(hidden, self._encode("", "prompt")[0], min(1.0, steered.dose / known.config.fade))
 
     def _base(self, request: ImageRequest) -> Embedding | None:
         """Return the embedding that conditions the image before it is steered; None for the null one."""

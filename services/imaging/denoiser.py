@@ -37,7 +37,7 @@ class Sample:
     latents : float32 tensor, shape (1, channels, height, width)
         As the scheduler wants them.
     class_labels : float32 tensor, shape (rows, 2 d), or None
-        unCLIP: the noised embedding and its noise level.
+        unCLIP: the noised embedding and its noise level; both are zeros for the null one.
     scheduler : SchedulerMixin
         Its own.
     timesteps : float tensor, shape (calls,)
@@ -155,7 +155,7 @@ class Denoiser:
         rows = []
         for row, present in zip(embedding, conditioning.has_embedding, strict=True):
             if not present:
-                rows.append(torch.zeros(2 * len(row)))
+                rows.append(torch.cat([row, torch.zeros(len(row))]))
                 continue
             scaled = (row[None] - mean) / std
             noised = (

@@ -1,7 +1,8 @@
 """What a caller asks of features: edits and how they enter the pipeline. Plain values, no torch.
 
 An edit moves activations z towards a target, z'_j = (1 - a) z_j + a target_j, where a is its strength. So
-strength 0 changes nothing whatever the operation, and strength 1 reaches the target.
+strength 0 changes nothing whatever the operation, and strength 1 reaches the target, or goes past a quantile where
+that is what it takes to be seen. An attribute is a direction that the bundle has fitted, by its name.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ class Scale:
 
 @dataclass(frozen=True)
 class SetQuantile:
-    """The target is the quantile `q`, in [0, 1], of the activations that the feature has where it is active."""
+    """The target is the quantile `q`, in [0, 1], of the activations that the feature has where it is active.
+
+    In a bundle with doses a rise that is too small to be seen goes past it, to the bundle's unit of dose at strength 1.
+    """
 
     q: float
 
@@ -62,6 +66,22 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class AttributeEdit:
+    """Turns an attribute of the bundle, by its name.
+
+    Attributes
+    ----------
+    name : str
+        Of the attribute.
+    strength : float
+        In [0, 4]; 1 is the dose at which it was measured.
+    """
+
+    name: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
 class Steering:
     """The edits of one request, in order, and their way into the pipeline.
 
@@ -79,6 +99,11 @@ class Steering:
     delta : float or None
         If set, in [0, 2], the change is rescaled so that ||e' - e|| / rho is this: edits of different features
         become comparable.
+    attributes : tuple of AttributeEdit
+        Applied after the edits; they add up.
+    dose : float or None
+        If set, the change is rescaled to this dose (see `services.imaging.dose`), but not much past the activations
+        of a reference. Not together with `delta`.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -86,9 +111,11 @@ class Steering:
     path: Path | None = None
     guidance: Guidance = "conditional"
     delta: float | None = None
+    attributes: tuple[AttributeEdit, ...] = ()
+    dose: float | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.edits)
+        return bool(self.edits or self.attributes)
 
 
 @dataclass(frozen=True)

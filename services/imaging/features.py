@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from services.bundle import Bundle
 from services.dictionaries.base import Dictionary
 from services.errors import UnknownDictionary
+from services.imaging.dose import Attributes
 from services.imaging.spaces import feature_space
 from services.imaging.steering import FeatureSpace
 from services.modalities import Modality
@@ -30,12 +32,15 @@ class Features:
         Of the towers on whose embeddings they were trained.
     embed_dim : int
         d of those embeddings.
+    attributes : Attributes or None
+        Doses and attributes, if the bundle has them.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self.tower_fingerprint: str = bundle.manifest.clip.fingerprint
         self.embed_dim: int = bundle.clip_config.embed_dim
+        self.attributes: Attributes | None = bundle.attributes()
         self._read: dict[str, tuple[Dictionary, FeatureSpace]] = {}
         self._reading = threading.Lock()
 
@@ -56,6 +61,15 @@ class Features:
                 dictionary = self._bundle.dictionary(name)
                 self._read[name] = dictionary, feature_space(self._bundle, name, _rows(dictionary))
             return self._read[name]
+
+    def know(self, attributes: Attributes | None) -> None:
+        """Steer by these doses and attributes from now on: for a study that has not written them yet."""
+        with self._reading:
+            self.attributes = attributes
+            self._read = {
+                name: (dictionary, replace(space, attributes=attributes))
+                for name, (dictionary, space) in self._read.items()
+            }
 
 
 def _rows(dictionary: Dictionary) -> Callable[[Modality], NDArray[np.float32]]:

@@ -17,6 +17,7 @@ from services.encoding.texts import DEFAULT_TEXT_LIMITS, TextLimits
 from services.errors import InvalidInput, NoPipeline
 from services.imaging.conditioning import Conditioner, Conditioning
 from services.imaging.denoiser import Batching, Denoiser, Sample
+from services.imaging.dose import Attributes
 from services.imaging.edits import FromReference, ImageRequest, Path
 from services.imaging.embedder import Embedder
 from services.imaging.features import Features
@@ -70,10 +71,10 @@ class Imaging:
         self.parts = parts
         self.entry: DiffusionEntry = parts.entry
         self._embedder = embedder
-        features = Features(bundle)
+        self._features = Features(bundle)
         # The default one at once: most edits go by it, and none should wait for it.
-        features.of("")
-        self._condition = Conditioner(parts, embedder, features)
+        self._features.of("")
+        self._condition = Conditioner(parts, embedder, self._features)
         self.denoiser = Denoiser(parts)
         self._decoder = Decoder(parts)
 
@@ -149,6 +150,10 @@ class Imaging:
         """Embed a text, as prompts are."""
         return self._embedder.reference(FromReference(text=text))
 
+    def know(self, attributes: Attributes | None) -> None:
+        """Steer by these doses and attributes instead of the bundle's: for a study that has not written them yet."""
+        self._features.know(attributes)
+
     def condition(self, request: ImageRequest) -> Conditioning:
         """Return what conditions the image of `request`; images that differ in their seed alone share it.
 
@@ -161,6 +166,12 @@ class Imaging:
         """
         self.check(request)
         return self._condition(request)
+
+    def dose(self, conditioning: Conditioning) -> float | None:
+        """Return the dose of a conditioning's edits: 0 without any, None where the bundle knows no doses."""
+        if self._features.attributes is None:
+            return None
+        return 0.0 if conditioning.steered is None else conditioning.steered.dose
 
     def start(self, conditioning: Conditioning, request: ImageRequest) -> Sample:
         """Return the image of `request`, before its first step."""

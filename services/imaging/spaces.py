@@ -25,4 +25,5 @@ def feature_space(bundle: Bundle, name: str, rows: Callable[[Modality], NDArray[
         ActivationStatistics.read(bundle.path / manifest.steering[name])
         if name in manifest.steering
         else None,
+        bundle.attributes(),
     )

@@ -5,7 +5,7 @@ With e of norm rho, unit e^ = e / rho, activations z = encode(e^) and decoder ro
     e' = rho * norm(e^ + sum_j (z'_j - z_j) d_j)
 
 so what the dictionary does not explain, the residual, is kept. The size of the change, ||e' - e|| / rho, is
-what makes edits of different features comparable: a chord of the unit sphere, from 0 to 2.
+a chord of the unit sphere, from 0 to 2; its dose, in a bundle that knows doses, is its length as the generator sees it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from services.errors import InvalidInput, SteeringUnsupported, UnknownFeature
-from services.imaging.edits import MAX_STRENGTH, Edit, FromReference, Scale, SetQuantile, Steering
+from services.imaging.dose import MAX_GAIN, MAX_OVERSHOOT, Attributes
+from services.imaging.edits import (
+    MAX_STRENGTH,
+    AttributeEdit,
+    Edit,
+    FromReference,
+    Scale,
+    SetQuantile,
+    Steering,
+)
 from services.imaging.statistics import ActivationStatistics
 from services.modalities import Modality
 from services.tables import Label, ModalityTable
@@ -62,6 +71,8 @@ class Steered:
         multiple of theirs.
     delta : float
         ||e' - e|| / rho, in [0, 2]; exactly 0, and `unit` the very array that came in, where nothing changed.
+    dose : float or None
+        Of the change; None where the bundle knows no doses.
     """
 
     unit: Float[NDArray[np.float32], " d"]
@@ -69,6 +80,7 @@ class Steered:
     z: Float[NDArray[np.float32], " n"]
     z_steered: Float[NDArray[np.float32], " n"]
     delta: float
+    dose: float | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,8 @@ class FeatureSpace:
         Labels, for edits by label.
     statistics : ActivationStatistics or None
         Quantiles, for `SetQuantile`.
+    attributes : Attributes or None
+        Doses, and attributes to turn.
     """
 
     name: str
@@ -97,6 +111,7 @@ class FeatureSpace:
     rows: Callable[[Modality], Float[NDArray[np.float32], "n d"]]
     table: ModalityTable | None = None
     statistics: ActivationStatistics | None = None
+    attributes: Attributes | None = None
 
     def features(self, edit: Edit) -> NDArray[np.int64]:
         """Return the ids that `edit` names.
@@ -135,8 +150,9 @@ def edited(
     space: FeatureSpace,
     modality: Modality,
     refer: Refer,
+    norm: float = 1.0,
 ) -> NDArray[np.float32]:
-    """Return z' for activations `z`, shape (n,), of an embedding of `modality`.
+    """Return z' for activations `z`, shape (n,), of an embedding of `modality` and length `norm`.
 
     Activations stay at or above 0 unless the dictionary's are signed.
 
@@ -148,16 +164,57 @@ def edited(
     steered = z.copy()
     for i, edit in enumerate(edits):
         try:
-            if not 0 <= edit.strength <= MAX_STRENGTH:
-                message = f"strength {edit.strength:g} is not in [0, {MAX_STRENGTH:g}]"
-                raise InvalidInput(message, [("strength", message)])
+            _check_strength(edit.strength)
             ids = space.features(edit)
             target = _target(edit, steered, ids, space, modality, refer)
         except InvalidInput as error:
             raise error.moved(lambda path: f"edits[{i}].{path}") from error  # noqa: B023  (called at once)
-        moved = (1 - edit.strength) * steered[ids] + edit.strength * target
+        reach = edit.strength
+        if isinstance(edit.operation, SetQuantile) and space.attributes is not None:
+            rise = norm * (target - steered[ids]).astype(np.float64) @ space.rows(modality)[ids]
+            dose = space.attributes.dose(rise)
+            reach *= min(MAX_GAIN, max(1.0, space.attributes.config.unit / dose)) if dose else 1.0
+        moved = (1 - reach) * steered[ids] + reach * target
         steered[ids] = moved if space.signed else np.maximum(moved, 0)
     return steered
+
+
+def turned(
+    z: NDArray[np.float32],
+    edits: Sequence[AttributeEdit],
+    space: FeatureSpace,
+    modality: Modality,
+    norm: float = 1.0,
+) -> NDArray[np.float32]:
+    """Return activations `z`, shape (n,), with attributes turned, of an embedding of `modality` and length `norm`.
+
+    Raises
+    ------
+    InvalidInput
+        With a path such as ``attributes[0].name``.
+    SteeringUnsupported
+        Where the bundle has no attributes.
+    """
+    steered = z.copy()
+    for i, edit in enumerate(edits):
+        if space.attributes is None:
+            raise SteeringUnsupported("the bundle has no attributes to turn")
+        try:
+            _check_strength(edit.strength)
+            attribute = space.attributes.attribute(edit.name, space.name)
+        except InvalidInput as error:
+            raise error.moved(lambda path: f"attributes[{i}].{path}") from error  # noqa: B023  (called at once)
+        direction = norm * attribute.values.astype(np.float64) @ space.rows(modality)[attribute.ids]
+        size = edit.strength * attribute.entry.dose / space.attributes.dose(direction)
+        moved = steered[attribute.ids] + np.float32(size) * attribute.values
+        steered[attribute.ids] = moved if space.signed else np.maximum(moved, 0)
+    return steered
+
+
+def _check_strength(strength: float) -> None:
+    if not 0 <= strength <= MAX_STRENGTH:
+        message = f"strength {strength:g} is not in [0, {MAX_STRENGTH:g}]"
+        raise InvalidInput(message, [("strength", message)])
 
 
 def _target(
@@ -210,16 +267,25 @@ def steer(
         Where an edit cannot be applied, the edits leave nothing of the embedding, or the wanted size cannot be
         reached.
     """
-    z_steered = edited(z, steering.edits, space, embedding.modality, refer)
+    modality, norm, known = embedding.modality, embedding.norm, space.attributes
+    z_steered = edited(z, steering.edits, space, modality, refer, norm)
+    z_steered = turned(z_steered, steering.attributes, space, modality, norm)
+    if steering.dose is not None:
+        _check_dose(steering, known)
     # float64: the chord of a small change is a difference of nearly equal vectors.
     change = z_steered.astype(np.float64) - z
     (moved,) = np.nonzero(change)
-    if not len(moved) or steering.delta == 0:
-        return Steered(embedding.unit, embedding.norm, z, z_steered, 0.0)
-    direction = change[moved] @ space.rows(embedding.modality)[moved].astype(np.float64)
+    unchanged = Steered(embedding.unit, norm, z, z_steered, 0.0, None if known is None else 0.0)
+    if not len(moved) or steering.delta == 0 or steering.dose == 0:
+        return unchanged
+    direction = change[moved] @ space.rows(modality)[moved].astype(np.float64)
     unit = embedding.unit.astype(np.float64)
     if steering.delta is not None:
         direction = rescaled(unit, direction, steering.delta)
+    elif steering.dose is not None and known is not None:
+        towards = any(isinstance(edit.operation, FromReference) for edit in steering.edits)
+        largest = MAX_OVERSHOOT if towards else math.inf
+        direction = dosed(unit, direction, steering.dose / norm, known.dose, largest)
     steered = unit + direction
     length = np.linalg.norm(steered)
     if length < ROUNDING:
@@ -228,8 +294,63 @@ def steer(
     steered /= length
     delta = float(np.linalg.norm(steered - unit))
     if delta == 0.0:
-        return Steered(embedding.unit, embedding.norm, z, z_steered, 0.0)
-    return Steered(steered.astype(np.float32), embedding.norm, z, z_steered, delta)
+        return unchanged
+    dose = None if known is None else known.dose(norm * (steered - unit))
+    return Steered(steered.astype(np.float32), norm, z, z_steered, delta, dose)
+
+
+def _check_dose(steering: Steering, known: Attributes | None) -> None:
+    if known is None:
+        raise SteeringUnsupported("the bundle knows no doses: use `delta`")
+    if steering.delta is not None:
+        message = "a change has one size: give `dose` or `delta`"
+        raise InvalidInput(message, [("dose", message)])
+
+
+def dosed(
+    unit: Float[NDArray[np.float64], " d"],
+    direction: Float[NDArray[np.float64], " d"],
+    dose: float,
+    measure: Callable[[Float[NDArray[np.float64], " d"]], float],
+    largest: float,
+) -> Float[NDArray[np.float64], " d"]:
+    """Return the smallest multiple c of `direction` for which norm(unit + c direction) - unit measures `dose`.
+
+    Parameters
+    ----------
+    unit, direction : float64 array, shape (d,)
+        Of the embedding, and of its change.
+    dose : float
+        For a unit embedding.
+    measure : callable
+        Length of a change.
+    largest : float
+        c ends here, short of the dose if need be.
+
+    Raises
+    ------
+    InvalidInput
+        Where no multiple up to a hundred measures so much: the change ends at the direction's own end.
+    """
+
+    def measured(c: float) -> float:
+        moved = unit + c * direction
+        return measure(moved / np.linalg.norm(moved) - unit)
+
+    # Geometric steps, so that the first crossing is found however long the direction is.
+    end = min(largest, 100.0)
+    steps = end * np.geomspace(1e-4, 1, 60)
+    over = next((i for i, c in enumerate(steps) if measured(c) >= dose), None)
+    if over is None:
+        if end == largest:
+            return direction * largest
+        message = f"these edits cannot move the embedding by a dose of {dose:g}"
+        raise InvalidInput(message, [("dose", message)], reason="DOSE_OUT_OF_REACH")
+    low, high = (steps[over - 1] if over else 0.0), steps[over]
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if measured(middle) < dose else (low, middle)
+    return direction * float(high)
 
 
 def rescaled(

@@ -32,6 +32,8 @@ RESULTS: dict[str, Any] = {
     "generate": lambda client: client.generate("a", num_images=9, unsteered=True),
     "generate_events": lambda client: client.generate_events("a", preview_every=1),
     "preview_steering": lambda client: client.preview_steering("a", SteeringEdit(1, scale=2)),
+    "attributes": lambda client: client.attributes(),
+    "attribute": lambda client: client.attribute("blue"),
     "model": lambda client: client.model(),
     "models": lambda client: client.models(),
 }

@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 import PIL.PngImagePlugin
 import pytest
-from monofacet import GeneratedImage, GenerationPreview, GenerationProgress, SteeringEdit
+from monofacet import GeneratedImage, GenerationPreview, GenerationProgress, SteeringAttribute, SteeringEdit
 from monofacet._imaging_requests import generate, request_of
 from monofacet.cli._app import app
 from monofacet.testing import FakeMonofacet, run_server
@@ -175,6 +175,8 @@ def test_what_is_sent_is_what_was_asked() -> None:
             "path": "prompt",
             "contrastive": True,
             "delta": 0.2,
+            "attributes": ["smile", SteeringAttribute("blue", 1.5)],
+            "dose": 0.75,
             "seeds": 9,
             "steps": 12,
             "guidance": 4.0,
@@ -188,7 +190,30 @@ def test_what_is_sent_is_what_was_asked() -> None:
     assert request.steering.guidance == imaging_service_pb2.STEERING_GUIDANCE_CONTRASTIVE
     assert round(request.steering.delta, 6) == 0.2
     assert (list(request.seeds), request.num_inference_steps, request.height) == ([9], 12, 32)
+    assert request.steering.dose == 0.75
+    turned = [(t.name, t.strength if t.HasField("strength") else None) for t in request.steering.attributes]
+    assert turned == [("smile", None), ("blue", 1.5)]
     assert not generate("a cat", {}).HasField("steering")
+    assert generate("a cat", {"attributes": "smile"}).steering.attributes[0].name == "smile"
+
+
+def test_attributes_are_listed_and_turned(both: Callable[..., Both]) -> None:
+    found = both().attributes()
+    assert [one.name for one in found.attributes] == ["blue", "smile"]
+    assert (len(found), found.unit_dose) == (2, 0.75)
+    blue, smile = found.attributes
+    assert blue.measures is not None
+    assert (blue.measures.hit.low, blue.measures.concept_kept.value) == (0.5, 0.75)
+    assert smile.measures is None
+    assert smile.features.indices.tolist() == [3, 1]
+    assert both().attribute("smile").group == "expression"
+    preview = both().preview_steering("a cat", attributes="smile")
+    assert preview.dose == pytest.approx(2 * preview.delta)
+    (image,) = both().generate("a cat", attributes=[SteeringAttribute("smile", 0.5)], seeds=1).images
+    assert (image.delta, image.dose) == (0.25, 0.5)
+    with pytest.raises(monofacet.CallError) as caught:
+        both().attribute("green")
+    assert caught.value.reason == "UNKNOWN_ATTRIBUTE"
 
 
 @pytest.mark.parametrize(
@@ -339,3 +364,27 @@ def test_the_preview_command_says_what_an_edit_needs(preview: Any, arguments: An
     result = preview("a cat", *arguments)
     assert result.exit_code == 3
     assert message in result.output
+
+
+def test_the_attributes_command_lists_cards_and_others_turn_them(preview: Any) -> None:
+    runner = CliRunner()
+    with run_server(FakeMonofacet()) as target:
+
+        def command(*arguments: Any) -> Any:
+            options = [*map(str, arguments), "--target", target]
+            return runner.invoke(app, options, env={"COLUMNS": "200"})
+
+        shown = command("attributes")
+        assert shown.exit_code == 0, shown.output
+        assert "75% [50%, 88%]" in shown.output
+        assert "expression" in shown.output
+        one = command("attributes", "smile")
+        assert "-0.500" in one.output
+        told = json.loads(command("attributes", "--json").stdout)
+        assert told["attributes"][0]["measures"]["hit"]["low"] == 0.5
+        missing = command("attributes", "green")
+        assert missing.exit_code != 0
+    assert preview("a cat", "--attribute", "smile").exit_code == 0
+    halved = json.loads(preview("a cat", "--attribute", "smile=0.5", "--json").stdout)
+    assert halved["dose"] > 0
+    assert preview("a cat", "--attribute", "smile=much").exit_code == 3

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deployments.generation_work import GenerateWork
+from deployments.generation_work import GenerateWork, Size
 from services.errors import GenerationFailed, InvalidInput, MonofacetError
 from tests.support.waiting import PATIENCE_S
 
@@ -67,7 +67,7 @@ class DebugPipeline:
     def steps_of(self, prompt: str) -> int:
         return sum(batch.count(prompt) for batch in self.batches)
 
-    def prepare(self, work: GenerateWork) -> tuple[list[DebugSample], list[float]]:
+    def prepare(self, work: GenerateWork) -> tuple[list[DebugSample], list[Size]]:
         request = work.request
         self.prepared.append(request.prompt)
         if request.prompt == "bad":
@@ -81,7 +81,7 @@ class DebugPipeline:
             for prompt in twins
             for seed in work.seeds
         ]
-        return samples, [0.5 if sample.prompt != "twin" else 0.0 for sample in samples]
+        return samples, [Size(0.5 if sample.prompt != "twin" else 0.0) for sample in samples]
 
     def step(self, samples: Sequence[Any]) -> None:
         self.entered.release()

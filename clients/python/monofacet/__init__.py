@@ -52,6 +52,10 @@ from monofacet._types import (
     AblationAudit,
     AblationMode,
     ActiveFeature,
+    Attribute,
+    AttributeList,
+    AttributeMeasures,
+    AttributeShare,
     AuditResult,
     AuditSettings,
     AuditVerdict,
@@ -94,6 +98,7 @@ from monofacet._types import (
     ScoreSettings,
     SkippedItem,
     SparseFeatures,
+    SteeringAttribute,
     SteeringEdit,
     SteeringPreview,
     StreamResult,
@@ -108,6 +113,10 @@ from monofacet._types import (
 from monofacet._version import __version__
 
 __all__ = [
+    "Attribute",
+    "AttributeList",
+    "AttributeMeasures",
+    "AttributeShare",
     "Ablation",
     "AblationAudit",
     "AblationMode",
@@ -173,6 +182,7 @@ __all__ = [
     "ServerError",
     "SkippedItem",
     "SparseFeatures",
+    "SteeringAttribute",
     "SteeringEdit",
     "SteeringPreview",
     "StreamResult",

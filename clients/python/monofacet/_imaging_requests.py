@@ -12,7 +12,7 @@ from monofacet import _exceptions as exceptions
 from monofacet._inputs import Image, Input, image_bytes, sendable, to_input
 from monofacet._pictures import PICTURE_ERRORS
 from monofacet._requests import label_value
-from monofacet._types import GenerateOptions, SteeringEdit
+from monofacet._types import GenerateOptions, SteeringAttribute, SteeringEdit
 from monofacet.v1 import common_pb2, imaging_service_pb2
 
 REQUEST_CHUNK = "monofacet.request"
@@ -73,6 +73,8 @@ def steering(
     path: str | None = None,
     contrastive: bool = False,
     delta: float | None = None,
+    attributes: Sequence[SteeringAttribute | str] | SteeringAttribute | str = (),
+    dose: float | None = None,
 ) -> imaging_service_pb2.Steering:
     """Make the contract's steering.
 
@@ -88,6 +90,10 @@ def steering(
         Whether the unconditional side changes too.
     delta
         Size that the change is rescaled to; None to leave it.
+    attributes
+        Attributes to turn, after the edits.
+    dose
+        Dose that the change is rescaled to; None to leave it.
 
     Returns
     -------
@@ -111,6 +117,14 @@ def steering(
         message.guidance = imaging_service_pb2.STEERING_GUIDANCE_CONTRASTIVE
     if delta is not None:
         message.delta = delta
+    if dose is not None:
+        message.dose = dose
+    several = [attributes] if isinstance(attributes, str | SteeringAttribute) else attributes
+    for turn in several:
+        if isinstance(turn, str):
+            message.attributes.add(name=turn)
+        else:
+            message.attributes.add(name=turn.name, strength=turn.strength)
     return message
 
 
@@ -161,8 +175,8 @@ def generate(prompt: str, options: GenerateOptions) -> imaging_service_pb2.Gener
     picture = options.get("image")
     if picture is not None:
         request.image.data = image_bytes(picture)
-    edits = options.get("edits", ())
-    if edits:
+    edits, attributes = options.get("edits", ()), options.get("attributes", ())
+    if edits or attributes:
         request.steering.CopyFrom(
             steering(
                 edits,
@@ -170,6 +184,8 @@ def generate(prompt: str, options: GenerateOptions) -> imaging_service_pb2.Gener
                 options.get("path"),
                 options.get("contrastive", False),
                 options.get("delta"),
+                attributes,
+                options.get("dose"),
             )
         )
     return request
@@ -260,3 +276,25 @@ def preview_steering(
         max_features=max_features,
         truncate_text=truncate,
     )
+
+
+@sendable("the name")
+def get_attribute(name: str) -> imaging_service_pb2.GetAttributeRequest:
+    """Make a GetAttribute request.
+
+    Parameters
+    ----------
+    name
+        Of the attribute.
+
+    Returns
+    -------
+    GetAttributeRequest
+        For one call.
+
+    Raises
+    ------
+    InputError
+        If it cannot be sent.
+    """
+    return imaging_service_pb2.GetAttributeRequest(name=name)

@@ -13,6 +13,7 @@ from google.rpc import status_pb2  # type: ignore[import-untyped]
 from monofacet.v1 import imaging_service_pb2 as pb
 from monofacet.v1 import imaging_service_pb2_grpc
 
+from deployments.gateway.attributes import attribute
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient
@@ -25,7 +26,7 @@ from deployments.gateway.steering import steering_of, texts_of, work_of
 from deployments.generation_work import Event, Events, Failed, Finished, GenerateWork, Preview, Progress
 from deployments.metrics import Metrics
 from deployments.settings import Settings
-from services.errors import NoPipeline
+from services.errors import NoPipeline, UnknownAttribute
 from services.manifest import DiffusionEntry
 
 # Calls a method of the generator that answers in a stream: `deployments.handles.ModelHandle.stream`.
@@ -69,6 +70,7 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
         self._stream = generate
         self._entry = catalogue.bundle.manifest.diffusion
         self._previews = SteeringPreviews(encoder, catalogue, decoders, settings)
+        self._attributes = catalogue.attributes
         self._settings = settings
         self._metrics = metrics
         self._bundle = catalogue.bundle.id
@@ -134,6 +136,8 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
         image = response.image
         image.index, image.unsteered, image.seed = index, bool(twin), work.seeds[index]
         image.delta = event.delta
+        if event.dose is not None:
+            image.dose = event.dose
         if event.pixels is None:
             image.finish_reason = pb.FINISH_REASON_FAILED
             image.error.CopyFrom(self._status(event))
@@ -175,10 +179,38 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
             steered_features=sparse(preview.dictionary, strongest(steered.z_steered, limit)),
             steered_embedding=tensor(steered.unit.astype(np.float32)),
             delta=steered.delta,
+            dose=steered.dose,
             captions=[pb.NearCaption(text=text, similarity=cosine) for text, cosine in preview.captions],
             steered_captions=[
                 pb.NearCaption(text=text, similarity=cosine) for text, cosine in preview.steered_captions
             ],
             timings=timings(preview.queue_s, preview.inference_s),
             bundle=self._bundle,
+        )
+
+    async def ListAttributes(  # noqa: N802
+        self, request: pb.ListAttributesRequest, context: Any
+    ) -> pb.ListAttributesResponse:
+        """List the bundle's attributes."""
+        known = self._attributes
+        if known is None:
+            return pb.ListAttributesResponse(bundle=self._bundle, timings=timings())
+        return pb.ListAttributesResponse(
+            attributes=[attribute(known, name) for name in known.attributes],
+            unit_dose=known.config.unit,
+            bundle=self._bundle,
+            timings=timings(),
+        )
+
+    async def GetAttribute(  # noqa: N802
+        self, request: pb.GetAttributeRequest, context: Any
+    ) -> pb.GetAttributeResponse:
+        """Answer one attribute."""
+        if self._attributes is None:
+            message = f"no attribute {request.name!r}; this bundle has none"
+            raise UnknownAttribute(message, [("name", message)])
+        return pb.GetAttributeResponse(
+            attribute=attribute(self._attributes, request.name),
+            bundle=self._bundle,
+            timings=timings(),
         )

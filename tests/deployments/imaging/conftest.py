@@ -58,12 +58,14 @@ def encoder_parts(tiny: Bundle) -> tuple[Any, Any]:
 @pytest.fixture
 def open_gateway(tiny: Bundle, encoder_parts: tuple[Any, Any]) -> Open:
     @asynccontextmanager
-    async def opened(pipeline: bool = True, warm: bool = True, **overrides: Any) -> AsyncIterator[Gateway]:
+    async def opened(
+        pipeline: bool = True, warm: bool = True, bundle: Bundle = tiny, **overrides: Any
+    ) -> AsyncIterator[Gateway]:
         settings = Settings(
             **{"port": 0, "metrics_port": 0, "drain_s": 5.0, "max_queue_s": 60.0, **overrides}
         )
-        manifest = dataclasses.replace(tiny.manifest, diffusion=ENTRY) if pipeline else tiny.manifest
-        bundle = dataclasses.replace(tiny, manifest=manifest)
+        manifest = dataclasses.replace(bundle.manifest, diffusion=ENTRY) if pipeline else bundle.manifest
+        bundle = dataclasses.replace(bundle, manifest=manifest)
         model = DebugPipeline()
         generator = Generator(settings, model)
         encoder = Encoder(settings, *encoder_parts)

@@ -24,13 +24,14 @@ from services.errors import (
     UnsafeWeights,
     UnsupportedModel,
 )
-from services.imaging.edits import Edit, FromReference, Scale, SetQuantile, Steering
+from services.imaging.edits import AttributeEdit, Edit, FromReference, Scale, SetQuantile, Steering
 from services.imaging.generator import ImageRequest, Imaging
 from services.imaging.pipeline import load_parts
 from services.imaging.reference import folder_sha256, pipeline_folder
 from services.manifest import MANIFEST_NAME, parse_manifest
 from services.tables import Label
 from tests.services.imaging.conftest import Load
+from tests.support.tiny_attributes import make_attributes
 from tests.support.tiny_pipeline import add_tiny_pipeline
 
 EDITS = (Edit(Label.IMAGE, SetQuantile(0.9)), Edit((1, 2, 3), Scale(2.0), strength=0.5))
@@ -201,6 +202,48 @@ def test_contrastive_guidance_changes_the_other_side_too(load_kind: Load, kind: 
             assert torch.equal(one[1], other[1])
             assert not torch.equal(one[0], other[0])
     assert len(set(pixels(imaging, *requests))) == 2
+
+
+def test_contrastive_guidance_subtracts_null_and_the_opposite_change(load_kind: Load) -> None:
+    _, imaging = load_kind("unclip")
+    plain = ImageRequest("red circle", seed=1)
+    null = imaging.prepare(plain).class_labels
+    assert null is not None
+    d = null.shape[1] // 2
+    for delta in (1e-4, 0.3):
+        steering = Steering(EDITS, guidance="contrastive", delta=delta)
+        sample = imaging.prepare(replace(plain, steering=steering))
+        steered, labels = sample.conditioning.steered, sample.class_labels
+        assert steered is not None
+        assert labels is not None
+        e = imaging.embed_text("red circle")
+        change = torch.from_numpy(steered.unit - e.unit) * e.norm
+        # The null row tells no noise level and has no noise: only the change is added to it.
+        torch.testing.assert_close(labels[0], torch.cat([-change, torch.zeros(d)]))
+        assert float((labels[0] - null[0]).norm()) == pytest.approx(delta * e.norm, rel=1e-2)
+
+
+def test_the_words_of_a_prompt_fade_as_the_dose_grows(load_kind: Load) -> None:
+    bundle, imaging = load_kind("unclip")
+    fingerprint, d = bundle.manifest.clip.fingerprint, bundle.clip_config.embed_dim
+    plain, empty = (imaging.condition(ImageRequest(text)).hidden[1] for text in ("red circle", ""))
+    try:
+        imaging.know(make_attributes(fingerprint, d, fade=0.2))
+        for dose, share in ((0.0, 0.0), (0.05, 0.25), (0.2, 1.0), (0.3, 1.0)):
+            for steering in (
+                Steering(EDITS, dose=dose),
+                Steering(attributes=(AttributeEdit("blue"),), dose=dose),
+            ):
+                made = imaging.condition(ImageRequest("red circle", steering=steering))
+                wanted = torch.lerp(plain, empty, share)
+                torch.testing.assert_close(made.hidden[1], wanted, atol=2e-3, rtol=0)
+                assert imaging.dose(made) == pytest.approx(dose, rel=1e-3)
+        imaging.know(make_attributes(fingerprint, d, fade=0.0))
+        kept = imaging.condition(ImageRequest("red circle", steering=Steering(EDITS, dose=0.3)))
+        assert torch.equal(kept.hidden[1], plain)
+    finally:
+        imaging.know(None)
+    assert imaging.dose(imaging.condition(ImageRequest("red circle", steering=Steering(EDITS)))) is None
 
 
 def test_the_prompt_path_moves_the_projected_embedding_by_what_the_edit_asks(load_kind: Load) -> None:

@@ -62,8 +62,10 @@ class ImagingCalls(AsyncCore):
     async def preview_steering(
         self,
         value: Input,
-        edits: Sequence[types.SteeringEdit] | types.SteeringEdit,
+        edits: Sequence[types.SteeringEdit] | types.SteeringEdit = (),
         *,
+        attributes: Sequence[types.SteeringAttribute | str] | types.SteeringAttribute | str = (),
+        dose: float | None = None,
         dictionary: str = "",
         delta: float | None = None,
         max_captions: int = 5,
@@ -75,12 +77,24 @@ class ImagingCalls(AsyncCore):
         several = [edits] if isinstance(edits, types.SteeringEdit) else edits
 
         def make() -> imaging_service_pb2.PreviewSteeringRequest:
-            steering = requests.steering(several, dictionary, delta=delta)
+            steering = requests.steering(several, dictionary, delta=delta, attributes=attributes, dose=dose)
             return requests.preview_steering(value, steering, max_captions, max_features, truncate)
 
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         request = await asyncio.to_thread(make)
         return responses.steering_preview(await self._call(stub.PreviewSteering, request, timeout))
+
+    async def attributes(self, *, timeout: float | None = None) -> types.AttributeList:
+        """List the attributes that pictures can be steered by; see `Client.attributes`."""
+        stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
+        request = imaging_service_pb2.ListAttributesRequest()
+        return responses.attributes(await self._call(stub.ListAttributes, request, timeout))
+
+    async def attribute(self, name: str, *, timeout: float | None = None) -> types.Attribute:
+        """Get one attribute by its name; see `Client.attribute`."""
+        stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
+        request = requests.get_attribute(name)
+        return responses.attribute((await self._call(stub.GetAttribute, request, timeout)).attribute)
 
     async def _gather(
         self,

@@ -54,6 +54,7 @@ def generation_event(response: imaging_service_pb2.GenerateResponse) -> types.Ge
                 data=image.image.data,
                 error=None if completed else error_from_status(image.error),
                 delta=image.delta,
+                dose=image.dose if image.HasField("dose") else None,
                 timings=timings(response.timings),
                 bundle=response.bundle,
             )
@@ -108,8 +109,66 @@ def steering_preview(response: imaging_service_pb2.PreviewSteeringResponse) -> t
         steered_features=sparse(response.steered_features),
         steered_embedding=array(response.steered_embedding),
         delta=response.delta,
+        dose=response.dose if response.HasField("dose") else None,
         captions=tuple(types.NearCaption(c.text, c.similarity) for c in response.captions),
         steered_captions=tuple(types.NearCaption(c.text, c.similarity) for c in response.steered_captions),
         timings=timings(response.timings),
         bundle=response.bundle,
     )
+
+
+def attributes(response: imaging_service_pb2.ListAttributesResponse) -> types.AttributeList:
+    """Read the attributes of a bundle.
+
+    Parameters
+    ----------
+    response
+        Of ListAttributes.
+
+    Returns
+    -------
+    AttributeList
+        In order.
+    """
+    return types.AttributeList(
+        tuple(attribute(card) for card in response.attributes),
+        response.unit_dose if response.HasField("unit_dose") else None,
+        response.bundle,
+    )
+
+
+def attribute(card: imaging_service_pb2.Attribute) -> types.Attribute:
+    """Read the card of an attribute.
+
+    Parameters
+    ----------
+    card
+        Of ListAttributes or GetAttribute.
+
+    Returns
+    -------
+    Attribute
+        With arrays.
+    """
+    found = card.measures
+    measures = types.AttributeMeasures(
+        pictures=found.pictures,
+        hit=_share(found.hit),
+        hit_before=_share(found.hit_before),
+        concept_kept=_share(found.concept_kept),
+        concept_kept_before=_share(found.concept_kept_before),
+        off_distribution=found.off_distribution,
+        off_distribution_before=found.off_distribution_before,
+    )
+    return types.Attribute(
+        name=card.name,
+        group=card.group,
+        features=sparse(card.features),
+        dose=card.dose,
+        pairs=card.pairs,
+        measures=measures if card.HasField("measures") else None,
+    )
+
+
+def _share(share: imaging_service_pb2.AttributeShare) -> types.AttributeShare:
+    return types.AttributeShare(share.value, share.low, share.high)

@@ -102,8 +102,10 @@ class ImagingCalls(SyncCore):
     def preview_steering(
         self,
         value: Input,
-        edits: Sequence[types.SteeringEdit] | types.SteeringEdit,
+        edits: Sequence[types.SteeringEdit] | types.SteeringEdit = (),
         *,
+        attributes: Sequence[types.SteeringAttribute | str] | types.SteeringAttribute | str = (),
+        dose: float | None = None,
         dictionary: str = "",
         delta: float | None = None,
         max_captions: int = 5,
@@ -119,6 +121,10 @@ class ImagingCalls(SyncCore):
             A text or an image.
         edits
             In order.
+        attributes
+            Attributes to turn, after the edits.
+        dose
+            Rescales the whole change to this dose, 0 to 4, in a bundle that knows doses.
         dictionary
             Its name; empty for the default one.
         delta
@@ -136,10 +142,51 @@ class ImagingCalls(SyncCore):
             Before and after.
         """
         several = [edits] if isinstance(edits, types.SteeringEdit) else edits
-        steering = requests.steering(several, dictionary, delta=delta)
+        steering = requests.steering(several, dictionary, delta=delta, attributes=attributes, dose=dose)
         request = requests.preview_steering(value, steering, max_captions, max_features, truncate)
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         return responses.steering_preview(self._call(stub.PreviewSteering, request, timeout))
+
+    def attributes(self, *, timeout: float | None = None) -> types.AttributeList:
+        """List the attributes that pictures can be steered by, each with what it was measured to do.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        AttributeList
+            Empty in a bundle without any.
+        """
+        stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
+        request = imaging_service_pb2.ListAttributesRequest()
+        return responses.attributes(self._call(stub.ListAttributes, request, timeout))
+
+    def attribute(self, name: str, *, timeout: float | None = None) -> types.Attribute:
+        """Get one attribute by its name.
+
+        Parameters
+        ----------
+        name
+            Of the attribute.
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        Attribute
+            Its card.
+
+        Raises
+        ------
+        CallError
+            With the code NOT_FOUND if there is no such attribute.
+        """
+        stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
+        request = requests.get_attribute(name)
+        return responses.attribute(self._call(stub.GetAttribute, request, timeout).attribute)
 
     def _gather(
         self,

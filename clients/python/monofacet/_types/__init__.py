@@ -30,6 +30,10 @@ from monofacet._types.defense import (
 )
 from monofacet._types.encoding import EncodeResult, Floats, SparseFeatures, StreamResult, Timings
 from monofacet._types.imaging import (
+    Attribute,
+    AttributeList,
+    AttributeMeasures,
+    AttributeShare,
     GeneratedImage,
     GenerateOptions,
     GenerationEvent,
@@ -37,6 +41,7 @@ from monofacet._types.imaging import (
     GenerationProgress,
     GenerationResult,
     NearCaption,
+    SteeringAttribute,
     SteeringEdit,
     SteeringPreview,
 )
@@ -58,6 +63,10 @@ from monofacet._types.modality import (
 from monofacet._types.model import DictionaryInfo, Limits, Model, Pipeline, Runtime, Tower
 
 __all__ = [
+    "Attribute",
+    "AttributeList",
+    "AttributeMeasures",
+    "AttributeShare",
     "GenerateOptions",
     "GeneratedImage",
     "GenerationEvent",
@@ -66,6 +75,7 @@ __all__ = [
     "GenerationResult",
     "NearCaption",
     "Pipeline",
+    "SteeringAttribute",
     "SteeringEdit",
     "SteeringPreview",
     "Ablation",

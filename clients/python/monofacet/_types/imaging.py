@@ -16,6 +16,10 @@ from monofacet._types.encoding import Floats, SparseFeatures, Timings
 from monofacet._types.modality import ModalityLabel
 
 __all__ = [
+    "Attribute",
+    "AttributeList",
+    "AttributeMeasures",
+    "AttributeShare",
     "GenerateOptions",
     "GeneratedImage",
     "GenerationEvent",
@@ -23,6 +27,7 @@ __all__ = [
     "GenerationProgress",
     "GenerationResult",
     "NearCaption",
+    "SteeringAttribute",
     "SteeringEdit",
     "SteeringPreview",
 ]
@@ -41,7 +46,8 @@ class SteeringEdit(Brief):
     scale
         The target is so many times the activation, -16 to 16: 0 removes the features, 2 doubles them.
     quantile
-        The target is this quantile, 0 to 1, of the activations that each feature has where it is active.
+        The target is this quantile, 0 to 1, of the activations that each feature has where it is active; in a bundle
+        with doses what is too small to be seen goes past it.
     reference
         The target is the activation in this text or image.
     strength
@@ -52,6 +58,22 @@ class SteeringEdit(Brief):
     scale: float | None = None
     quantile: float | None = None
     reference: Input | None = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class SteeringAttribute(Brief):
+    """Turns an attribute of the bundle.
+
+    Attributes
+    ----------
+    name
+        As `Client.attributes` lists it.
+    strength
+        0 to 4: 0 changes nothing, 1 is the dose at which it was measured.
+    """
+
+    name: str
     strength: float = 1.0
 
 
@@ -74,6 +96,10 @@ class GenerateOptions(TypedDict, total=False):
         Whether the edits also change the unconditional side of guidance, the other way.
     delta
         Rescales the whole change to this size, 0 to 2, relative to the embedding.
+    attributes
+        Attributes to turn, by name or with a strength; after the edits.
+    dose
+        Rescales the whole change to this dose, 0 to 4: its length as the generator sees it.
     num_images
         As many as there are seeds, or 1.
     seeds
@@ -101,6 +127,8 @@ class GenerateOptions(TypedDict, total=False):
     path: Literal["embedding", "prompt"] | None
     contrastive: bool
     delta: float | None
+    attributes: Sequence[SteeringAttribute | str]
+    dose: float | None
     num_images: int | None
     seeds: int | Sequence[int] | None
     steps: int | None
@@ -173,6 +201,8 @@ class GeneratedImage(Brief):
         Why it failed; None if it is there.
     delta
         Size of its steering relative to the embedding; 0 without edits.
+    dose
+        The same as the generator sees it; None where the bundle knows no doses.
     timings
         Seconds until its first step, and from there to its picture.
     bundle
@@ -185,6 +215,7 @@ class GeneratedImage(Brief):
     data: bytes
     error: exceptions.CallError | None
     delta: float
+    dose: float | None
     timings: Timings
     bundle: str
 
@@ -246,6 +277,8 @@ class SteeringPreview(Brief):
         Float32, shape [embed_dim], of length 1.
     delta
         Size of the change, in [0, 2].
+    dose
+        The same as the generator sees it; None where the bundle knows no doses.
     captions, steered_captions
         The nearest ones before and after.
     timings
@@ -258,7 +291,92 @@ class SteeringPreview(Brief):
     steered_features: SparseFeatures
     steered_embedding: Floats
     delta: float
+    dose: float | None
     captions: tuple[NearCaption, ...]
     steered_captions: tuple[NearCaption, ...]
     timings: Timings
     bundle: str
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AttributeShare(Brief):
+    """A share of pictures with its 95% interval, all in [0, 1]."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AttributeMeasures(Brief):
+    """What an attribute did at strength 1, on concepts that took no part in its fit.
+
+    Attributes
+    ----------
+    pictures
+        Steered pictures.
+    hit, hit_before
+        Share of them, and of their twins without it, in which a probe finds the attribute.
+    concept_kept, concept_kept_before
+        Of those whose twin a judge takes for its concept, the share that it still does; the share of such twins.
+    off_distribution, off_distribution_before
+        Mean share of held-out embeddings that lie nearer to the training data, in [0, 1]; 0.5 is as usual.
+    """
+
+    pictures: int
+    hit: AttributeShare
+    hit_before: AttributeShare
+    concept_kept: AttributeShare
+    concept_kept_before: AttributeShare
+    off_distribution: float
+    off_distribution_before: float
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Attribute(Brief):
+    """The card of an attribute.
+
+    Attributes
+    ----------
+    name
+        What edits name it by.
+    group
+        What it is one value of.
+    features
+        What it is made of, and how much it adds to each up to a common factor; largest first.
+    dose
+        Of strength 1.
+    pairs
+        Pairs of drawings of one concept that it was fitted on.
+    measures
+        What it does; None where it was not measured.
+    """
+
+    name: str
+    group: str
+    features: SparseFeatures
+    dose: float
+    pairs: int
+    measures: AttributeMeasures | None
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AttributeList(Brief):
+    """All attributes of a bundle.
+
+    Attributes
+    ----------
+    attributes
+        In the bundle's order, groups together; empty in a bundle without any.
+    unit_dose
+        Dose that an edit to a quantile is lengthened to at strength 1; None where the bundle knows no doses.
+    bundle
+        The bundle that answered.
+    """
+
+    attributes: tuple[Attribute, ...]
+    unit_dose: float | None
+    bundle: str
+
+    def __len__(self) -> int:
+        return len(self.attributes)

@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from monofacet._version import __version__
-from monofacet.cli import _encode, _features, _filter, _gender, _generate, _modality, _models, _preview
+from monofacet.cli import (
+    _attributes,
+    _encode,
+    _features,
+    _filter,
+    _gender,
+    _generate,
+    _modality,
+    _models,
+    _preview,
+)
 from monofacet.cli._plugins import add_plugins
 from monofacet.cli._session import settle_streams
 
@@ -42,6 +52,7 @@ app.command("modality")(_modality.modality)
 app.command("filter")(_filter.filter_images)
 app.command("generate")(_generate.generate)
 app.command("preview")(_preview.preview)
+app.command("attributes")(_attributes.attributes)
 app.command("models")(_models.models)
 app.command("health")(_models.health)
 app.add_typer(_gender.app)

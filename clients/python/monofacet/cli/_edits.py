@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from monofacet import _exceptions as exceptions
-from monofacet._types import SteeringEdit
+from monofacet._types import SteeringAttribute, SteeringEdit
 
 FromImage = Annotated[Path | None, typer.Option(help="Edit: take the activations of this picture.")]
 FromText = Annotated[str | None, typer.Option(help="Edit: take the activations of this text.")]
@@ -22,6 +22,17 @@ Label = Annotated[str | None, typer.Option(help="Features to edit, by label: ima
 Feature = Annotated[list[int] | None, typer.Option(help="Feature to edit, by id; may be repeated.")]
 Strength = Annotated[float, typer.Option(min=0, max=4, help="Of the edit: 0 none, 1 all of it.")]
 Dictionary = Annotated[str, typer.Option(help="Whose features; '' is the default one.")]
+Attribute = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[=STRENGTH]",
+        help="Attribute to turn, such as smile or blue=1.5 (monofacet attributes lists them); may be repeated.",
+    ),
+]
+Dose = Annotated[
+    float | None,
+    typer.Option(min=0, max=4, help="Rescale the whole change to this dose, as the generator sees it."),
+]
 Delta = Annotated[float | None, typer.Option(min=0, max=2, help="Rescale the whole change to this size.")]
 
 
@@ -68,3 +79,31 @@ def edits(
         )
     chosen = label if label is not None else tuple(features or ())
     return [SteeringEdit(chosen, strength=strength, **given)]  # type: ignore[arg-type]  # one of the three
+
+
+def attributes(turns: list[str] | None) -> list[SteeringAttribute]:
+    """Read attributes to turn.
+
+    Parameters
+    ----------
+    turns
+        Each a name, or a name, an equals sign and a strength.
+
+    Returns
+    -------
+    list of SteeringAttribute
+        In order.
+
+    Raises
+    ------
+    InputError
+        If a strength is no number.
+    """
+    found = []
+    for turn in turns or ():
+        name, _, strength = turn.partition("=")
+        try:
+            found.append(SteeringAttribute(name, float(strength) if strength else 1.0))
+        except ValueError as error:
+            raise exceptions.InputError(f"--attribute {turn}: {strength!r} is no strength") from error
+    return found

@@ -22,8 +22,10 @@ from monofacet._types import (
     GenerationResult,
 )
 from monofacet.cli._edits import (
+    Attribute,
     Delta,
     Dictionary,
+    Dose,
     Feature,
     FromImage,
     FromText,
@@ -31,6 +33,7 @@ from monofacet.cli._edits import (
     Quantile,
     Scale,
     Strength,
+    attributes,
     edits,
 )
 from monofacet.cli._grid import grid
@@ -74,6 +77,8 @@ def generate(
         bool, typer.Option(help="Edit the unconditional side of guidance too, the other way.")
     ] = False,
     delta: Delta = None,
+    attribute: Attribute = None,
+    dose: Dose = None,
     twin: Annotated[bool, typer.Option(help="Also make each image without the edit, beside it.")] = False,
     like: Annotated[
         Path | None, typer.Option(help="Make this PNG again, from the request that it carries.")
@@ -88,7 +93,8 @@ def generate(
 ) -> None:
     """Make images from a text, steered by features if an edit is given.
 
-    An edit is features (--label or --feature) and a target (--from-image, --from-text, --quantile or --scale).
+    An edit is features (--label or --feature) and a target (--from-image, --from-text, --quantile or --scale), or an
+    attribute of the bundle (--attribute).
     """
     check_out(session, out)
     check_folder(folder)
@@ -103,6 +109,8 @@ def generate(
             "path": path,  # type: ignore[typeddict-item]  # checked where the request is made
             "contrastive": contrastive,
             "delta": delta,
+            "attributes": attributes(attribute),
+            "dose": dose,
             "seeds": _seeds(seed, num_images),
             "steps": steps,
             "guidance": guidance,
@@ -193,6 +201,7 @@ def _as_dict(image: GeneratedImage) -> dict[str, Any]:
         "unsteered": image.unsteered,
         "seed": image.seed,
         "delta": image.delta,
+        "dose": image.dose,
         "queue": image.timings.queue,
         "inference": image.timings.inference,
     }

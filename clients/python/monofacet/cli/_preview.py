@@ -12,8 +12,10 @@ from rich.table import Table
 from monofacet import _exceptions as exceptions
 from monofacet._types import SteeringPreview
 from monofacet.cli._edits import (
+    Attribute,
     Delta,
     Dictionary,
+    Dose,
     Feature,
     FromImage,
     FromText,
@@ -21,6 +23,7 @@ from monofacet.cli._edits import (
     Quantile,
     Scale,
     Strength,
+    attributes,
     edits,
 )
 from monofacet.cli._inputs import Truncate, read_inputs
@@ -40,17 +43,21 @@ def preview(
     strength: Strength = 1.0,
     dictionary: Dictionary = "",
     delta: Delta = None,
+    attribute: Attribute = None,
+    dose: Dose = None,
     captions: Annotated[int, typer.Option(min=0, max=100, help="Nearest captions listed.")] = 5,
     top: Annotated[int, typer.Option(min=1, help="Strongest features listed, before and after.")] = 20,
     truncate: Truncate = False,
 ) -> None:
     """Tell what an edit does to an embedding, without making an image. Every bundle can.
 
-    An edit is features (--label or --feature) and a target (--from-image, --from-text, --quantile or --scale).
+    An edit is features (--label or --feature) and a target (--from-image, --from-text, --quantile or --scale), or an
+    attribute of the bundle (--attribute).
     """
     asked = edits(from_image, from_text, quantile, scale, label, feature, strength)
-    if not asked:
-        raise exceptions.InputError("give an edit: --label or --feature, and a target")
+    turned = attributes(attribute)
+    if not asked and not turned:
+        raise exceptions.InputError("give an edit: --label or --feature, and a target; or --attribute")
     inputs = read_inputs([value], ())
     if len(inputs) != 1:
         raise exceptions.InputError(f"{value} is {len(inputs)} inputs; give one image or text")
@@ -59,6 +66,8 @@ def preview(
         asked,
         dictionary=dictionary,
         delta=delta,
+        attributes=turned,
+        dose=dose,
         max_captions=captions,
         max_features=top,
         truncate=truncate,
@@ -74,7 +83,9 @@ def _show(session: Session, result: SteeringPreview) -> None:
         dict(zip(features.indices.tolist(), features.values.tolist(), strict=True))
         for features in (result.features, result.steered_features)
     )
-    table = Table("feature", "before", "after", title=f"steering {result.delta:.3f}", highlight=True)
+    dose = "" if result.dose is None else f", dose {result.dose:.2f}"
+    steering = f"steering {result.delta:.3f}{dose}"
+    table = Table("feature", "before", "after", title=steering, highlight=True)
     for feature in dict.fromkeys([*after, *before]):
         values = (f"{side[feature]:.3f}" if feature in side else "" for side in (before, after))
         table.add_row(str(feature), *values)

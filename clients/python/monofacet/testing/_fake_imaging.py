@@ -20,6 +20,8 @@ from monofacet.v1 import common_pb2, imaging_service_pb2, imaging_service_pb2_gr
 
 STEPS = 4
 SIDE = 64
+# Names of the attributes, with their groups.
+ATTRIBUTES = {"blue": "colour", "smile": "expression"}
 # An image of this prompt fails; its neighbours do not.
 BROKEN_PROMPT = "a broken image"
 
@@ -58,7 +60,9 @@ class FakeImaging(FakeModel, imaging_service_pb2_grpc.ImagingServiceServicer):
             else:
                 image.finish_reason = imaging_service_pb2.FINISH_REASON_COMPLETED
                 image.image.data = self._file(request, seeds[i], twin, 0)
-                image.delta = 0.0 if twin or not request.steering.edits else 0.25
+                steered = request.steering.edits or request.steering.attributes
+                image.delta = 0.0 if twin or not steered else 0.25
+                image.dose = 2 * image.delta
             yield imaging_service_pb2.GenerateResponse(image=image, timings=_timings(), bundle=BUNDLE)
 
     def PreviewSteering(
@@ -73,6 +77,8 @@ class FakeImaging(FakeModel, imaging_service_pb2_grpc.ImagingServiceServicer):
         for edit in request.steering.edits:
             ids = list(edit.ids.ids) or range(N_FEATURES)
             steered[ids] *= 1 + (edit.strength if edit.HasField("strength") else 1)
+        for turn in request.steering.attributes:
+            steered[0] += turn.strength if turn.HasField("strength") else 1
         limit = request.max_features if request.HasField("max_features") else 20
         count = request.max_captions if request.HasField("max_captions") else 5
         near = [
@@ -87,6 +93,7 @@ class FakeImaging(FakeModel, imaging_service_pb2_grpc.ImagingServiceServicer):
                 data=(embedding / np.linalg.norm(embedding)).astype("<f4").tobytes(),
             ),
             delta=float(np.linalg.norm(steered - z)),
+            dose=2 * float(np.linalg.norm(steered - z)),
             captions=near,
             steered_captions=near,
             timings=_timings(),
@@ -101,6 +108,33 @@ class FakeImaging(FakeModel, imaging_service_pb2_grpc.ImagingServiceServicer):
                 f"no dictionary {steering.dictionary!r}",
                 reason="UNKNOWN_DICTIONARY",
             )
+        for turn in steering.attributes:
+            self._attribute(turn.name, context)
+
+    def ListAttributes(
+        self, request: imaging_service_pb2.ListAttributesRequest, context: Any
+    ) -> imaging_service_pb2.ListAttributesResponse:
+        """List two attributes, one of them not measured."""
+        self.check_bundle(request.bundle, context)
+        return imaging_service_pb2.ListAttributesResponse(
+            attributes=[_attribute(name) for name in ATTRIBUTES],
+            unit_dose=0.75,
+            bundle=BUNDLE,
+            timings=_timings(),
+        )
+
+    def GetAttribute(
+        self, request: imaging_service_pb2.GetAttributeRequest, context: Any
+    ) -> imaging_service_pb2.GetAttributeResponse:
+        """Answer one of them."""
+        self.check_bundle(request.bundle, context)
+        found = self._attribute(request.name, context)
+        return imaging_service_pb2.GetAttributeResponse(attribute=found, bundle=BUNDLE, timings=_timings())
+
+    def _attribute(self, name: str, context: Any) -> imaging_service_pb2.Attribute:
+        if name not in ATTRIBUTES:
+            abort(context, grpc.StatusCode.NOT_FOUND, f"no attribute {name!r}", reason="UNKNOWN_ATTRIBUTE")
+        return _attribute(name)
 
     def _file(
         self, request: imaging_service_pb2.GenerateRequest, seed: int, unsteered: bool, side: int
@@ -126,6 +160,21 @@ class FakeImaging(FakeModel, imaging_service_pb2_grpc.ImagingServiceServicer):
             chunks.add_itxt("monofacet.request", told, zip=True)
         image.save(buffer, "PNG", pnginfo=chunks)
         return buffer.getvalue()
+
+
+def _attribute(name: str) -> imaging_service_pb2.Attribute:
+    found = imaging_service_pb2.Attribute(name=name, group=ATTRIBUTES[name], dose=0.5, pairs=25)
+    found.features.CopyFrom(
+        common_pb2.SparseFeatures(dictionary=DICTIONARY, indices=[3, 1], values=[1.5, -0.5])
+    )
+    if name == "blue":
+        for share in ("hit", "hit_before", "concept_kept", "concept_kept_before"):
+            getattr(found.measures, share).CopyFrom(
+                imaging_service_pb2.AttributeShare(value=0.75, low=0.5, high=0.875)
+            )
+        found.measures.pictures = 24
+        found.measures.off_distribution, found.measures.off_distribution_before = 0.75, 0.5
+    return found
 
 
 def _sparse(z: npt.NDArray[np.float32], limit: int) -> common_pb2.SparseFeatures:

@@ -27,7 +27,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from monofacet.v1 import common_pb2 as monofacet_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"monofacet/v1/imaging_service.proto\x12\x0cmonofacet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17google/rpc/status.proto\x1a\x19monofacet/v1/common.proto\",\n\x0fSteeredFeatures\x12\x19\n\x03ids\x18\x01 \x03(\rB\x0c\xbaH\t\x92\x01\x06\x08\x01\x10\x80\x80\x04\"\xc5\x02\n\x0cSteeringEdit\x12,\n\x03ids\x18\x01 \x01(\x0b\x32\x1d.monofacet.v1.SteeredFeaturesH\x00\x12\x38\n\x05label\x18\x02 \x01(\x0e\x32\x1b.monofacet.v1.ModalityLabelB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00H\x00\x12\"\n\x05scale\x18\x03 \x01(\x02\x42\x11\xbaH\x0e\n\x0c\x1d\x00\x00\x80\x41-\x00\x00\x80\xc1@\x01H\x01\x12#\n\x08quantile\x18\x04 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x80?-\x00\x00\x00\x00H\x01\x12(\n\treference\x18\x05 \x01(\x0b\x32\x13.monofacet.v1.InputH\x01\x12&\n\x08strength\x18\x06 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x80@-\x00\x00\x00\x00H\x02\x88\x01\x01\x42\x11\n\x08\x66\x65\x61tures\x12\x05\xbaH\x02\x08\x01\x42\x12\n\toperation\x12\x05\xbaH\x02\x08\x01\x42\x0b\n\t_strength\"\xfc\x01\n\x08Steering\x12\x1c\n\ndictionary\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x33\n\x05\x65\x64its\x18\x02 \x03(\x0b\x32\x1a.monofacet.v1.SteeringEditB\x08\xbaH\x05\x92\x01\x02\x10@\x12\x32\n\x04path\x18\x03 \x01(\x0e\x32\x1a.monofacet.v1.SteeringPathB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12:\n\x08guidance\x18\x04 \x01(\x0e\x32\x1e.monofacet.v1.SteeringGuidanceB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12#\n\x05\x64\x65lta\x18\x05 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x00@-\x00\x00\x00\x00H\x00\x88\x01\x01\x42\x08\n\x06_delta\"\xda\x05\n\x0fGenerateRequest\x12\x19\n\x06prompt\x18\x01 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04\x12\"\n\x0fnegative_prompt\x18\x02 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04\x12\"\n\x05image\x18\x03 \x01(\x0b\x32\x13.monofacet.v1.Image\x12(\n\x08steering\x18\x04 \x01(\x0b\x32\x16.monofacet.v1.Steering\x12\x1b\n\nnum_images\x18\x05 \x01(\rB\x07\xbaH\x04*\x02\x18@\x12%\n\x05seeds\x18\x06 \x03(\x04\x42\x16\xbaH\x13\x92\x01\x10\x10@\"\x0c\x32\n\x18\xff\xff\xff\xff\xff\xff\xff\xff\x7f\x12,\n\x13num_inference_steps\x18\x07 \x01(\rB\n\xbaH\x07*\x05\x18\xe8\x07(\x01H\x00\x88\x01\x01\x12,\n\x0eguidance_scale\x18\x08 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00HB-\x00\x00\x80?H\x01\x88\x01\x01\x12\x18\n\x06height\x18\t \x01(\rB\x08\xbaH\x05*\x03\x18\x80 \x12\x17\n\x05width\x18\n \x01(\rB\x08\xbaH\x05*\x03\x18\x80 \x12\x1f\n\rpreview_every\x18\x0b \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07\x12\x19\n\x11include_unsteered\x18\x0c \x01(\x08\x12\x33\n\x06\x66ormat\x18\r \x01(\x0e\x32\x19.monofacet.v1.ImageFormatB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x15\n\rtruncate_text\x18\x0e \x01(\x08\x12\x18\n\x06\x62undle\x18\x0f \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02:\x99\x01\xbaH\x95\x01\x1a\x92\x01\n\x0egenerate.seeds\x12#seeds must be empty or one an image\x1a[this.num_images == 0u || size(this.seeds) == 0 || uint(size(this.seeds)) == this.num_imagesB\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scale\"O\n\x10GenerateProgress\x12\r\n\x05steps\x18\x01 \x03(\r\x12\x1b\n\x13num_inference_steps\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\"e\n\x0fGeneratePreview\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\tunsteered\x18\x02 \x01(\x08\x12\x0c\n\x04step\x18\x03 \x01(\r\x12\"\n\x05image\x18\x04 \x01(\x0b\x32\x13.monofacet.v1.Image\"\xc9\x01\n\x0eGeneratedImage\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\tunsteered\x18\x02 \x01(\x08\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\"\n\x05image\x18\x04 \x01(\x0b\x32\x13.monofacet.v1.Image\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.monofacet.v1.FinishReason\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.Status\x12\r\n\x05\x64\x65lta\x18\x07 \x01(\x02\"\xe8\x01\n\x10GenerateResponse\x12\x32\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.monofacet.v1.GenerateProgressH\x00\x12\x30\n\x07preview\x18\x02 \x01(\x0b\x32\x1d.monofacet.v1.GeneratePreviewH\x00\x12-\n\x05image\x18\x03 \x01(\x0b\x32\x1c.monofacet.v1.GeneratedImageH\x00\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x05 \x01(\tB\x07\n\x05\x65vent\"\x95\x02\n\x16PreviewSteeringRequest\x12*\n\x05input\x18\x01 \x01(\x0b\x32\x13.monofacet.v1.InputB\x06\xbaH\x03\xc8\x01\x01\x12\x30\n\x08steering\x18\x02 \x01(\x0b\x32\x16.monofacet.v1.SteeringB\x06\xbaH\x03\xc8\x01\x01\x12\"\n\x0cmax_captions\x18\x03 \x01(\rB\x07\xbaH\x04*\x02\x18\x64H\x00\x88\x01\x01\x12&\n\x0cmax_features\x18\x04 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80\x04(\x01H\x01\x88\x01\x01\x12\x15\n\rtruncate_text\x18\x05 \x01(\x08\x12\x18\n\x06\x62undle\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\x42\x0f\n\r_max_captionsB\x0f\n\r_max_features\"/\n\x0bNearCaption\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\nsimilarity\x18\x02 \x01(\x02\"\xdb\x02\n\x17PreviewSteeringResponse\x12.\n\x08\x66\x65\x61tures\x18\x01 \x01(\x0b\x32\x1c.monofacet.v1.SparseFeatures\x12\x36\n\x10steered_features\x18\x02 \x01(\x0b\x32\x1c.monofacet.v1.SparseFeatures\x12/\n\x11steered_embedding\x18\x03 \x01(\x0b\x32\x14.monofacet.v1.Tensor\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x02\x12+\n\x08\x63\x61ptions\x18\x05 \x03(\x0b\x32\x19.monofacet.v1.NearCaption\x12\x33\n\x10steered_captions\x18\x06 \x03(\x0b\x32\x19.monofacet.v1.NearCaption\x12&\n\x07timings\x18\x07 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x08 \x01(\t*X\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x02*d\n\x0cSteeringPath\x12\x1d\n\x19STEERING_PATH_UNSPECIFIED\x10\x00\x12\x1b\n\x17STEERING_PATH_EMBEDDING\x10\x01\x12\x18\n\x14STEERING_PATH_PROMPT\x10\x02*{\n\x10SteeringGuidance\x12!\n\x1dSTEERING_GUIDANCE_UNSPECIFIED\x10\x00\x12!\n\x1dSTEERING_GUIDANCE_CONDITIONAL\x10\x01\x12!\n\x1dSTEERING_GUIDANCE_CONTRASTIVE\x10\x02*d\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x46INISH_REASON_COMPLETED\x10\x01\x12\x18\n\x14\x46INISH_REASON_FAILED\x10\x02\x32\xbd\x01\n\x0eImagingService\x12K\n\x08Generate\x12\x1d.monofacet.v1.GenerateRequest\x1a\x1e.monofacet.v1.GenerateResponse0\x01\x12^\n\x0fPreviewSteering\x12$.monofacet.v1.PreviewSteeringRequest\x1a%.monofacet.v1.PreviewSteeringResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"monofacet/v1/imaging_service.proto\x12\x0cmonofacet.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x17google/rpc/status.proto\x1a\x19monofacet/v1/common.proto\",\n\x0fSteeredFeatures\x12\x19\n\x03ids\x18\x01 \x03(\rB\x0c\xbaH\t\x92\x01\x06\x08\x01\x10\x80\x80\x04\"\xc5\x02\n\x0cSteeringEdit\x12,\n\x03ids\x18\x01 \x01(\x0b\x32\x1d.monofacet.v1.SteeredFeaturesH\x00\x12\x38\n\x05label\x18\x02 \x01(\x0e\x32\x1b.monofacet.v1.ModalityLabelB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00H\x00\x12\"\n\x05scale\x18\x03 \x01(\x02\x42\x11\xbaH\x0e\n\x0c\x1d\x00\x00\x80\x41-\x00\x00\x80\xc1@\x01H\x01\x12#\n\x08quantile\x18\x04 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x80?-\x00\x00\x00\x00H\x01\x12(\n\treference\x18\x05 \x01(\x0b\x32\x13.monofacet.v1.InputH\x01\x12&\n\x08strength\x18\x06 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x80@-\x00\x00\x00\x00H\x02\x88\x01\x01\x42\x11\n\x08\x66\x65\x61tures\x12\x05\xbaH\x02\x08\x01\x42\x12\n\toperation\x12\x05\xbaH\x02\x08\x01\x42\x0b\n\t_strength\"b\n\x11SteeringAttribute\x12\x18\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12&\n\x08strength\x18\x02 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x80@-\x00\x00\x00\x00H\x00\x88\x01\x01\x42\x0b\n\t_strength\"\xe8\x02\n\x08Steering\x12\x1c\n\ndictionary\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x01\x12\x33\n\x05\x65\x64its\x18\x02 \x03(\x0b\x32\x1a.monofacet.v1.SteeringEditB\x08\xbaH\x05\x92\x01\x02\x10@\x12\x32\n\x04path\x18\x03 \x01(\x0e\x32\x1a.monofacet.v1.SteeringPathB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12:\n\x08guidance\x18\x04 \x01(\x0e\x32\x1e.monofacet.v1.SteeringGuidanceB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12#\n\x05\x64\x65lta\x18\x05 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x00@-\x00\x00\x00\x00H\x00\x88\x01\x01\x12=\n\nattributes\x18\x06 \x03(\x0b\x32\x1f.monofacet.v1.SteeringAttributeB\x08\xbaH\x05\x92\x01\x02\x10\x10\x12\"\n\x04\x64ose\x18\x07 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00\x80@-\x00\x00\x00\x00H\x01\x88\x01\x01\x42\x08\n\x06_deltaB\x07\n\x05_dose\"\xda\x05\n\x0fGenerateRequest\x12\x19\n\x06prompt\x18\x01 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04\x12\"\n\x0fnegative_prompt\x18\x02 \x01(\tB\t\xbaH\x06r\x04(\x80\x80\x04\x12\"\n\x05image\x18\x03 \x01(\x0b\x32\x13.monofacet.v1.Image\x12(\n\x08steering\x18\x04 \x01(\x0b\x32\x16.monofacet.v1.Steering\x12\x1b\n\nnum_images\x18\x05 \x01(\rB\x07\xbaH\x04*\x02\x18@\x12%\n\x05seeds\x18\x06 \x03(\x04\x42\x16\xbaH\x13\x92\x01\x10\x10@\"\x0c\x32\n\x18\xff\xff\xff\xff\xff\xff\xff\xff\x7f\x12,\n\x13num_inference_steps\x18\x07 \x01(\rB\n\xbaH\x07*\x05\x18\xe8\x07(\x01H\x00\x88\x01\x01\x12,\n\x0eguidance_scale\x18\x08 \x01(\x02\x42\x0f\xbaH\x0c\n\n\x1d\x00\x00HB-\x00\x00\x80?H\x01\x88\x01\x01\x12\x18\n\x06height\x18\t \x01(\rB\x08\xbaH\x05*\x03\x18\x80 \x12\x17\n\x05width\x18\n \x01(\rB\x08\xbaH\x05*\x03\x18\x80 \x12\x1f\n\rpreview_every\x18\x0b \x01(\rB\x08\xbaH\x05*\x03\x18\xe8\x07\x12\x19\n\x11include_unsteered\x18\x0c \x01(\x08\x12\x33\n\x06\x66ormat\x18\r \x01(\x0e\x32\x19.monofacet.v1.ImageFormatB\x08\xbaH\x05\x82\x01\x02\x10\x01\x12\x15\n\rtruncate_text\x18\x0e \x01(\x08\x12\x18\n\x06\x62undle\x18\x0f \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02:\x99\x01\xbaH\x95\x01\x1a\x92\x01\n\x0egenerate.seeds\x12#seeds must be empty or one an image\x1a[this.num_images == 0u || size(this.seeds) == 0 || uint(size(this.seeds)) == this.num_imagesB\x16\n\x14_num_inference_stepsB\x11\n\x0f_guidance_scale\"O\n\x10GenerateProgress\x12\r\n\x05steps\x18\x01 \x03(\r\x12\x1b\n\x13num_inference_steps\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\"e\n\x0fGeneratePreview\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\tunsteered\x18\x02 \x01(\x08\x12\x0c\n\x04step\x18\x03 \x01(\r\x12\"\n\x05image\x18\x04 \x01(\x0b\x32\x13.monofacet.v1.Image\"\xe5\x01\n\x0eGeneratedImage\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\tunsteered\x18\x02 \x01(\x08\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\"\n\x05image\x18\x04 \x01(\x0b\x32\x13.monofacet.v1.Image\x12\x31\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x1a.monofacet.v1.FinishReason\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.Status\x12\r\n\x05\x64\x65lta\x18\x07 \x01(\x02\x12\x11\n\x04\x64ose\x18\x08 \x01(\x02H\x00\x88\x01\x01\x42\x07\n\x05_dose\"\xe8\x01\n\x10GenerateResponse\x12\x32\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.monofacet.v1.GenerateProgressH\x00\x12\x30\n\x07preview\x18\x02 \x01(\x0b\x32\x1d.monofacet.v1.GeneratePreviewH\x00\x12-\n\x05image\x18\x03 \x01(\x0b\x32\x1c.monofacet.v1.GeneratedImageH\x00\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x05 \x01(\tB\x07\n\x05\x65vent\"\x95\x02\n\x16PreviewSteeringRequest\x12*\n\x05input\x18\x01 \x01(\x0b\x32\x13.monofacet.v1.InputB\x06\xbaH\x03\xc8\x01\x01\x12\x30\n\x08steering\x18\x02 \x01(\x0b\x32\x16.monofacet.v1.SteeringB\x06\xbaH\x03\xc8\x01\x01\x12\"\n\x0cmax_captions\x18\x03 \x01(\rB\x07\xbaH\x04*\x02\x18\x64H\x00\x88\x01\x01\x12&\n\x0cmax_features\x18\x04 \x01(\rB\x0b\xbaH\x08*\x06\x18\x80\x80\x04(\x01H\x01\x88\x01\x01\x12\x15\n\rtruncate_text\x18\x05 \x01(\x08\x12\x18\n\x06\x62undle\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\x42\x0f\n\r_max_captionsB\x0f\n\r_max_features\"/\n\x0bNearCaption\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x12\n\nsimilarity\x18\x02 \x01(\x02\"\xf7\x02\n\x17PreviewSteeringResponse\x12.\n\x08\x66\x65\x61tures\x18\x01 \x01(\x0b\x32\x1c.monofacet.v1.SparseFeatures\x12\x36\n\x10steered_features\x18\x02 \x01(\x0b\x32\x1c.monofacet.v1.SparseFeatures\x12/\n\x11steered_embedding\x18\x03 \x01(\x0b\x32\x14.monofacet.v1.Tensor\x12\r\n\x05\x64\x65lta\x18\x04 \x01(\x02\x12+\n\x08\x63\x61ptions\x18\x05 \x03(\x0b\x32\x19.monofacet.v1.NearCaption\x12\x33\n\x10steered_captions\x18\x06 \x03(\x0b\x32\x19.monofacet.v1.NearCaption\x12&\n\x07timings\x18\x07 \x01(\x0b\x32\x15.monofacet.v1.Timings\x12\x0e\n\x06\x62undle\x18\x08 \x01(\t\x12\x11\n\x04\x64ose\x18\t \x01(\x02H\x00\x88\x01\x01\x42\x07\n\x05_dose\":\n\x0e\x41ttributeShare\x12\r\n\x05value\x18\x01 \x01(\x02\x12\x0b\n\x03low\x18\x02 \x01(\x02\x12\x0c\n\x04high\x18\x03 \x01(\x02\"\xac\x02\n\x11\x41ttributeMeasures\x12\x10\n\x08pictures\x18\x01 \x01(\r\x12)\n\x03hit\x18\x02 \x01(\x0b\x32\x1c.monofacet.v1.AttributeShare\x12\x30\n\nhit_before\x18\x03 \x01(\x0b\x32\x1c.monofacet.v1.AttributeShare\x12\x32\n\x0c\x63oncept_kept\x18\x04 \x01(\x0b\x32\x1c.monofacet.v1.AttributeShare\x12\x39\n\x13\x63oncept_kept_before\x18\x05 \x01(\x0b\x32\x1c.monofacet.v1.AttributeShare\x12\x18\n\x10off_distribution\x18\x06 \x01(\x02\x12\x1f\n\x17off_distribution_before\x18\x07 \x01(\x02\"\xa8\x01\n\tAttribute\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\x12.\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x1c.monofacet.v1.SparseFeatures\x12\x0c\n\x04\x64ose\x18\x04 \x01(\x02\x12\r\n\x05pairs\x18\x05 \x01(\r\x12\x31\n\x08measures\x18\x06 \x01(\x0b\x32\x1f.monofacet.v1.AttributeMeasures\"1\n\x15ListAttributesRequest\x12\x18\n\x06\x62undle\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"\xa3\x01\n\x16ListAttributesResponse\x12+\n\nattributes\x18\x01 \x03(\x0b\x32\x17.monofacet.v1.Attribute\x12\x16\n\tunit_dose\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x06\x62undle\x18\x03 \x01(\t\x12&\n\x07timings\x18\x04 \x01(\x0b\x32\x15.monofacet.v1.TimingsB\x0c\n\n_unit_dose\"I\n\x13GetAttributeRequest\x12\x18\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80\x01\x12\x18\n\x06\x62undle\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\x80\x02\"z\n\x14GetAttributeResponse\x12*\n\tattribute\x18\x01 \x01(\x0b\x32\x17.monofacet.v1.Attribute\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\x12&\n\x07timings\x18\x03 \x01(\x0b\x32\x15.monofacet.v1.Timings*X\n\x0bImageFormat\x12\x1c\n\x18IMAGE_FORMAT_UNSPECIFIED\x10\x00\x12\x14\n\x10IMAGE_FORMAT_PNG\x10\x01\x12\x15\n\x11IMAGE_FORMAT_WEBP\x10\x02*d\n\x0cSteeringPath\x12\x1d\n\x19STEERING_PATH_UNSPECIFIED\x10\x00\x12\x1b\n\x17STEERING_PATH_EMBEDDING\x10\x01\x12\x18\n\x14STEERING_PATH_PROMPT\x10\x02*{\n\x10SteeringGuidance\x12!\n\x1dSTEERING_GUIDANCE_UNSPECIFIED\x10\x00\x12!\n\x1dSTEERING_GUIDANCE_CONDITIONAL\x10\x01\x12!\n\x1dSTEERING_GUIDANCE_CONTRASTIVE\x10\x02*d\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x46INISH_REASON_COMPLETED\x10\x01\x12\x18\n\x14\x46INISH_REASON_FAILED\x10\x02\x32\xf1\x02\n\x0eImagingService\x12K\n\x08Generate\x12\x1d.monofacet.v1.GenerateRequest\x1a\x1e.monofacet.v1.GenerateResponse0\x01\x12^\n\x0fPreviewSteering\x12$.monofacet.v1.PreviewSteeringRequest\x1a%.monofacet.v1.PreviewSteeringResponse\x12[\n\x0eListAttributes\x12#.monofacet.v1.ListAttributesRequest\x1a$.monofacet.v1.ListAttributesResponse\x12U\n\x0cGetAttribute\x12!.monofacet.v1.GetAttributeRequest\x1a\".monofacet.v1.GetAttributeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,6 +48,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEERINGEDIT'].fields_by_name['quantile']._serialized_options = b'\272H\014\n\n\035\000\000\200?-\000\000\000\000'
   _globals['_STEERINGEDIT'].fields_by_name['strength']._loaded_options = None
   _globals['_STEERINGEDIT'].fields_by_name['strength']._serialized_options = b'\272H\014\n\n\035\000\000\200@-\000\000\000\000'
+  _globals['_STEERINGATTRIBUTE'].fields_by_name['name']._loaded_options = None
+  _globals['_STEERINGATTRIBUTE'].fields_by_name['name']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
+  _globals['_STEERINGATTRIBUTE'].fields_by_name['strength']._loaded_options = None
+  _globals['_STEERINGATTRIBUTE'].fields_by_name['strength']._serialized_options = b'\272H\014\n\n\035\000\000\200@-\000\000\000\000'
   _globals['_STEERING'].fields_by_name['dictionary']._loaded_options = None
   _globals['_STEERING'].fields_by_name['dictionary']._serialized_options = b'\272H\005r\003\030\200\001'
   _globals['_STEERING'].fields_by_name['edits']._loaded_options = None
@@ -58,6 +62,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEERING'].fields_by_name['guidance']._serialized_options = b'\272H\005\202\001\002\020\001'
   _globals['_STEERING'].fields_by_name['delta']._loaded_options = None
   _globals['_STEERING'].fields_by_name['delta']._serialized_options = b'\272H\014\n\n\035\000\000\000@-\000\000\000\000'
+  _globals['_STEERING'].fields_by_name['attributes']._loaded_options = None
+  _globals['_STEERING'].fields_by_name['attributes']._serialized_options = b'\272H\005\222\001\002\020\020'
+  _globals['_STEERING'].fields_by_name['dose']._loaded_options = None
+  _globals['_STEERING'].fields_by_name['dose']._serialized_options = b'\272H\014\n\n\035\000\000\200@-\000\000\000\000'
   _globals['_GENERATEREQUEST'].fields_by_name['prompt']._loaded_options = None
   _globals['_GENERATEREQUEST'].fields_by_name['prompt']._serialized_options = b'\272H\006r\004(\200\200\004'
   _globals['_GENERATEREQUEST'].fields_by_name['negative_prompt']._loaded_options = None
@@ -92,36 +100,58 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREVIEWSTEERINGREQUEST'].fields_by_name['max_features']._serialized_options = b'\272H\010*\006\030\200\200\004(\001'
   _globals['_PREVIEWSTEERINGREQUEST'].fields_by_name['bundle']._loaded_options = None
   _globals['_PREVIEWSTEERINGREQUEST'].fields_by_name['bundle']._serialized_options = b'\272H\005r\003\030\200\002'
-  _globals['_IMAGEFORMAT']._serialized_start=2797
-  _globals['_IMAGEFORMAT']._serialized_end=2885
-  _globals['_STEERINGPATH']._serialized_start=2887
-  _globals['_STEERINGPATH']._serialized_end=2987
-  _globals['_STEERINGGUIDANCE']._serialized_start=2989
-  _globals['_STEERINGGUIDANCE']._serialized_end=3112
-  _globals['_FINISHREASON']._serialized_start=3114
-  _globals['_FINISHREASON']._serialized_end=3214
+  _globals['_LISTATTRIBUTESREQUEST'].fields_by_name['bundle']._loaded_options = None
+  _globals['_LISTATTRIBUTESREQUEST'].fields_by_name['bundle']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_GETATTRIBUTEREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_GETATTRIBUTEREQUEST'].fields_by_name['name']._serialized_options = b'\272H\007r\005\020\001\030\200\001'
+  _globals['_GETATTRIBUTEREQUEST'].fields_by_name['bundle']._loaded_options = None
+  _globals['_GETATTRIBUTEREQUEST'].fields_by_name['bundle']._serialized_options = b'\272H\005r\003\030\200\002'
+  _globals['_IMAGEFORMAT']._serialized_start=4011
+  _globals['_IMAGEFORMAT']._serialized_end=4099
+  _globals['_STEERINGPATH']._serialized_start=4101
+  _globals['_STEERINGPATH']._serialized_end=4201
+  _globals['_STEERINGGUIDANCE']._serialized_start=4203
+  _globals['_STEERINGGUIDANCE']._serialized_end=4326
+  _globals['_FINISHREASON']._serialized_start=4328
+  _globals['_FINISHREASON']._serialized_end=4428
   _globals['_STEEREDFEATURES']._serialized_start=133
   _globals['_STEEREDFEATURES']._serialized_end=177
   _globals['_STEERINGEDIT']._serialized_start=180
   _globals['_STEERINGEDIT']._serialized_end=505
-  _globals['_STEERING']._serialized_start=508
-  _globals['_STEERING']._serialized_end=760
-  _globals['_GENERATEREQUEST']._serialized_start=763
-  _globals['_GENERATEREQUEST']._serialized_end=1493
-  _globals['_GENERATEPROGRESS']._serialized_start=1495
-  _globals['_GENERATEPROGRESS']._serialized_end=1574
-  _globals['_GENERATEPREVIEW']._serialized_start=1576
-  _globals['_GENERATEPREVIEW']._serialized_end=1677
-  _globals['_GENERATEDIMAGE']._serialized_start=1680
-  _globals['_GENERATEDIMAGE']._serialized_end=1881
-  _globals['_GENERATERESPONSE']._serialized_start=1884
-  _globals['_GENERATERESPONSE']._serialized_end=2116
-  _globals['_PREVIEWSTEERINGREQUEST']._serialized_start=2119
-  _globals['_PREVIEWSTEERINGREQUEST']._serialized_end=2396
-  _globals['_NEARCAPTION']._serialized_start=2398
-  _globals['_NEARCAPTION']._serialized_end=2445
-  _globals['_PREVIEWSTEERINGRESPONSE']._serialized_start=2448
-  _globals['_PREVIEWSTEERINGRESPONSE']._serialized_end=2795
-  _globals['_IMAGINGSERVICE']._serialized_start=3217
-  _globals['_IMAGINGSERVICE']._serialized_end=3406
+  _globals['_STEERINGATTRIBUTE']._serialized_start=507
+  _globals['_STEERINGATTRIBUTE']._serialized_end=605
+  _globals['_STEERING']._serialized_start=608
+  _globals['_STEERING']._serialized_end=968
+  _globals['_GENERATEREQUEST']._serialized_start=971
+  _globals['_GENERATEREQUEST']._serialized_end=1701
+  _globals['_GENERATEPROGRESS']._serialized_start=1703
+  _globals['_GENERATEPROGRESS']._serialized_end=1782
+  _globals['_GENERATEPREVIEW']._serialized_start=1784
+  _globals['_GENERATEPREVIEW']._serialized_end=1885
+  _globals['_GENERATEDIMAGE']._serialized_start=1888
+  _globals['_GENERATEDIMAGE']._serialized_end=2117
+  _globals['_GENERATERESPONSE']._serialized_start=2120
+  _globals['_GENERATERESPONSE']._serialized_end=2352
+  _globals['_PREVIEWSTEERINGREQUEST']._serialized_start=2355
+  _globals['_PREVIEWSTEERINGREQUEST']._serialized_end=2632
+  _globals['_NEARCAPTION']._serialized_start=2634
+  _globals['_NEARCAPTION']._serialized_end=2681
+  _globals['_PREVIEWSTEERINGRESPONSE']._serialized_start=2684
+  _globals['_PREVIEWSTEERINGRESPONSE']._serialized_end=3059
+  _globals['_ATTRIBUTESHARE']._serialized_start=3061
+  _globals['_ATTRIBUTESHARE']._serialized_end=3119
+  _globals['_ATTRIBUTEMEASURES']._serialized_start=3122
+  _globals['_ATTRIBUTEMEASURES']._serialized_end=3422
+  _globals['_ATTRIBUTE']._serialized_start=3425
+  _globals['_ATTRIBUTE']._serialized_end=3593
+  _globals['_LISTATTRIBUTESREQUEST']._serialized_start=3595
+  _globals['_LISTATTRIBUTESREQUEST']._serialized_end=3644
+  _globals['_LISTATTRIBUTESRESPONSE']._serialized_start=3647
+  _globals['_LISTATTRIBUTESRESPONSE']._serialized_end=3810
+  _globals['_GETATTRIBUTEREQUEST']._serialized_start=3812
+  _globals['_GETATTRIBUTEREQUEST']._serialized_end=3885
+  _globals['_GETATTRIBUTERESPONSE']._serialized_start=3887
+  _globals['_GETATTRIBUTERESPONSE']._serialized_end=4009
+  _globals['_IMAGINGSERVICE']._serialized_start=4431
+  _globals['_IMAGINGSERVICE']._serialized_end=4800
 # @@protoc_insertion_point(module_scope)

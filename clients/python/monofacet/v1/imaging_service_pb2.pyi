@@ -160,7 +160,9 @@ class SteeringEdit(_message.Message):
     scale: _builtins.float
     """So many times the activation, in [-16, 16]: 0 removes the features, 2 doubles them."""
     quantile: _builtins.float
-    """This quantile, in [0, 1], of the activations that each feature has where it is active."""
+    """This quantile, in [0, 1], of the activations that each feature has where it is active. In a bundle with doses, what
+    is too small to be seen goes past it at strength 1, up to six times as far (ListAttributesResponse.unit_dose).
+    """
     strength: _builtins.float
     """0 to 4; 0 changes nothing, 1 reaches the target, more goes past it. Not set: 1."""
     @_builtins.property
@@ -201,6 +203,34 @@ class SteeringEdit(_message.Message):
 Global___SteeringEdit: _TypeAlias = SteeringEdit  # noqa: Y015
 
 @_typing.final
+class SteeringAttribute(_message.Message):
+    """Turns an attribute: a sparse combination of features that the bundle fitted between inputs that differ in it alone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the attribute, 1 to 128 characters, as ListAttributes has it."""
+    strength: _builtins.float
+    """0 to 4; 0 changes nothing, 1 is the dose at which it was measured. Not set: 1."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        strength: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "strength", b"strength"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_strength", b"_strength", "name", b"name", "strength", b"strength"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+
+Global___SteeringAttribute: _TypeAlias = SteeringAttribute  # noqa: Y015
+
+@_typing.final
 class Steering(_message.Message):
     """Edits and their way into the pipeline."""
 
@@ -211,6 +241,8 @@ class Steering(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     GUIDANCE_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    DOSE_FIELD_NUMBER: _builtins.int
     dictionary: _builtins.str
     """Name of the dictionary that the features belong to, at most 128 characters. Empty: the bundle's default."""
     path: Global___SteeringPath.ValueType
@@ -221,9 +253,18 @@ class Steering(_message.Message):
     """Rescales the whole change so that its size, ||e' - e|| / ||e||, is this: in [0, 2]. It makes edits of different
     features comparable. Not set: as the edits ask.
     """
+    dose: _builtins.float
+    """Rescales the whole change to this dose, in [0, 4]: its length as the generator sees it, where the root mean square
+    length of an embedding is 1. Changes towards a reference end a quarter past its activations, short of the dose if
+    need be; the answer has the dose that was given. Only for bundles with doses, and not with delta.
+    """
     @_builtins.property
     def edits(self) -> _containers.RepeatedCompositeFieldContainer[Global___SteeringEdit]:
         """0 to 64 edits, applied in order. None: nothing is steered."""
+
+    @_builtins.property
+    def attributes(self) -> _containers.RepeatedCompositeFieldContainer[Global___SteeringAttribute]:
+        """0 to 16 attributes, which add up, applied after the edits. FAILED_PRECONDITION if the bundle has none."""
 
     def __init__(
         self,
@@ -233,14 +274,21 @@ class Steering(_message.Message):
         path: Global___SteeringPath.ValueType = ...,
         guidance: Global___SteeringGuidance.ValueType = ...,
         delta: _builtins.float | None = ...,
+        attributes: _abc.Iterable[Global___SteeringAttribute] | None = ...,
+        dose: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "delta", b"delta"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_dose", b"_dose", "delta", b"delta", "dose", b"dose"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "delta", b"delta", "dictionary", b"dictionary", "edits", b"edits", "guidance", b"guidance", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_dose", b"_dose", "attributes", b"attributes", "delta", b"delta", "dictionary", b"dictionary", "dose", b"dose", "edits", b"edits", "guidance", b"guidance", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
     _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015
+    _WhichOneofReturnType__dose: _TypeAlias = _typing.Literal["dose"]  # noqa: Y015
+    _WhichOneofArgType__dose: _TypeAlias = _typing.Literal["_dose", b"_dose"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__delta) -> _WhichOneofReturnType__delta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dose) -> _WhichOneofReturnType__dose | None: ...
 
 Global___Steering: _TypeAlias = Steering  # noqa: Y015
 
@@ -422,6 +470,7 @@ class GeneratedImage(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
+    DOSE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Number of the image, from 0, in the order of the seeds."""
     unsteered: _builtins.bool
@@ -432,6 +481,8 @@ class GeneratedImage(_message.Message):
     """How it came out."""
     delta: _builtins.float
     """Size of the steering, ||e' - e|| / ||e||, in [0, 2]; 0 without edits."""
+    dose: _builtins.float
+    """Its length as the generator sees it, at least 0; 0 without edits. Not set where the bundle knows no doses."""
     @_builtins.property
     def image(self) -> _common_pb2.Image:
         """The picture. Not set if it failed."""
@@ -450,12 +501,15 @@ class GeneratedImage(_message.Message):
         finish_reason: Global___FinishReason.ValueType = ...,
         error: _status_pb2.Status | None = ...,
         delta: _builtins.float = ...,
+        dose: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "image", b"image"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dose", b"_dose", "dose", b"dose", "error", b"error", "image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "error", b"error", "finish_reason", b"finish_reason", "image", b"image", "index", b"index", "seed", b"seed", "unsteered", b"unsteered"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dose", b"_dose", "delta", b"delta", "dose", b"dose", "error", b"error", "finish_reason", b"finish_reason", "image", b"image", "index", b"index", "seed", b"seed", "unsteered", b"unsteered"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__dose: _TypeAlias = _typing.Literal["dose"]  # noqa: Y015
+    _WhichOneofArgType__dose: _TypeAlias = _typing.Literal["_dose", b"_dose"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dose) -> _WhichOneofReturnType__dose | None: ...
 
 Global___GeneratedImage: _TypeAlias = GeneratedImage  # noqa: Y015
 
@@ -602,10 +656,13 @@ class PreviewSteeringResponse(_message.Message):
     STEERED_CAPTIONS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
+    DOSE_FIELD_NUMBER: _builtins.int
     delta: _builtins.float
     """Size of the change, ||e' - e|| / ||e||, in [0, 2]."""
     bundle: _builtins.str
     """The bundle that answered, as `name@hash`."""
+    dose: _builtins.float
+    """Length of the change as the generator sees it, at least 0. Not set where the bundle knows no doses."""
     @_builtins.property
     def features(self) -> _common_pb2.SparseFeatures:
         """Strongest features before."""
@@ -641,11 +698,274 @@ class PreviewSteeringResponse(_message.Message):
         steered_captions: _abc.Iterable[Global___NearCaption] | None = ...,
         timings: _common_pb2.Timings | None = ...,
         bundle: _builtins.str = ...,
+        dose: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "steered_embedding", b"steered_embedding", "steered_features", b"steered_features", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dose", b"_dose", "dose", b"dose", "features", b"features", "steered_embedding", b"steered_embedding", "steered_features", b"steered_features", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "captions", b"captions", "delta", b"delta", "features", b"features", "steered_captions", b"steered_captions", "steered_embedding", b"steered_embedding", "steered_features", b"steered_features", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dose", b"_dose", "bundle", b"bundle", "captions", b"captions", "delta", b"delta", "dose", b"dose", "features", b"features", "steered_captions", b"steered_captions", "steered_embedding", b"steered_embedding", "steered_features", b"steered_features", "timings", b"timings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__dose: _TypeAlias = _typing.Literal["dose"]  # noqa: Y015
+    _WhichOneofArgType__dose: _TypeAlias = _typing.Literal["_dose", b"_dose"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dose) -> _WhichOneofReturnType__dose | None: ...
+
+Global___PreviewSteeringResponse: _TypeAlias = PreviewSteeringResponse  # noqa: Y015
+
+@_typing.final
+class AttributeShare(_message.Message):
+    """A share of measured pictures with its 95% interval, by concept; all in [0, 1]."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    value: _builtins.float
+    """The share."""
+    low: _builtins.float
+    """Lower end."""
+    high: _builtins.float
+    """Upper end."""
+    def __init__(
+        self,
+        *,
+        value: _builtins.float = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PreviewSteeringResponse: _TypeAlias = PreviewSteeringResponse  # noqa: Y015
+Global___AttributeShare: _TypeAlias = AttributeShare  # noqa: Y015
+
+@_typing.final
+class AttributeMeasures(_message.Message):
+    """What an attribute did to pictures at strength 1, on concepts that took no part in fitting it or choosing its dose."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PICTURES_FIELD_NUMBER: _builtins.int
+    HIT_FIELD_NUMBER: _builtins.int
+    HIT_BEFORE_FIELD_NUMBER: _builtins.int
+    CONCEPT_KEPT_FIELD_NUMBER: _builtins.int
+    CONCEPT_KEPT_BEFORE_FIELD_NUMBER: _builtins.int
+    OFF_DISTRIBUTION_FIELD_NUMBER: _builtins.int
+    OFF_DISTRIBUTION_BEFORE_FIELD_NUMBER: _builtins.int
+    pictures: _builtins.int
+    """Steered pictures."""
+    off_distribution: _builtins.float
+    """Distance from the data: the mean share of held-out embeddings that lie nearer to the training data than the steered
+    ones, in [0, 1]; 0.5 is as usual.
+    """
+    off_distribution_before: _builtins.float
+    """The same without it."""
+    @_builtins.property
+    def hit(self) -> Global___AttributeShare:
+        """Of them, those in which a probe, fitted on other drawings, finds the attribute."""
+
+    @_builtins.property
+    def hit_before(self) -> Global___AttributeShare:
+        """The same of the pictures without it."""
+
+    @_builtins.property
+    def concept_kept(self) -> Global___AttributeShare:
+        """Of the pictures whose concept a judge other than the generator's CLIP finds among a hundred without the attribute,
+        in grey: those in which it still does.
+        """
+
+    @_builtins.property
+    def concept_kept_before(self) -> Global___AttributeShare:
+        """Pictures whose concept it finds without the attribute."""
+
+    def __init__(
+        self,
+        *,
+        pictures: _builtins.int = ...,
+        hit: Global___AttributeShare | None = ...,
+        hit_before: Global___AttributeShare | None = ...,
+        concept_kept: Global___AttributeShare | None = ...,
+        concept_kept_before: Global___AttributeShare | None = ...,
+        off_distribution: _builtins.float = ...,
+        off_distribution_before: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["concept_kept", b"concept_kept", "concept_kept_before", b"concept_kept_before", "hit", b"hit", "hit_before", b"hit_before"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concept_kept", b"concept_kept", "concept_kept_before", b"concept_kept_before", "hit", b"hit", "hit_before", b"hit_before", "off_distribution", b"off_distribution", "off_distribution_before", b"off_distribution_before", "pictures", b"pictures"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttributeMeasures: _TypeAlias = AttributeMeasures  # noqa: Y015
+
+@_typing.final
+class Attribute(_message.Message):
+    """The card of an attribute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    DOSE_FIELD_NUMBER: _builtins.int
+    PAIRS_FIELD_NUMBER: _builtins.int
+    MEASURES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What Steering.attributes names it by."""
+    group: _builtins.str
+    """What it is one value of, such as `skin tone`."""
+    dose: _builtins.float
+    """Dose of strength 1, above 0, before activations are kept at or above 0."""
+    pairs: _builtins.int
+    """Pairs of drawings of one concept that it was fitted on."""
+    @_builtins.property
+    def features(self) -> _common_pb2.SparseFeatures:
+        """The features that it is made of, and how much it adds to each, up to a common factor; largest first."""
+
+    @_builtins.property
+    def measures(self) -> Global___AttributeMeasures:
+        """What it does. Not set where it was not measured."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        group: _builtins.str = ...,
+        features: _common_pb2.SparseFeatures | None = ...,
+        dose: _builtins.float = ...,
+        pairs: _builtins.int = ...,
+        measures: Global___AttributeMeasures | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["features", b"features", "measures", b"measures"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dose", b"dose", "features", b"features", "group", b"group", "measures", b"measures", "name", b"name", "pairs", b"pairs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Attribute: _TypeAlias = Attribute  # noqa: Y015
+
+@_typing.final
+class ListAttributesRequest(_message.Message):
+    """Asks for the attributes of a bundle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.str
+    """Which bundle answers: its name, or its id `name@hash`; at most 256 characters. Empty: the server's default, the first
+    that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it.
+    """
+    def __init__(
+        self,
+        *,
+        bundle: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAttributesRequest: _TypeAlias = ListAttributesRequest  # noqa: Y015
+
+@_typing.final
+class ListAttributesResponse(_message.Message):
+    """All attributes of a bundle."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    UNIT_DOSE_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    unit_dose: _builtins.float
+    """Dose that an edit to a quantile is lengthened to at strength 1, above 0. Not set where the bundle knows no doses."""
+    bundle: _builtins.str
+    """The bundle that answered, as `name@hash`."""
+    @_builtins.property
+    def attributes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attribute]:
+        """In the bundle's order, groups together."""
+
+    @_builtins.property
+    def timings(self) -> _common_pb2.Timings:
+        """Where the time went."""
+
+    def __init__(
+        self,
+        *,
+        attributes: _abc.Iterable[Global___Attribute] | None = ...,
+        unit_dose: _builtins.float | None = ...,
+        bundle: _builtins.str = ...,
+        timings: _common_pb2.Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_unit_dose", b"_unit_dose", "timings", b"timings", "unit_dose", b"unit_dose"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_unit_dose", b"_unit_dose", "attributes", b"attributes", "bundle", b"bundle", "timings", b"timings", "unit_dose", b"unit_dose"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__unit_dose: _TypeAlias = _typing.Literal["unit_dose"]  # noqa: Y015
+    _WhichOneofArgType__unit_dose: _TypeAlias = _typing.Literal["_unit_dose", b"_unit_dose"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__unit_dose) -> _WhichOneofReturnType__unit_dose | None: ...
+
+Global___ListAttributesResponse: _TypeAlias = ListAttributesResponse  # noqa: Y015
+
+@_typing.final
+class GetAttributeRequest(_message.Message):
+    """Asks for one attribute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name, 1 to 128 characters."""
+    bundle: _builtins.str
+    """Which bundle answers: its name, or its id `name@hash`; at most 256 characters. Empty: the server's default, the first
+    that ListModels answers. NOT_FOUND, reason UNKNOWN_MODEL, if the server does not serve it.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        bundle: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAttributeRequest: _TypeAlias = GetAttributeRequest  # noqa: Y015
+
+@_typing.final
+class GetAttributeResponse(_message.Message):
+    """One attribute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTRIBUTE_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.str
+    """The bundle that answered, as `name@hash`."""
+    @_builtins.property
+    def attribute(self) -> Global___Attribute:
+        """Its card."""
+
+    @_builtins.property
+    def timings(self) -> _common_pb2.Timings:
+        """Where the time went."""
+
+    def __init__(
+        self,
+        *,
+        attribute: Global___Attribute | None = ...,
+        bundle: _builtins.str = ...,
+        timings: _common_pb2.Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attribute", b"attribute", "timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute", b"attribute", "bundle", b"bundle", "timings", b"timings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAttributeResponse: _TypeAlias = GetAttributeResponse  # noqa: Y015

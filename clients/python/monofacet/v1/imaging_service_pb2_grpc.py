@@ -45,6 +45,16 @@ class ImagingServiceStub:
                 request_serializer=monofacet_dot_v1_dot_imaging__service__pb2.PreviewSteeringRequest.SerializeToString,
                 response_deserializer=monofacet_dot_v1_dot_imaging__service__pb2.PreviewSteeringResponse.FromString,
                 _registered_method=True)
+        self.ListAttributes = channel.unary_unary(
+                '/monofacet.v1.ImagingService/ListAttributes',
+                request_serializer=monofacet_dot_v1_dot_imaging__service__pb2.ListAttributesRequest.SerializeToString,
+                response_deserializer=monofacet_dot_v1_dot_imaging__service__pb2.ListAttributesResponse.FromString,
+                _registered_method=True)
+        self.GetAttribute = channel.unary_unary(
+                '/monofacet.v1.ImagingService/GetAttribute',
+                request_serializer=monofacet_dot_v1_dot_imaging__service__pb2.GetAttributeRequest.SerializeToString,
+                response_deserializer=monofacet_dot_v1_dot_imaging__service__pb2.GetAttributeResponse.FromString,
+                _registered_method=True)
 
 
 class ImagingServiceServicer:
@@ -67,6 +77,21 @@ class ImagingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAttributes(self, request, context):
+        """Lists the attributes that Steering.attributes can turn, each with what it was measured to do. An empty list for a
+        bundle without any.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAttribute(self, request, context):
+        """One attribute by its name. NOT_FOUND if there is no such attribute.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ImagingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +104,16 @@ def add_ImagingServiceServicer_to_server(servicer, server):
                     servicer.PreviewSteering,
                     request_deserializer=monofacet_dot_v1_dot_imaging__service__pb2.PreviewSteeringRequest.FromString,
                     response_serializer=monofacet_dot_v1_dot_imaging__service__pb2.PreviewSteeringResponse.SerializeToString,
+            ),
+            'ListAttributes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAttributes,
+                    request_deserializer=monofacet_dot_v1_dot_imaging__service__pb2.ListAttributesRequest.FromString,
+                    response_serializer=monofacet_dot_v1_dot_imaging__service__pb2.ListAttributesResponse.SerializeToString,
+            ),
+            'GetAttribute': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAttribute,
+                    request_deserializer=monofacet_dot_v1_dot_imaging__service__pb2.GetAttributeRequest.FromString,
+                    response_serializer=monofacet_dot_v1_dot_imaging__service__pb2.GetAttributeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +171,60 @@ class ImagingService:
             '/monofacet.v1.ImagingService/PreviewSteering',
             monofacet_dot_v1_dot_imaging__service__pb2.PreviewSteeringRequest.SerializeToString,
             monofacet_dot_v1_dot_imaging__service__pb2.PreviewSteeringResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAttributes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/monofacet.v1.ImagingService/ListAttributes',
+            monofacet_dot_v1_dot_imaging__service__pb2.ListAttributesRequest.SerializeToString,
+            monofacet_dot_v1_dot_imaging__service__pb2.ListAttributesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAttribute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/monofacet.v1.ImagingService/GetAttribute',
+            monofacet_dot_v1_dot_imaging__service__pb2.GetAttributeRequest.SerializeToString,
+            monofacet_dot_v1_dot_imaging__service__pb2.GetAttributeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,12 @@ class ImagingServiceStub:
     """
     PreviewSteering: _grpc.UnaryUnaryMultiCallable[_imaging_service_pb2.PreviewSteeringRequest, _imaging_service_pb2.PreviewSteeringResponse]
     """Says what edits would do in feature space, without making an image. Works for every bundle."""
+    ListAttributes: _grpc.UnaryUnaryMultiCallable[_imaging_service_pb2.ListAttributesRequest, _imaging_service_pb2.ListAttributesResponse]
+    """Lists the attributes that Steering.attributes can turn, each with what it was measured to do. An empty list for a
+    bundle without any.
+    """
+    GetAttribute: _grpc.UnaryUnaryMultiCallable[_imaging_service_pb2.GetAttributeRequest, _imaging_service_pb2.GetAttributeResponse]
+    """One attribute by its name. NOT_FOUND if there is no such attribute."""
 
 @_typing.type_check_only
 class ImagingServiceAsyncStub(ImagingServiceStub):
@@ -53,6 +59,12 @@ class ImagingServiceAsyncStub(ImagingServiceStub):
     """
     PreviewSteering: _aio.UnaryUnaryMultiCallable[_imaging_service_pb2.PreviewSteeringRequest, _imaging_service_pb2.PreviewSteeringResponse]  # type: ignore[assignment]
     """Says what edits would do in feature space, without making an image. Works for every bundle."""
+    ListAttributes: _aio.UnaryUnaryMultiCallable[_imaging_service_pb2.ListAttributesRequest, _imaging_service_pb2.ListAttributesResponse]  # type: ignore[assignment]
+    """Lists the attributes that Steering.attributes can turn, each with what it was measured to do. An empty list for a
+    bundle without any.
+    """
+    GetAttribute: _aio.UnaryUnaryMultiCallable[_imaging_service_pb2.GetAttributeRequest, _imaging_service_pb2.GetAttributeResponse]  # type: ignore[assignment]
+    """One attribute by its name. NOT_FOUND if there is no such attribute."""
 
 class ImagingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Text-to-image generation, steered by features."""
@@ -75,5 +87,23 @@ class ImagingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_imaging_service_pb2.PreviewSteeringResponse, _abc.Awaitable[_imaging_service_pb2.PreviewSteeringResponse]]:
         """Says what edits would do in feature space, without making an image. Works for every bundle."""
+
+    @_abc_1.abstractmethod
+    def ListAttributes(
+        self,
+        request: _imaging_service_pb2.ListAttributesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_imaging_service_pb2.ListAttributesResponse, _abc.Awaitable[_imaging_service_pb2.ListAttributesResponse]]:
+        """Lists the attributes that Steering.attributes can turn, each with what it was measured to do. An empty list for a
+        bundle without any.
+        """
+
+    @_abc_1.abstractmethod
+    def GetAttribute(
+        self,
+        request: _imaging_service_pb2.GetAttributeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_imaging_service_pb2.GetAttributeResponse, _abc.Awaitable[_imaging_service_pb2.GetAttributeResponse]]:
+        """One attribute by its name. NOT_FOUND if there is no such attribute."""
 
 def add_ImagingServiceServicer_to_server(servicer: ImagingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
