@@ -80,20 +80,30 @@ def quality(g: dict[str, Any]) -> list[str]:
     ]
 
 
+def former(f: dict[str, Any]) -> str:
+    """Return what the pipeline before this one was worth, as this benchmark measured it then."""
+    return (
+        f"The former pipeline, of {f['side']} px, on captions of drawings that it was trained on: judge "
+        f"{interval(f['following'])}; unseen combinations {interval(f['combinations'])}; KID x 1,000 "
+        f"{interval(f['kid'], 0)}."
+    )
+
+
 def timing(t: dict[str, Any]) -> list[str]:
     """Return the table of how long a picture takes."""
     counts = list(t["bundles"][0]["seconds"])
     return [
-        "| pipeline | " + " | ".join(f"{n} at once, s a picture" for n in counts) + " |",
+        "| pipeline | " + " | ".join(f"{n} at once, s a picture (CPU s)" for n in counts) + " |",
         "|---|" + "---|" * len(counts),
         *(
             f"| `{b['bundle']}`, {b['pixels']} px, {b['steps']} steps | "
-            + " | ".join(f"{b['seconds'][n]:.2f}" for n in counts)
+            + " | ".join(f"{b['seconds'][n]:.2f} ({b['cpu_seconds'][n]:.2f})" for n in counts)
             + " |"
             for b in t["bundles"]
         ),
         "",
-        f"float32, {t['threads']} threads, on a machine that others used at the same time (load {t['load']:.0f}).",
+        f"float32, {t['threads']} threads. Load of the machine while it was measured: {t['load']:.0f}; the time on the "
+        "clock is longer by it, the processors' own hardly.",
     ]
 
 
@@ -115,7 +125,7 @@ def block(v: dict[str, Any]) -> str:
     lines = [BEGIN]
     g = v.get("generation")
     if g is not None and g["unet"] == v["unet"]:
-        lines += [*quality(g), ""]
+        lines += [*quality(g), "", *([former(v["former"]), ""] if "former" in v else [])]
     if "picture_time" in v:
         lines += [*timing(v["picture_time"]), ""]
     lines += [f"Solver, steps and guidance were chosen on {v['choice']['captions']} captions:", ""]

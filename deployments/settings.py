@@ -375,8 +375,8 @@ class Settings(BaseSettings):
     max_batch_images: int = Field(
         8,
         ge=1,
-        description="Images of one denoising step; the others wait. On two cores a step of eight costs half of "
-        "eight steps.",
+        description="Images of one denoising step; the others wait. Where a batch changes no bits, a step of eight "
+        "costs less than eight steps; elsewhere on a CPU as much.",
     )
     generation_bytes: int = Field(
         1024 * MIB,
