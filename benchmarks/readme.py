@@ -2,10 +2,11 @@
 
 `python -m benchmarks.readme`, or `make figures`
 
-Figures of the models come from the embedded bundle, and of its bias study from `work/bias.json`; figures of the service
-from `out/bench/*.json`, as the last run of each benchmark left them. All are kept in `benchmarks/figures.json`, so that
-the README can be written, and checked, where nothing was measured; what a run does not find stays as it was. It also
-draws `docs/figures/features.webp`: some features with the drawings that activate them most.
+Figures of the models come from the embedded bundle, of its bias study from `work/bias.json`, and of what it draws from
+`out/bench/generation.json`; each is of data that chose nothing, with its interval and with a baseline or control beside
+it. All are kept in `benchmarks/figures.json`, so that the README can be written, and checked, where nothing was
+measured; what a run does not find stays as it was. It also draws `docs/figures/features.webp`: some features with the
+drawings that activate them most.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import json
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,45 +49,43 @@ FROM_BUNDLE = {
     "validation_pixels": "manifest.json:metrics/retrieval/validation/pixels/1",
     "test": "manifest.json:metrics/retrieval/test/towers",
     "test_pixels": "manifest.json:metrics/retrieval/test/pixels/1",
-    "dictionary": "manifest.json:metrics/dictionaries/validation/{default}",
+    "dictionary": "manifest.json:metrics/dictionaries/test/{default}",
+    "round_trip_kept": "manifest.json:metrics/dictionaries/test/{default}/kept/r1_round_trip",
+    "codes_kept": "manifest.json:metrics/dictionaries/test/{default}/kept/r1_codes",
+    "sae_codes_kept": "manifest.json:metrics/dictionaries/test/sae/kept/r1_codes",
     "labels": "manifest.json:metrics/modality/{default}/labels",
     "shuffled": "manifest.json:metrics/modality/{default}/cross_on_shuffled_pairs",
     "kappa": "manifest.json:metrics/modality/{default}/kappa_halves",
+    "kappa_seeds": "manifest.json:metrics/modality/{default}/kappa_seeds",
     "wins_image": "manifest.json:metrics/modality/{default}/monosemanticity/image/win_rate/10",
     "wins_text": "manifest.json:metrics/modality/{default}/monosemanticity/text/win_rate/10",
+    "random_image": "manifest.json:metrics/modality/{default}/monosemanticity/image/embeddings/win_rate/10",
+    "random_text": "manifest.json:metrics/modality/{default}/monosemanticity/text/embeddings/win_rate/10",
     "neurons_image": "manifest.json:metrics/modality/neurons/monosemanticity/image/win_rate/10",
     "neurons_text": "manifest.json:metrics/modality/neurons/monosemanticity/text/win_rate/10",
-    "attacked_one": "defense/defense.json:figures/detection/pgd 4|255/one look/detected/1%",
-    "attacked_two": "defense/defense.json:figures/detection/pgd 4|255/two looks/detected/1%",
+    "attacked_one": "defense/defense.json:figures/openmoji/one look/detected/1%",
+    "attacked_two": "defense/defense.json:figures/openmoji/two looks/detected/1%",
+    "clean_one": "defense/defense.json:figures/openmoji/one look/false_positives/1%",
+    "clean_two": "defense/defense.json:figures/openmoji/two looks/false_positives/1%",
+    "noise_alone": "defense/defense.json:figures/single_scores/pgd 4|255/noise",
+    "all_scores": "defense/defense.json:figures/detection/pgd 4|255/one look/auroc",
     "evades_one": "defense/defense.json:figures/adaptive/one look/4|255/evades",
     "evades_two": "defense/defense.json:figures/adaptive/two looks/4|255/evades",
+    "undefended": "defense/defense.json:figures/adaptive/one look/4|255/undefended",
 }
 FROM_WORK = {
     "bias_chosen": "bias.json:chosen",
     "bias_auc": "bias.json:test/audits/0/auc",
     "bias_skew": "bias.json:test/audits/0/recalibrated/skew",
     "bias_probe": "bias.json:test/audits/0/probe",
+    "bias_nulls": "bias.json:test/audits/0/nulls",
     "bias_harms": "bias.json:test/audits/0/harms",
     "bias_verdict": "bias.json:test/audits/0/verdict",
 }
 FROM_BENCH = {
     "following": "generation.json:following/generated",
+    "following_real": "generation.json:following/real",
     "following_unet": "generation.json:unet",
-    "cores": "encode.json:machine/cores",
-    "share_at_32": "encode.json:served/vit-b-32/served/32x1/of_batch_32",
-    "share_of_batches": "encode.json:served/vit-b-32/served/4x32/of_batch_32",
-    "latency_ms": "encode.json:served/vit-b-32/p50_over_in_process_ms",
-    "peers_32": "peers.json:results/32x1/over the best peer",
-    "peers_batches": "peers.json:results/4x32/over the best peer",
-    "peers_alone": "peers.json:results/1x1/over the best peer",
-    "rides_small": "overhead.json:8192/in_process/32/all_cpu",
-    "rides_large": "overhead.json:65536/in_process/32/all_cpu",
-    "start_bundle": "start.json:bundle",
-    "start_s": "start.json:figures/to serving, s",
-    "memory_mb": "start.json:figures/memory after calls, MB",
-    "killed": "stopping.json:sigkill_of_the_encoder",
-    "stopped": "stopping.json:sigterm",
-    "stopping_bundle": "stopping.json:bundle",
 }
 
 
@@ -124,12 +124,37 @@ def collect(kept: Values, bundle: Path, work: Path | None, bench: Path | None) -
     return values
 
 
+@dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes
+    ----------
+    what
+        Is measured.
+    figure
+        With its 95% interval.
+    beside
+        The baseline or control, without which the figure would say nothing.
+    source
+        The command that measures it.
+    """
+
+    what: str
+    figure: str
+    beside: str
+    source: str
+
+
 def percent(figure: Any) -> str:
-    """Write a share, with its interval where it has one."""
-    if not isinstance(figure, dict):
-        return f"{figure:.0%}"
+    """Write a share with its interval; KeyError where it has none."""
     value = figure["value"] if "value" in figure else figure["mean"]
     return f"{value:.0%} [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+
+
+def number(figure: Any) -> str:
+    """Write a number with its interval; KeyError where it has none."""
+    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
 
 
 def change(figure: Any) -> str:
@@ -144,130 +169,99 @@ def elsewhere(v: Values, name: str, part: str = "bundle") -> str:
     return "" if v.get(name) == v.get(part) else f" {ELSEWHERE}"
 
 
-def rows(v: Values) -> list[tuple[str, str, str]]:
-    """Return the table's rows: what, the figure, and what measures it; without those whose figures are missing."""
-    made: list[tuple[str, Callable[[], str], str]] = [
-        (
+def rows(v: Values) -> list[Row]:
+    """Return the table's rows, without those of which something is missing."""
+    made: list[Callable[[], Row]] = [
+        lambda: Row(
             "caption of a held-out drawing, first guess",
-            lambda: (
-                f"{percent(v['validation']['image_to_text']['1'])} of {v['validation']['candidates']:,} captions; "
-                f"nearest neighbour on pixels {percent(v['validation_pixels'])}"
-            ),
+            f"{percent(v['validation']['image_to_text']['1'])} of {v['validation']['candidates']:,} captions",
+            f"nearest neighbour on pixels {percent(v['validation_pixels'])}",
             "`make bundle`",
         ),
-        (
+        lambda: Row(
             "the same, of an artist never seen",
-            lambda: (
-                f"{percent(v['test']['image_to_text']['1'])} of {v['test']['candidates']:,}; pixels "
-                f"{percent(v['test_pixels'])}"
-            ),
+            f"{percent(v['test']['image_to_text']['1'])} of {v['test']['candidates']:,}",
+            f"on pixels {percent(v['test_pixels'])}",
             "`make bundle`",
         ),
-        (
-            "retrieval that the default dictionary keeps",
-            lambda: (
-                f"{v['dictionary']['r1_round_trip_kept']:.0%} after the round trip, "
-                f"{v['dictionary']['r1_codes_kept']:.0%} on its {v['dictionary']['l0_image']:.0f} active features alone"
-            ),
+        lambda: Row(
+            "of that, kept by the default dictionary",
+            f"{percent(v['round_trip_kept'])} after the round trip, {percent(v['codes_kept'])} on its "
+            f"{v['dictionary']['l0_image']:.0f} active features alone",
+            f"on the codes of `sae`, {percent(v['sae_codes_kept'])}",
             "`make bundle`",
         ),
-        (
-            "what its features are about",
-            lambda: (
-                ", ".join(f"{name} {share:.0%}" for name, share in v["labels"].items())
-                + f"; CROSS on shuffled pairs: {v['shuffled']:.0%}; kappa of halves {v['kappa']['kappa']:.2f}"
-            ),
+        lambda: Row(
+            "features labelled the same on two halves of the pairs (kappa); the shares describe the dictionary: "
+            + ", ".join(f"{name} {share:.0%}" for name, share in v["labels"].items()),
+            number({**v["kappa"], "value": v["kappa"]["kappa"]}),
+            f"of other seeds {number({**v['kappa_seeds'], 'value': v['kappa_seeds']['kappa']})}; CROSS on shuffled "
+            f"pairs {v['shuffled']:.0%}",
             "`make bundle`",
         ),
-        (
+        lambda: Row(
             "top pictures (texts) of a feature more alike than random ones",
-            lambda: (
-                f"{percent(v['wins_image'])} ({percent(v['wins_text'])}); neurons {percent(v['neurons_image'])} "
-                f"({percent(v['neurons_text'])})"
-            ),
+            f"{percent(v['wins_image'])} ({percent(v['wins_text'])})",
+            f"random embeddings as features {percent(v['random_image'])} ({percent(v['random_text'])}); neurons "
+            f"{percent(v['neurons_image'])} ({percent(v['neurons_text'])})",
             "`make bundle`",
         ),
-        (
-            f"gender after ablating `{v.get('bias_chosen')}`, artist never seen",
-            lambda: (
-                f"AUC {change(v['bias_auc'])}, skew of ungendered professions {change(v['bias_skew'])}, a classifier "
-                f"trained anew {change(v['bias_probe'])}: {v['bias_verdict']}"
-                + "".join(f"; worse: {name.replace('_', ' ')}" for name in v["bias_harms"])
-            ),
+        lambda: Row(
+            f"gender after ablating `{v['bias_chosen']}`, artist never seen: **{v['bias_verdict']}**"
+            + "".join(f"; worse: {name.replace('_', ' ')}" for name in v["bias_harms"]),
+            f"a classifier trained anew {change(v['bias_probe'])}, AUC {change(v['bias_auc'])}, skew of ungendered "
+            f"professions {change(v['bias_skew'])}",
+            f"as many random features: p {_p(v['bias_nulls'], 'auc'):.3f} (AUC)",
             "`python -m training.bias_study --test`",
         ),
-        (
-            "PGD 4/255 found at 1% false positives",
-            lambda: f"{percent(v['attacked_one'])} by one look, {percent(v['attacked_two'])} by two",
+        lambda: Row(
+            "PGD 4/255 found at 1% false positives, artist never seen",
+            f"{percent(v['attacked_one'])} by one look, {percent(v['attacked_two'])} by two",
+            f"clean drawings called adversarial: {percent(v['clean_one'])}, {percent(v['clean_two'])}",
+            "`python -m training.defense_study --test`",
+        ),
+        lambda: Row(
+            "the same by the noise in the picture alone, without any feature (AUROC)",
+            number(v["noise_alone"]),
+            f"all scores {number(v['all_scores'])}: features add little",
             "`python -m training.defense_study`",
         ),
-        (
+        lambda: Row(
             "wrong and not found, of an attacker who knows the defence",
-            lambda: f"{percent(v['evades_one'])} by one look, {percent(v['evades_two'])} by two",
+            f"{percent(v['evades_one'])} by one look, {percent(v['evades_two'])} by two",
+            f"right without attack and defence {percent(v['undefended'])}",
             "`python -m training.defense_study`",
         ),
-        (
+        lambda: Row(
             "generated drawings whose caption a judge finds among 100",
-            lambda: percent(v["following"]) + elsewhere(v, "following_unet", "unet"),
+            percent(v["following"]) + elsewhere(v, "following_unet", "unet"),
+            f"real drawings {percent(v['following_real'])}; chance 1%",
             "`python -m benchmarks.generation`",
-        ),
-        (
-            "images/s served, as a share of in-process batches of 32 (ViT-B-32)",
-            lambda: (
-                f"{percent(v['share_at_32'])} with 32 callers of one image, "
-                f"{percent(v['share_of_batches'])} with 4 callers of 32"
-            ),
-            "`make bench`",
-        ),
-        (
-            "over the best of LitServe, infinity-emb and FastAPI, the same ViT-B-32",
-            lambda: (
-                f"images/s x {v['peers_32']['throughput']:.2f} with 32 callers of one image, "
-                f"x {v['peers_batches']['throughput']:.2f} with 4 callers of 32; "
-                f"latency of one caller x {v['peers_alone']['p50']:.2f}"
-            ),
-            "`python -m benchmarks.peers`",
-        ),
-        (
-            "what features, modality and a verdict add to an encode (ViT-B-32, CPU time)",
-            lambda: f"{v['rides_small']:.1%} with 8,192 features, {v['rides_large']:.1%} with 65,536",
-            "`python -m benchmarks.overhead`",
-        ),
-        (
-            "start to SERVING; memory of all processes",
-            lambda: f"{v['start_s']:.0f} s; {v['memory_mb'] / 1000:.1f} GB" + elsewhere(v, "start_bundle"),
-            "`python -m benchmarks.start`",
-        ),
-        (
-            "calls lost to SIGTERM; failed when the encoder is killed",
-            lambda: (
-                f"{v['stopped']['unary_lost'] + v['stopped']['stream_items_lost']}; {v['killed']['calls_failed']} of "
-                f"{v['killed']['calls']:,}" + elsewhere(v, "stopping_bundle")
-            ),
-            "`python -m benchmarks.stopping`",
         ),
     ]
     found = []
-    for what, figure, command in made:
+    for row in made:
         try:
-            found.append((what, figure(), command))
-        except KeyError:
+            found.append(row())
+        except (KeyError, TypeError, StopIteration):
             continue
     return found
+
+
+def _p(nulls: Any, measure: str) -> float:
+    return next(float(test["p"]) for test in nulls if test["measure"] == measure)
 
 
 def block(values: Values) -> str:
     """Return what stands between the markers."""
     made = rows(values)
     lines = [
-        "| what | figure | measured by |",
-        "|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in made),
+        "| what | figure | beside it | measured by |",
+        "|---|---|---|---|",
+        *(f"| {row.what} | {row.figure} | {row.beside} | {row.source} |" for row in made),
     ]
     note = f"Bundle `{values['bundle']}`. Brackets are 95% intervals."
-    if "cores" in values:
-        note += f" Figures of the service are of {values['cores']} CPU cores without a GPU, load generator included."
-    if any(figure.endswith(ELSEWHERE) for _, figure, _ in made):
+    if any(ELSEWHERE in row.figure for row in made):
         note += f" {ELSEWHERE} Measured on another bundle, or on one that was not recorded."
     return "\n".join([BEGIN, *lines, "", note, END])
 

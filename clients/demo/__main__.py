@@ -14,18 +14,18 @@ import monofacet
 import numpy as np
 import pictures
 import report
-from audits import audit_bias, filter_samples
+from audits import audit_bias, screen
 from monofacet import Client, FeatureCard, ModalityLabel, ScoreSettings
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from samples import Sample, load_samples
+from samples import AttackedSample, Sample, load_attacked, load_samples
 from service import ServiceError, running_service
 
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN_LABELS = (ModalityLabel.IMAGE, ModalityLabel.TEXT, ModalityLabel.CROSS)
-CARDS_PER_LABEL = 4
-# A picture with a colour and a shape of its own, for steering.
+CARDS_PER_LABEL = 2
+# A picture with a colour and a shape of its own.
 REFERENCE = "maple leaf"
 
 
@@ -127,7 +127,9 @@ def describe_features(client: Client, model: monofacet.Model, console: Console) 
     return report.Features(default, tables, details)
 
 
-def call_everything(client: Client, samples: list[Sample], console: Console) -> report.Demo:
+def call_everything(
+    client: Client, samples: list[Sample], attacked: AttackedSample | None, console: Console
+) -> report.Demo:
     """Call every method, print what it answers, and return it for the report."""
     model = describe_model(client, console)
     retrieved = retrieve(client, samples, console)
@@ -139,13 +141,14 @@ def call_everything(client: Client, samples: list[Sample], console: Console) -> 
     )
     console.print(f"scored {len(scored.cards)} features on {scored.pairs} pairs of our own")
     bias = audit_bias(client, console)
-    filtered = filter_samples(client, samples, console)
+    screened = screen(client, samples, attacked, console)
     reference = next(s for s in samples if s.caption == REFERENCE)
     previewed = pictures.preview(client, reference, console)
-    generated, steered = None, None
+    generated, steered, round_trip = None, [], None
     if model.pipeline is not None:
         generated = pictures.generate_sheet(client, console)
-        steered = pictures.steer_sheet(client, features.tables[features.default], reference, console)
+        steered = pictures.steer(client, features.tables[features.default], console)
+        round_trip = pictures.round_trip(client, reference, model.tower.embed_dim)
     return report.Demo(
         model=model,
         retrieved=retrieved,
@@ -154,10 +157,11 @@ def call_everything(client: Client, samples: list[Sample], console: Console) -> 
         scored=scored,
         refused=refused,
         bias=bias,
-        filtered=filtered,
+        screened=screened,
         preview=previewed,
         generated=generated,
         steered=steered,
+        round_trip=round_trip,
         health=client.health(),
     )
 
@@ -176,7 +180,7 @@ def main() -> None:
         with running_service(arguments.bundle, arguments.out / "service.log", console) as service:
             ready = time.perf_counter()
             with Client(service.target) as client:
-                demo = call_everything(client, samples, console)
+                demo = call_everything(client, samples, load_attacked(arguments.bundle, samples), console)
             answered = time.perf_counter()
             # The service drains while the report is written.
             service.stop()

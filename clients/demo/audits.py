@@ -1,4 +1,4 @@
-"""The demonstration's bias and defence parts: who is seen as what, and which pictures look attacked."""
+"""The demonstration's bias and defence parts: who is seen as what, and which picture was attacked."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from monofacet import (
     AuditResult,
     AuditSettings,
     Client,
-    FilterResult,
+    FilteredImage,
     Gender,
     GenderClassification,
     LabelledItem,
 )
 from rich.console import Console
 from rich.table import Table
-from samples import Sample
+from samples import AttackedSample, Sample
 
 PROFESSIONS = (
     "police officer", "firefighter", "nurse", "astronaut", "teacher", "judge", "farmer", "cook", "mechanic",
@@ -82,15 +82,53 @@ def audit_bias(client: Client, console: Console) -> Bias:
     return Bias(professions, audit)
 
 
-def filter_samples(client: Client, samples: list[Sample], console: Console) -> FilterResult:
-    """Judge the samples, which nobody attacked; some of many clean pictures are called adversarial all the same."""
-    result = client.filter_adversarial([s.data for s in samples])
-    flagged = sum(image.adversarial for image in result.images)
+@dataclass(frozen=True)
+class Screened:
+    """What the service says of the samples, which nobody attacked, and of the one that was.
+
+    Parameters
+    ----------
+    clean : list[FilteredImage]
+        One a sample.
+    false_positive_rate : float
+        The operating point: so large a share of clean pictures may be called adversarial.
+    attacked : tuple[AttackedSample, FilteredImage, FilteredImage] or None
+        The attacked picture, and what was found of it before and after; None where the bundle has none.
+    """
+
+    clean: list[FilteredImage]
+    false_positive_rate: float
+    attacked: tuple[AttackedSample, FilteredImage, FilteredImage] | None
+
+    @property
+    def flagged(self) -> int:
+        """Clean samples called adversarial."""
+        return sum(image.adversarial for image in self.clean)
+
+
+def screen(
+    client: Client, samples: list[Sample], attacked: AttackedSample | None, console: Console
+) -> Screened:
+    """Judge the samples and the attacked one, with a second look at each; labels are the samples' captions."""
+    pictures = [s.data for s in samples] + ([attacked.data] if attacked else [])
+    labels = sorted({s.caption for s in samples})
+    result = client.filter_adversarial(pictures, labels=labels, second_look=True)
+    clean = list(result.images[: len(samples)])
+    found = None
+    if attacked is not None:
+        before, after = clean[samples.index(attacked.sample)], result.images[-1]
+        found = (attacked, before, after)
+        console.print(
+            f"a picture of “{attacked.sample.caption}”, changed by at most {attacked.levels} of 255 levels, reads "
+            f"“{after.label_before.text}” and is called {after.verdict.value}; filtered it reads "
+            f"“{after.label_after.text}”"
+        )
+    screened = Screened(clean, result.false_positive_rate, found)
     console.print(
-        f"{flagged} of {len(samples)} clean samples called adversarial, at an operating point of "
+        f"{screened.flagged} of {len(samples)} clean samples called adversarial, at an operating point of "
         f"{result.false_positive_rate:.0%} false positives"
     )
-    return result
+    return screened
 
 
 def _percent(value: float | None) -> str:

@@ -1,12 +1,11 @@
-"""The demonstration's pictures: what the pipeline draws, and what steering by modality changes."""
+"""The demonstration's pictures: what is drawn, what a picture's embedding holds, and what steering changes."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-from monofacet import Client, FeatureCard, ModalityLabel, SteeringEdit, SteeringPreview
+from monofacet import Client, FeatureCard, ModalityLabel, SteeringAttribute, SteeringEdit, SteeringPreview
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -17,24 +16,61 @@ PROMPTS = (
     "flag germany", "cat face", "pizza", "tulip", "thumbs up", "crown", "fish", "soccer ball",
 )  # fmt: skip
 SEED = 7
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Drawings at once: the server batches their steps.
+AT_ONCE = 8
 STEERED = "woman firefighter"
+ROUND_TRIPS = 3
+# What is turned, if the bundle has it; the first so many rows are drawn, then features take the place of attributes.
+TURNED = (
+    ("red heart", "blue"), ("woman firefighter", "dark skin"), ("woman firefighter", "man"), ("grinning face", "frown"),
+    ("automobile", "green"), ("cat face", "outline"), ("sun", "line art"), ("red apple", "green"),
+)  # fmt: skip
+ROWS = 5
+STRENGTHS = (0.0, 0.5, 1.0)
+# Where features activate that are turned up: their own strongest activations.
+HIGH = 0.99
 
 
 @dataclass(frozen=True)
-class Steering:
-    """Pictures of one prompt, steered towards a reference by groups of features.
+class Steered:
+    """One drawing, with one thing turned up.
 
     Parameters
     ----------
-    reference : Sample
-        Whose activations the features are set to.
-    rows : dict[str, list[Image.Image]]
-        By group, one picture a strength.
+    prompt, what : str
+        What is drawn, and what is turned.
+    label : str
+        Of a feature; empty for an attribute.
+    pictures : list[Image.Image]
+        One a strength.
+    strengths : tuple[float, ...]
+        0 is the drawing as it is.
     """
 
-    reference: Sample
-    rows: dict[str, list[Image.Image]]
+    prompt: str
+    what: str
+    label: str
+    pictures: list[Image.Image]
+    strengths: tuple[float, ...] = STRENGTHS
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """A picture, and what is drawn from its embedding alone.
+
+    Parameters
+    ----------
+    sample : Sample
+        The picture.
+    size : int
+        Numbers of its embedding.
+    pictures : list[Image.Image]
+        From several random starts.
+    """
+
+    sample: Sample
+    size: int
+    pictures: list[Image.Image]
 
 
 def preview(client: Client, reference: Sample, console: Console) -> SteeringPreview:
@@ -52,29 +88,43 @@ def preview(client: Client, reference: Sample, console: Console) -> SteeringPrev
 
 
 def generate_sheet(client: Client, console: Console) -> list[Image.Image]:
-    """Draw the 16 prompts, several at a time, so that the server batches their steps."""
-    with ThreadPoolExecutor(8) as pool:
+    """Draw the 16 prompts."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         drawn = pool.map(lambda prompt: client.generate(prompt, seeds=SEED).images[0].image, PROMPTS)
         return list(track(drawn, total=len(PROMPTS), description="drawing", console=console))
 
 
-def steer_sheet(client: Client, cards: list[FeatureCard], reference: Sample, console: Console) -> Steering:
-    """Steer one prompt by the features of each label, and by random ones, with growing strength."""
-    alive = [card.feature for card in cards if card.label is not ModalityLabel.DEAD]
-    size = sum(card.label is ModalityLabel.IMAGE for card in cards)
-    random = np.random.default_rng(0).choice(alive, min(size, len(alive)), replace=False)
-    groups: dict[str, ModalityLabel | list[int]] = {
-        label.value: label for label in (ModalityLabel.IMAGE, ModalityLabel.TEXT, ModalityLabel.CROSS)
-    }
-    groups["random"] = [int(feature) for feature in random]
-    jobs = [(name, strength) for name in groups for strength in STRENGTHS]
+def round_trip(client: Client, sample: Sample, size: int) -> RoundTrip:
+    """Draw from the embedding of a picture, without a prompt."""
+    seeds = range(SEED, SEED + ROUND_TRIPS)
+    result = client.generate("", image=sample.data, seeds=seeds)
+    return RoundTrip(sample, size, [made.image for made in result.images])
 
-    def draw(job: tuple[str, float]) -> Image.Image:
-        name, strength = job
-        edit = SteeringEdit(groups[name], reference=reference.data, strength=strength)
-        return client.generate(STEERED, seeds=SEED, edits=[edit]).images[0].image
 
-    with ThreadPoolExecutor(8) as pool:
+def steer(client: Client, cards: list[FeatureCard], console: Console) -> list[Steered]:
+    """Turn one thing in each of some drawings: attributes of the bundle, and features where there are too few."""
+    known = {attribute.name for attribute in client.attributes().attributes}
+    turned: list[tuple[str, str | FeatureCard]] = [(p, name) for p, name in TURNED if name in known]
+    best = [c for c in cards if c.label is ModalityLabel.CROSS and c.name and c.name_auc is not None]
+    turned += zip(PROMPTS, sorted(best, key=lambda card: -(card.name_auc or 0.0)), strict=False)
+    jobs = [(row, strength) for row in turned[:ROWS] for strength in STRENGTHS]
+
+    def draw(job: tuple[tuple[str, str | FeatureCard], float]) -> Image.Image:
+        (prompt, what), strength = job
+        if isinstance(what, str):
+            made = client.generate(prompt, seeds=SEED, attributes=[SteeringAttribute(what, strength)])
+        else:
+            edit = SteeringEdit(what.feature, quantile=HIGH, strength=strength)
+            made = client.generate(prompt, seeds=SEED, edits=[edit])
+        return made.images[0].image
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         drawn = list(track(pool.map(draw, jobs), total=len(jobs), description="steering", console=console))
-    width = len(STRENGTHS)
-    return Steering(reference, {name: drawn[i * width : (i + 1) * width] for i, name in enumerate(groups)})
+    rows = []
+    for i, (prompt, what) in enumerate(turned[:ROWS]):
+        pictures = drawn[i * len(STRENGTHS) : (i + 1) * len(STRENGTHS)]
+        if isinstance(what, str):
+            rows.append(Steered(prompt, f"turned towards: {what}", "", pictures))
+        else:
+            rows.append(Steered(prompt, f"the feature “{what.name}” turned up", what.label.value, pictures))
+    return rows

@@ -8,27 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from audits import Bias
+import numpy as np
+from audits import Bias, Screened
 from monofacet import (
+    AuditVerdict,
+    Change,
     FeatureCard,
     FeatureDetail,
-    FilterResult,
     ModalityClassification,
     ModalityLabel,
     ModalityTable,
     Model,
     SteeringPreview,
 )
-from pictures import PROMPTS, SEED, STRENGTHS, Steering
+from pictures import PROMPTS, SEED, STEERED, RoundTrip, Steered
 from PIL import Image
 from samples import Sample
 
-COLOURS = {
-    ModalityLabel.IMAGE: "#d1495b",
-    ModalityLabel.TEXT: "#2e86ab",
-    ModalityLabel.CROSS: "#6a994e",
-    ModalityLabel.UNRESOLVED: "#b8b8b8",
-    ModalityLabel.DEAD: "#555555",
+# What a verdict means, after the word itself; see docs/bias.md.
+VERDICTS = {
+    AuditVerdict.EFFECT: "removing these features made the model know less of gender.",
+    AuditVerdict.SILENCED: "the score no longer tells the genders, but a classifier trained anew still does.",
+    AuditVerdict.THRESHOLD_ONLY: "scores moved, but what they say about the genders did not.",
+    AuditVerdict.NOT_SPECIFIC: "removing as many random features did as much.",
+    AuditVerdict.NO_EFFECT: "nothing that counts changed.",
 }
 BINS = 24
 
@@ -75,11 +78,30 @@ class Demo:
     scored: ModalityTable
     refused: int
     bias: Bias
-    filtered: FilterResult
+    screened: Screened
     preview: SteeringPreview
     generated: list[Image.Image] | None
-    steered: Steering | None
+    steered: list[Steered]
+    round_trip: RoundTrip | None
     health: str
+
+    @property
+    def clean_small(self) -> Image.Image:
+        """The sample that was attacked, at the size at which it was."""
+        assert self.screened.attacked is not None
+        attacked = self.screened.attacked[0]
+        size = Image.open(io.BytesIO(attacked.data)).size
+        return (
+            Image.open(io.BytesIO(attacked.sample.data)).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        )
+
+    @property
+    def difference(self) -> Image.Image:
+        """What the attack changed, 16 times stronger, on grey."""
+        assert self.screened.attacked is not None
+        after = np.asarray(Image.open(io.BytesIO(self.screened.attacked[0].data)).convert("RGB"), np.float32)
+        moved = after - np.asarray(self.clean_small, np.float32)
+        return Image.fromarray(np.clip(128 + 16 * moved, 0, 255).astype(np.uint8))
 
 
 def data_uri(picture: bytes | Image.Image) -> str:
@@ -94,7 +116,7 @@ def data_uri(picture: bytes | Image.Image) -> str:
 
 def histogram(cards: list[FeatureCard]) -> list[dict[ModalityLabel, int]]:
     """Count the features in each bin of the energy MDS, by label."""
-    bins = [dict.fromkeys(COLOURS, 0) for _ in range(BINS)]
+    bins = [dict.fromkeys(ModalityLabel, 0) for _ in range(BINS)]
     for card in cards:
         if card.mds_energy is not None:
             bins[min(int(card.mds_energy * BINS), BINS - 1)][card.label] += 1
@@ -110,10 +132,18 @@ def professions(bias: Bias) -> list[tuple[str, float, float]]:
     return sorted(rows, key=lambda row: row[1])
 
 
-def _interval(card: FeatureCard) -> str:
+def _why(card: FeatureCard) -> str:
     if card.mds_energy is None or card.mds_energy_low is None or card.mds_energy_high is None:
-        return "MDS undefined"
-    return f"MDS {card.mds_energy:.2f} [{card.mds_energy_low:.2f}, {card.mds_energy_high:.2f}]"
+        return "its share of energy is not defined"
+    interval = f"[{card.mds_energy_low:.2f}, {card.mds_energy_high:.2f}]"
+    return f"{card.mds_energy:.0%} of its energy comes from pictures {interval}"
+
+
+def _change(change: Change) -> str:
+    parts = [
+        f"{part.value:.2f}" if part.value is not None else "unknown" for part in (change.before, change.after)
+    ]
+    return f"from {parts[0]} to {parts[1]}"
 
 
 def write(folder: Path, demo: Demo, *, seconds: float) -> Path:
@@ -143,15 +173,17 @@ def write(folder: Path, demo: Demo, *, seconds: float) -> Path:
         seconds=seconds,
         shares=shares,
         labels=list(ModalityLabel),
-        colours=COLOURS,
         histograms=histograms,
         peaks={name: max(1, *(sum(counts.values()) for counts in bins)) for name, bins in histograms.items()},
         professions=professions(demo.bias),
-        interval=_interval,
+        why=_why,
+        change=_change,
+        verdicts={verdict.value: text for verdict, text in VERDICTS.items()},
+        captions=len({row.sample.caption for row in demo.retrieved}),
+        steered_prompt=STEERED,
         data_uri=data_uri,
         prompts=PROMPTS,
         seed=SEED,
-        strengths=STRENGTHS,
     )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
