@@ -98,3 +98,21 @@ def test_a_generator_imports_no_compiler_and_leaves_torch_whole() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[]", "True True", "torch._dynamo.decorators torch.compiler"]
+
+
+WARM = """
+import sys
+from deployments.replicas import _warm_pipeline
+from deployments.settings import Settings
+print(_warm_pipeline(Settings(threads=1)).info().device, [m for m in sys.argv[1].split() if m in sys.modules])
+"""
+
+
+def test_a_generator_of_the_embedded_bundle_starts_in_a_process_of_its_own() -> None:
+    """Its pipeline reads prompts by the bundle's text tower, so open_clip comes after diffusers has been cut down."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WARM, "torchvision.models torch._dynamo"],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "cpu []"
