@@ -1,14 +1,24 @@
-"""What steering by IMAGE, TEXT and CROSS features does to a picture, at equal size of the change.
+"""What steering by IMAGE, TEXT and CROSS features does to a picture, at one dose, beside four controls.
 
-`python -m benchmarks.steering [--bundle bundles/emoji] [--pairs 200]`
+`python -m benchmarks.steering [--bundle bundles/emoji] [--pairs 60]`
 
-Each pair is a drawing, whose embedding and caption condition the picture, and a reference of another concept. A group's
-edit moves the same number of its features to their value in the reference (its picture; its caption where the
-features are TEXT, which pictures hardly activate), and is rescaled so that ||e' - e|| / rho is the dose. Groups: IMAGE,
-TEXT, CROSS, random features, none; the same seed throughout. Each steered picture is compared with its own unsteered
-one: semantics by the judge (how its opinion of what is shown changes, and whether towards the reference), low-level
-by colour, texture and perceptual distance, structure by edges, and a quality guard. Writes two tables,
-out/bench/steering.json, the dose-response plot and a sheet.
+Each pair is two validation drawings of different concepts: the base, whose embedding and caption condition the picture,
+and a reference. Groups, each brought to the same dose, which is the length of the change as the generator sees it:
+
+* IMAGE, TEXT, CROSS: the features of a label that differ most are moved to their value in the reference (its picture;
+  its caption where they are TEXT). A pair counts where every label reaches the largest dose without going more than a
+  quarter past the reference.
+* random: as many features drawn from all that differ.
+* low-level: a dense direction, the regression of embeddings on colours, ink and edges within concepts, applied to the
+  difference of the two drawings.
+* concept: the difference of the two concepts' mean embeddings.
+* none: no edit, whose change is none by construction; strength 0 is compared with it byte for byte.
+
+Both measures are signed and in shares of the way to the reference: semantic by the judge on grey pictures, from the
+base's caption to the reference's; low-level along the difference of the two drawings' colours, ink and edges. The
+contrast of the last two directions, which are known to be low-level and semantic, must come out at p < .001, or nothing
+that this protocol says of labels counts, and its table says so. Then come sixteen pairs of pictures for a reader
+(`benchmarks.steering_pairs`). Writes tables, out/bench/steering.json, a plot and sheets.
 """
 
 from __future__ import annotations
@@ -30,43 +40,43 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.generation import OUT, generate, grid
-from benchmarks.image_measures import Eye, colour_distance, structure_distance
-from benchmarks.steering_statistics import dose_response, effects, interaction, plot
+from benchmarks.generation import OUT, grid
+from benchmarks.steering_pairs import reader_pairs
+from benchmarks.steering_statistics import Changes, dose_response, effects, interaction, plot
 from services.bundle import Bundle
 from services.dictionaries.base import Dictionary
 from services.encoding.machine import usable_cores
 from services.errors import InvalidInput
 from services.imaging.conditioning import activations
+from services.imaging.denoiser import Sample
 from services.imaging.edits import Edit, FromReference, ImageRequest, Operation, Steering
 from services.imaging.generator import Imaging
 from services.imaging.spaces import feature_space
-from services.imaging.steering import Embedding, FeatureSpace, steer
+from services.imaging.steering import Embedding, FeatureSpace, Steered, dosed, steer
 from services.tables import Label
+from training.attribute_study import draw, grey
+from training.colour import GROUND, lab
 from training.corpus.build import DEFAULT_DIR
-from training.diffusion_data import held_out_combinations
+from training.embeddings import DEFAULT_OUT as EMBEDDINGS
+from training.embeddings import EmbeddingSet
 from training.judge import DEFAULT_OUT as JUDGE
 from training.judge import Judge
 from training.pairs import Corpus
 
-GROUPS = ("IMAGE", "TEXT", "CROSS", "random")
-# Softness of the judge's opinion over captions: its own logit scale at the end of training.
+LABELS = ("IMAGE", "TEXT", "CROSS")
+GROUPS = (*LABELS, "random", "low-level", "concept")
 SHEET_PAIRS = 6
+# Of the contrast that must come out.
+LEVEL = 0.001
+# A dose that is this near is reached.
+REACHED = 0.95
+# Of the within-concept regression, relative to the mean variance of the descriptors.
+RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A drawing to steer and a reference.
-
-    Attributes
-    ----------
-    base, reference : int
-        Corpus rows.
-    caption, reference_caption : str
-        Theirs.
-    features : dict[str, tuple[int, ...]]
-        By group, the features that its edit moves.
-    """
+    """A drawing to steer and a reference: corpus rows, captions, and the features that each group's edit moves."""
 
     base: int
     reference: int
@@ -76,46 +86,100 @@ class Pair:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """Return uint8 [H, W, 3] as a PNG file."""
+    """Return uint8 [n, H, W, 3] as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-class PairMaker:
-    """Draws pairs for which every group has an edit that can reach the largest dose.
+def descriptors(pixels: np.ndarray) -> np.ndarray:
+    """Return colours, ink and edges of pictures, uint8 [n, H, W, 3], float64 [n, 8].
+
+    Mean and deviation of L*, a* and b* over the ink, its share of the picture, and the mean gradient of L* over it.
+    """
+    found = []
+    for start in range(0, len(pixels), 128):
+        part = pixels[start : start + 128]
+        seen = lab(part)
+        ink = (part < GROUND).any(-1)
+        count = np.maximum(ink.sum((1, 2)), 1)[:, None]
+        mean = (seen * ink[..., None]).sum((1, 2)) / count
+        spread = np.sqrt((np.square(seen - mean[:, None, None]) * ink[..., None]).sum((1, 2)) / count)
+        gy, gx = np.gradient(seen[..., 0], axis=(1, 2))
+        edges = (np.hypot(gx, gy) * ink).sum((1, 2))[:, None] / count
+        found.append(np.concatenate([mean, spread, ink.mean((1, 2))[:, None], edges], 1))
+    return np.concatenate(found)
+
+
+class Directions:
+    """Dense directions with a known kind of effect, from training drawings.
 
     Parameters
     ----------
-    imaging : Imaging
-        Its towers embed.
-    dictionary : Dictionary
-        Encodes embeddings.
-    space : FeatureSpace
-        Its labels.
     corpus : Corpus
-        Drawings and captions.
-    count : int
-        Features of an edit, at most; fewer where a group has fewer that would move.
-    largest : float
-        Dose that must be in reach.
+        Drawings.
+    embeddings : EmbeddingSet
+        Of them.
+    whitening : np.ndarray
+        W of the bundle's doses.
     """
 
+    def __init__(self, corpus: Corpus, embeddings: EmbeddingSet, whitening: np.ndarray) -> None:
+        index = embeddings.where("fit", "pool")
+        rows = embeddings.rows[index]
+        self.concept = corpus.columns["concept"][rows]
+        self.raw = embeddings.images[index] * embeddings.image_norm[index, None]
+        told = descriptors(corpus.plain[rows])
+        self.mean, self.std = told.mean(0), told.std(0)
+        _, group = np.unique(self.concept, return_inverse=True)
+        x, y = (within(values, group) for values in ((told - self.mean) / self.std, self.raw @ whitening))
+        gram = x.T @ x
+        gram += RIDGE * gram.diagonal().mean() * np.eye(len(gram))
+        self.slope = np.linalg.solve(gram, x.T @ y) @ np.linalg.inv(whitening.astype(np.float64))
+
+    def standard(self, pixels: np.ndarray) -> np.ndarray:
+        """Return descriptors in deviations over the training drawings."""
+        scaled: np.ndarray = (descriptors(pixels) - self.mean) / self.std
+        return scaled
+
+    def low_level(self, base: np.ndarray, reference: np.ndarray) -> np.ndarray:
+        """Return the change of an embedding that goes with the difference of two drawings, each [H, W, 3]."""
+        change: np.ndarray = (self.standard(reference[None]) - self.standard(base[None]))[0] @ self.slope
+        return change
+
+    def to_concept(self, base: str, reference: str) -> np.ndarray:
+        """Return the difference of two concepts' mean embeddings."""
+        own, other = (self.raw[self.concept == name].mean(0, dtype=np.float64) for name in (base, reference))
+        change: np.ndarray = other - own
+        return change
+
+
+def within(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Return rows minus the mean of their group, float64."""
+    sums = np.zeros((group.max() + 1, values.shape[1]))
+    np.add.at(sums, group, values)
+    centred: np.ndarray = values - (sums / np.bincount(group)[:, None])[group]
+    return centred
+
+
+class PairMaker:
+    """Draws pairs, and says what each group does to the embedding of one."""
+
     def __init__(
-        self,
-        imaging: Imaging,
-        dictionary: Dictionary,
-        space: FeatureSpace,
-        corpus: Corpus,
-        count: int,
-        largest: float,
+        self, imaging: Imaging, coder: Dictionary, space: FeatureSpace, corpus: Corpus, directions: Directions
     ) -> None:
-        self.imaging, self.dictionary, self.space, self.corpus = imaging, dictionary, space, corpus
-        self.count, self.largest = count, largest
+        self.imaging, self.coder, self.space = imaging, coder, space
+        self.corpus, self.directions = corpus, directions
         assert space.table is not None
+        assert space.attributes is not None
+        self.known = space.attributes
         labels = space.table.label
-        self.members = {g: np.flatnonzero(labels == Label[g].value) for g in GROUPS[:3]}
+        self.members = {name: np.flatnonzero(labels == Label[name].value) for name in LABELS}
         self.alive = np.flatnonzero(labels != Label.DEAD.value)
+
+    def source(self, pair: Pair) -> Embedding:
+        """Return the embedding of a pair's base."""
+        return self.imaging.embed_image(png(self.corpus.plain[pair.base]))
 
     def operation(self, group: str, pair: Pair) -> Operation:
         """Return where a group's features get their values from."""
@@ -123,116 +187,118 @@ class PairMaker:
             return FromReference(text=pair.reference_caption)
         return FromReference(image=png(self.corpus.plain[pair.reference]))
 
-    def steering(self, group: str, pair: Pair, dose: float) -> Steering:
-        """Return a group's edit at a dose."""
-        return Steering((Edit(pair.features[group], self.operation(group, pair)),), delta=dose)
+    def steered(self, group: str, pair: Pair, dose: float) -> Steered:
+        """Return what a group does to the base's embedding, at a dose or as near to it as the reference allows."""
+        source = self.source(pair)
+        z = activations(self.coder, source)
+        if group in ("low-level", "concept"):
+            concept = self.corpus.columns["concept"]
+            change = (
+                self.directions.low_level(self.corpus.plain[pair.base], self.corpus.plain[pair.reference])
+                if group == "low-level"
+                else self.directions.to_concept(str(concept[pair.base]), str(concept[pair.reference]))
+            )
+            unit = source.unit.astype(np.float64)
+            moved = unit + dosed(unit, change / source.norm, dose / source.norm, self.known.dose, np.inf)
+            moved /= np.linalg.norm(moved)
+            size, reached = float(np.linalg.norm(moved - unit)), self.known.dose(source.norm * (moved - unit))
+            return Steered(moved.astype(np.float32), source.norm, z, z, size, reached)
+        operation = self.operation(group, pair)
 
-    def make(self, base: int, reference: int, rng: np.random.Generator) -> Pair | None:
+        def refer(reference: FromReference) -> np.ndarray:
+            found = self.imaging.embed_text(reference.text) if reference.text else None
+            return activations(self.coder, found or self.imaging.embed_image(reference.image or b""))
+
+        steering = Steering((Edit(pair.features[group], operation),), dose=dose)
+        return steer(source, z, steering, self.space, refer)
+
+    def make(
+        self, base: int, reference: int, count: int, largest: float, rng: np.random.Generator
+    ) -> Pair | None:
         """Return a pair, or None where some group cannot move the picture so far."""
         captions = self.corpus.columns["caption"]
         bare = Pair(base, reference, str(captions[base]), str(captions[reference]), {})
-        source = self.imaging.embed_image(png(self.corpus.plain[base]))
-        z = activations(self.dictionary, source)
+        z = activations(self.coder, self.source(bare))
         targets = {
             "TEXT": self.imaging.embed_text(bare.reference_caption),
             "IMAGE": self.imaging.embed_image(png(self.corpus.plain[reference])),
         }
-        reached = {k: activations(self.dictionary, e) for k, e in targets.items()}
-        change = {k: np.abs(target - z) for k, target in reached.items()}
+        change = {name: np.abs(activations(self.coder, target) - z) for name, target in targets.items()}
         moving = {
-            g: ids[change["TEXT" if g == "TEXT" else "IMAGE"][ids] > 0] for g, ids in self.members.items()
+            name: ids[change["TEXT" if name == "TEXT" else "IMAGE"][ids] > 0]
+            for name, ids in self.members.items()
         }
-        k = min(self.count, *(len(ids) for ids in moving.values()))
+        k = min(count, *(len(ids) for ids in moving.values()))
         if not k:
             return None
         features = {
-            g: ids[np.argsort(-change["TEXT" if g == "TEXT" else "IMAGE"][ids])[:k]]
-            for g, ids in moving.items()
+            name: ids[np.argsort(-change["TEXT" if name == "TEXT" else "IMAGE"][ids])[:k]]
+            for name, ids in moving.items()
         }
-        candidates = np.flatnonzero(change["IMAGE"][self.alive] > 0)
-        features["random"] = rng.permutation(self.alive[candidates])[:k]
+        differing = self.alive[change["IMAGE"][self.alive] > 0]
+        features["random"] = rng.permutation(differing)[:k]
         pair = Pair(
             base, reference, bare.caption, bare.reference_caption,
-            {g: tuple(int(i) for i in ids) for g, ids in features.items()},
+            {name: tuple(int(i) for i in ids) for name, ids in features.items()},
         )  # fmt: skip
-        return pair if self._reachable(source, z, pair, reached) else None
+        try:
+            reached = [
+                self.steered(group, pair, largest).dose or 0.0 for group in GROUPS if group != "random"
+            ]
+        except InvalidInput:
+            return None
+        return pair if min(reached) >= REACHED * largest else None
 
-    def _reachable(
-        self, source: Embedding, z: np.ndarray, pair: Pair, reached: dict[str, np.ndarray]
-    ) -> bool:
-        for group in GROUPS:
-            target = reached["TEXT" if group == "TEXT" else "IMAGE"]
-            try:
-                steer(source, z, self.steering(group, pair, self.largest), self.space, lambda _, t=target: t)
-            except InvalidInput:
-                return False
-        return True
-
-
-def draw_pairs(maker: PairMaker, wanted: int, seed: int, tries: int = 20) -> tuple[list[Pair], int]:
-    """Return pairs of drawings of different concepts, and how many were tried for them."""
-    columns, rng = maker.corpus.columns, np.random.default_rng(seed)
-    rows = maker.corpus.rows("train")
-    rows = rows[~held_out_combinations(columns)[rows]]
-    pairs: list[Pair] = []
-    tried = 0
-    while len(pairs) < wanted and tried < tries * wanted:
-        base, reference = rng.choice(rows, 2, replace=False)
-        if columns["concept"][base] == columns["concept"][reference]:
-            continue
-        tried += 1
-        pair = maker.make(int(base), int(reference), rng)
-        pairs += [pair] if pair is not None else []
-    return pairs, tried
+    def draw(
+        self, wanted: int, count: int, largest: float, seed: int, tries: int = 60
+    ) -> tuple[list[Pair], int]:
+        """Return pairs of validation drawings of different concepts, and how many were tried for them."""
+        rng = np.random.default_rng(seed)
+        rows, concept = self.corpus.rows("validation"), self.corpus.columns["concept"]
+        pairs: list[Pair] = []
+        tried = 0
+        while len(pairs) < wanted and tried < tries * wanted:
+            base, reference = rng.choice(rows, 2, replace=False)
+            if concept[base] == concept[reference]:
+                continue
+            tried += 1
+            pair = self.make(int(base), int(reference), count, largest, rng)
+            pairs += [pair] if pair is not None else []
+        return pairs, tried
 
 
 def measure(
-    judge: Judge, eye: Eye, base: np.ndarray, steered: np.ndarray, pairs: list[Pair]
-) -> dict[str, np.ndarray]:
-    """Return what changed from `base` to `steered`, one value a pair.
-
-    Parameters
-    ----------
-    base, steered : np.ndarray
-        Pictures, uint8 [n, H, W, 3].
-    """
-    own, other = [p.caption for p in pairs], [p.reference_caption for p in pairs]
-    captions = np.unique(own + other)
-    texts = judge.texts(list(captions))
-    scale = float(judge.model.logit_scale.exp())
-    seen = [judge.images(p) for p in (base, steered)]
-    opinions = []
-    for images in seen:
-        logits = scale * images @ texts.T
-        p = np.exp(logits - logits.max(1, keepdims=True))
-        opinions.append(p / p.sum(1, keepdims=True))
-    middle = (opinions[0] + opinions[1]) / 2
-    divergence = sum(
-        (p * np.log(np.maximum(p, 1e-12) / np.maximum(middle, 1e-12))).sum(1) / 2 for p in opinions
-    )
-    to_own, to_other = (texts[np.searchsorted(captions, c)] for c in (own, other))
-    lean = [(images * (to_other - to_own)).sum(1) for images in seen]
-    texture, perceptual = eye.distances(base, steered)
+    judge: Judge,
+    directions: Directions,
+    corpus: Corpus,
+    base: np.ndarray,
+    made: np.ndarray,
+    pairs: list[Pair],
+) -> Changes:
+    """Return how far pictures went from `base`, both uint8 [n, H, W, 3], in shares of the way to the reference."""
+    own, other = (judge.texts([getattr(p, name) for p in pairs]) for name in ("caption", "reference_caption"))
+    references = corpus.plain[[p.reference for p in pairs]]
+    lean = [(judge.images(grey(some)) * (other - own)).sum(1) for some in (base, made, references)]
+    told = [directions.standard(some) for some in (base, made, references)]
+    way = told[2] - told[0]
     return {
-        "opinion": divergence,
-        "towards_reference": lean[1] - lean[0],
-        "colour": colour_distance(base, steered),
-        "texture": texture,
-        "perceptual": perceptual,
-        "structure": structure_distance(base, steered),
-        "confidence": opinions[1].max(1) - opinions[0].max(1),
+        # The way between two drawings may be short: the mean way is the unit, so that no pair outweighs all others.
+        "semantic": (lean[1] - lean[0]) / np.mean(lean[2] - lean[0]),
+        "low-level": ((told[1] - told[0]) * way).sum(1)
+        / np.linalg.norm(way, axis=1)
+        / np.mean(np.linalg.norm(way, axis=1)),
     }
 
 
 def main(
-    bundle: Annotated[Path, typer.Option(help="with a pipeline")] = Path("bundles/emoji"),
+    bundle: Annotated[Path, typer.Option(help="with a pipeline and attributes")] = Path("bundles/emoji"),
     corpus: Annotated[Path, typer.Option()] = DEFAULT_DIR,
+    embeddings: Annotated[Path, typer.Option()] = EMBEDDINGS,
     judge: Annotated[Path, typer.Option(help="what training.judge wrote")] = JUDGE,
     dictionary: Annotated[str, typer.Option(help="empty: the bundle's default")] = "",
-    pairs: Annotated[int, typer.Option()] = 200,
+    pairs: Annotated[int, typer.Option()] = 60,
     features: Annotated[int, typer.Option(help="features of an edit, at most")] = 16,
-    doses: Annotated[str, typer.Option(help="sizes of the change, ascending")] = "0.2,0.4,0.6,0.8",
-    batch: Annotated[int, typer.Option(help="pictures in a step")] = 16,
+    doses: Annotated[str, typer.Option(help="ascending")] = "0.2,0.4,0.6",
     threads: Annotated[int, typer.Option()] = usable_cores(),
     out: Annotated[Path, typer.Option()] = OUT,
     seed: Annotated[int, typer.Option()] = 0,
@@ -241,37 +307,49 @@ def main(
     started = time.monotonic()
     torch.set_num_threads(threads)
     loaded = Bundle.load(bundle)
-    imaging = Imaging.load(loaded, device="cpu", threads=threads)
+    known = loaded.attributes()
+    if known is None:
+        raise typer.Exit("this bundle knows no doses: run python -m training.attribute_study")
+    imaging = Imaging.load(loaded, device="cpu", threads=threads, max_batch=1)
     name = loaded.resolve(dictionary)
     coder = loaded.dictionary(name)
     space = feature_space(loaded, name, lambda modality: coder.decoder_rows(modality).numpy())
-    data, critic, eye = Corpus.load(corpus), Judge(judge), Eye()
+    data, critic = Corpus.load(corpus), Judge(judge)
+    out.mkdir(parents=True, exist_ok=True)
+    told = reader_pairs(imaging, loaded, known, data, out / "steering-pairs", seed)
+    directions = Directions(data, EmbeddingSet.load(embeddings), known.whitening)
     sizes = [float(dose) for dose in doses.split(",")]
-    maker = PairMaker(imaging, coder, space, data, features, sizes[-1])
-    chosen, tried = draw_pairs(maker, pairs, seed)
+    maker = PairMaker(imaging, coder, space, data, directions)
+    chosen, tried = maker.draw(pairs, features, sizes[-1], seed)
     print(f"{len(chosen)} pairs of {tried} tried", flush=True)
     if not chosen:
         raise typer.Exit("no pair in which every group of features can move the picture so far")
+    side = data.plain.shape[1]
 
-    def request(i: int, steering: Steering) -> ImageRequest:
+    def prepare(item: tuple[int, Steered | None]) -> Sample:
+        i, steered = item
         pair = chosen[i]
-        return ImageRequest(
-            pair.caption, image=png(data.plain[pair.base]), steering=steering, seed=seed + i
-        )  # fmt: skip
+        request = ImageRequest(pair.caption, image=png(data.plain[pair.base]), seed=seed + i)
+        return imaging.start(imaging.condition(request, steered), request)
 
     n = range(len(chosen))
-    base = generate(imaging, [request(i, Steering()) for i in n], batch)
-    still = generate(imaging, [request(i, maker.steering("CROSS", chosen[i], 0.0)) for i in n[:20]], batch)
+    base = draw(imaging, [(i, None) for i in n], side, prepare=prepare)
+    still = draw(
+        imaging, [(i, maker.steered("CROSS", chosen[i], 0.0)) for i in n[:20]], side, prepare=prepare
+    )
     same = bool((still == base[: len(still)]).all())
-    found: dict[str, dict[float, dict[str, np.ndarray]]] = {}
+    found: dict[str, dict[float, Changes]] = {}
     shown: dict[str, list[np.ndarray]] = {}
     for group in GROUPS:
         for dose in sizes:
-            made = generate(imaging, [request(i, maker.steering(group, chosen[i], dose)) for i in n], batch)
-            found.setdefault(group, {})[dose] = measure(critic, eye, base, made, chosen)
+            items = [(i, maker.steered(group, chosen[i], dose)) for i in n]
+            made = draw(imaging, items, side, prepare=prepare)
+            found.setdefault(group, {})[dose] = measure(critic, directions, data, base, made, chosen)
             shown.setdefault(group, [base[:SHEET_PAIRS]]).append(made[:SHEET_PAIRS])
-
-    middle = sizes[len(sizes) // 2]
+        print(f"{group}: {effects({group: found[group][sizes[-1]]})}", flush=True)
+    last = sizes[-1]
+    control = interaction(found["low-level"][last], found["concept"][last])
+    holds = control["p"] < LEVEL and control["value"] > 0
     result: dict[str, Any] = {
         "bundle": loaded.id,
         "dictionary": name,
@@ -280,40 +358,46 @@ def main(
         "features_an_edit": float(np.mean([len(p.features["IMAGE"]) for p in chosen])),
         "doses": sizes,
         "strength_0_is_unsteered_byte_for_byte": same,
+        "protocol": "holds" if holds else "broken: what it says of labels does not count",
+        "control": control,
         "effects": {dose: effects({g: found[g][dose] for g in GROUPS}) for dose in sizes},
         "interaction": {
-            f"IMAGE against {other}": interaction(found["IMAGE"][middle], found[other][middle])
+            f"IMAGE against {other}": interaction(found["IMAGE"][last], found[other][last])
             for other in ("TEXT", "CROSS", "random")
         },
-        "interaction_dose": middle,
+        "interaction_dose": last,
         "dose_response": {g: dose_response(found[g]) for g in GROUPS},
+        "reader": told,
         "minutes": (time.monotonic() - started) / 60,
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / "steering.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(found, out / "steering-doses.png")
-    columns = 1 + len(sizes)
     for i in range(min(SHEET_PAIRS, len(chosen))):
         rows = np.concatenate([np.stack([step[i] for step in shown[g]]) for g in GROUPS])
-        grid(rows, columns, out / f"steering-sheet-{i}.png")
-    print_tables(result, middle)
+        grid(rows, 1 + len(sizes), out / f"steering-sheet-{i}.png")
+    print_tables(result)
 
 
-def print_tables(result: dict[str, Any], dose: float) -> None:
-    """Print the effects at one dose, and what follows from them."""
-    console = Console()
+def print_tables(result: dict[str, Any]) -> None:
+    """Print the effects at the largest dose, and what follows from them."""
+    console, dose = Console(width=150), result["interaction_dose"]
+    show = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format
     measured = result["effects"][dose]
     table = Table(
-        "change", *GROUPS, title=f"Steering at ||delta e|| / rho = {dose:g}, {result['pairs']} pairs"
+        "share of the way", "none", *GROUPS, title=f"Steering at a dose of {dose:g}, {result['pairs']} pairs"
     )
-    for name in next(iter(measured.values())):
-        table.add_row(
-            name, *("{value:.3f} [{low:.3f}, {high:.3f}]".format(**measured[g][name]) for g in GROUPS)
-        )
+    for name in ("semantic", "low-level"):
+        table.add_row(name, "0", *(show(**measured[g][name]) for g in GROUPS))
+    for name in ("semantic", "low-level"):
+        shares = (f"{result['dose_response'][g][name]['monotone']:.0%}" for g in GROUPS)
+        table.add_row(f"{name}: monotone pairs", "", *shares)
     console.print(table)
-    table = Table("group x kind of change", "interaction", "p")
-    for name, one in result["interaction"].items():
-        table.add_row(name, f"{one['value']:+.3f}", f"{one['p']:.4f}")
+    table = Table("low-level minus semantic", "difference", "p", title=f"The protocol {result['protocol']}")
+    for name, one in {
+        "control: low-level against concept": result["control"],
+        **result["interaction"],
+    }.items():
+        table.add_row(name, show(**{k: one[k] for k in ("value", "low", "high")}), f"{one['p']:.4f}")
     console.print(table)
 
 

@@ -14,8 +14,8 @@ from training.retrieval import bootstrap_mean
 
 Changes = dict[str, Float[np.ndarray, " pairs"]]
 
-SEMANTIC = ("opinion",)
-LOW_LEVEL = ("colour", "texture", "perceptual")
+SEMANTIC = ("semantic",)
+LOW_LEVEL = ("low-level",)
 # "Monotone": what the protocol calls a dose response.
 MONOTONE = 0.9
 
@@ -57,7 +57,8 @@ def interaction(a: Changes, b: Changes, permutations: int = 10000, seed: int = 0
     Returns
     -------
     dict[str, float]
-        "value", "p", and the two halves "low_level" and "semantic": a - b of each.
+        "value" with its 95% bootstrap interval "low" and "high", "p", and the two halves "low_level" and "semantic":
+        a - b of each.
     """
     low, semantic = kinds(a, b)
     each = (low[0] - low[1]) - (semantic[0] - semantic[1])
@@ -66,8 +67,11 @@ def interaction(a: Changes, b: Changes, permutations: int = 10000, seed: int = 0
     value = float(each.mean())
     # The observed order counts as one of the permutations (Phipson and Smyth, 2010).
     p = (1 + int((np.abs(null) >= abs(value)).sum())) / (permutations + 1)
+    interval = bootstrap_mean(each)
     return {
         "value": value,
+        "low": interval.low,
+        "high": interval.high,
         "p": float(p),
         "low_level": float((low[0] - low[1]).mean()),
         "semantic": float((semantic[0] - semantic[1]).mean()),
@@ -99,7 +103,7 @@ def plot(found: dict[str, dict[float, Changes]], path: Path) -> None:
     from matplotlib import pyplot
 
     names = list(next(iter(next(iter(found.values())).values())))
-    figure, axes = pyplot.subplots(2, (len(names) + 1) // 2, figsize=(13, 6), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(names), squeeze=False, figsize=(9, 4), layout="constrained")
     for axis, name in zip(axes.flat, names, strict=False):
         for group, by_dose in found.items():
             doses = sorted(by_dose)
@@ -109,7 +113,7 @@ def plot(found: dict[str, dict[float, Changes]], path: Path) -> None:
                 [0, *doses], [0, *(m.low for m in means)], [0, *(m.high for m in means)], alpha=0.15
             )
         axis.set_title(name.replace("_", " "))
-        axis.set_xlabel("||delta e|| / rho")
+        axis.set_xlabel("dose")
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     axes.flat[0].legend()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
 from services.bundle import Bundle, refresh_manifest
+from services.imaging.denoiser import Sample
 from services.imaging.dose import (
     Attribute,
     AttributeMeasures,
@@ -54,7 +55,7 @@ SEEN = 0.9
 NAMED_AUC, FIRES = 0.9, 0.004
 # Dose over which the prompt's words fade: well below what can be seen, and no jump.
 FADE = 0.25
-DOSES = (0.2, 0.3, 0.42, 0.6)
+DOSES = (0.3, 0.45, 0.6, 0.8)
 HIT, KEPT = 0.8, 0.9
 # ITU-R BT.709.
 LUMA = np.array([[0.2126], [0.7152], [0.0722]])
@@ -63,23 +64,41 @@ LEAST_HIT, LEAST_KEPT = 0.6, 0.75
 
 
 def draw(
-    imaging: Imaging, requests: Sequence[ImageRequest], side: int, batch: int = 16
+    imaging: Imaging,
+    requests: Sequence[Any],
+    side: int,
+    batch: int = 16,
+    prepare: Callable[[Any], Sample] | None = None,
 ) -> UInt8[NDArray[np.uint8], "n side side 3"]:
-    """Return pictures, in bfloat16 where the CPU has it and in whole batches: faster than what is served."""
+    """Return pictures, in bfloat16 where the CPU has it and in whole batches: faster than what is served.
+
+    Parameters
+    ----------
+    imaging : Imaging
+        Draws.
+    requests : sequence
+        Of `ImageRequest`, or of what `prepare` takes.
+    side : int
+        Pixels that the pictures are brought to.
+    """
     imaging.denoiser.batching = "free"
     made, started = [], time.monotonic()
     with mixed(CPU, pick_precision(CPU)):
         for start in range(0, len(requests), batch):
-            samples = [imaging.prepare(request) for request in requests[start : start + batch]]
+            samples = [(prepare or imaging.prepare)(one) for one in requests[start : start + batch]]
             while not all(sample.done for sample in samples):
                 imaging.step(samples)
             made += [imaging.decode(sample) for sample in samples]
             if start // batch % 10 == 9:
-                print(
-                    f"pictures {len(made)}/{len(requests)} {len(made) / (time.monotonic() - started):.1f}/s",
-                    flush=True,
-                )
+                rate = len(made) / (time.monotonic() - started)
+                print(f"pictures {len(made)}/{len(requests)} {rate:.1f}/s", flush=True)
     return resized(np.stack(made), side)
+
+
+def grey(pictures: np.ndarray) -> UInt8[NDArray[np.uint8], "n h w 3"]:
+    """Return the luma of pictures: what is left for a judge that must not see colour; edges stay."""
+    seen: NDArray[np.uint8] = np.repeat(pictures @ LUMA, 3, axis=-1).round().astype(np.uint8)
+    return seen
 
 
 class Study:
@@ -147,14 +166,13 @@ class Study:
         known = Attributes(config, self.whitening, {a.entry.name: a for a in attributes})
         self.imaging.know(known)
 
-    def kept(self, pictures: np.ndarray, concepts: Sequence[str]) -> NDArray[np.float64]:
+    def kept(self, pictures: np.ndarray, concepts: Sequence[str], colour_blind: bool) -> NDArray[np.float64]:
         """Return whether the judge finds each picture's concept among 100 of the validation concepts.
 
-        The same with another gender is no other concept here. The judge is shown lightness alone, so that it does not
-        hold a colour against a thing.
+        The same with another gender is no other concept here. A colour-blind judge is shown lightness alone, so that it
+        does not hold a colour against a thing.
         """
-        grey = np.repeat(pictures @ LUMA, 3, axis=-1).round().astype(np.uint8)
-        similarity = self.judge.images(grey) @ self.candidates.T
+        similarity = self.judge.images(grey(pictures) if colour_blind else pictures) @ self.candidates.T
         rng, found = np.random.default_rng(0), []
         for row, concept in zip(similarity, concepts, strict=True):
             own = int(np.searchsorted(self.concepts, concept))
@@ -238,7 +256,7 @@ class Study:
             found.append(
                 {
                     "hit": self.probes.has(attribute.entry.group, attribute.entry.name, pictures),
-                    "kept": self.kept(pictures, concepts),
+                    "kept": self.kept(pictures, concepts, attribute.entry.group == "colour"),
                     "off": self.off_distribution(self.raw_steered(requests)),
                 }
             )

@@ -89,8 +89,8 @@ class Conditioner:
         """The paths by which this pipeline can be steered."""
         return tuple(path for path, why in self.refusals.items() if why is None)
 
-    def __call__(self, request: ImageRequest) -> Conditioning:
-        """Return what conditions the image of `request`.
+    def __call__(self, request: ImageRequest, given: Steered | None = None) -> Conditioning:
+        """Return what conditions the image of `request`; `given` takes the place of edits on the path `embedding`.
 
         Raises
         ------
@@ -116,12 +116,16 @@ class Conditioner:
             if path == "embedding" and steered.delta:
                 embedding = torch.from_numpy(steered.unit) * steered.norm
                 opposite = -change if contrastive else None
-                hidden = self._faded(hidden, steered)
+                # Features may say anything; an attribute leaves the thing what it is, and so its words.
+                hidden = self._faded(hidden, steered) if steering.edits else hidden
             elif steered.delta:
                 moved = hidden_change(self._projection(), change)
                 hidden = steered_hidden_states(hidden, end, moved)
                 if contrastive:
                     negative = steered_hidden_states(negative, negative_end, -moved)
+        elif given is not None:
+            steered, embedding = given, torch.from_numpy(given.unit) * given.norm
+            hidden = self._faded(hidden, given)
         rows = [(hidden, embedding, embedding is not None)]
         if guidance > 1:
             # Null, and the opposite change: at strength 0 it is the null that guidance subtracts without edits.

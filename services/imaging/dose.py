@@ -57,8 +57,8 @@ class AttributeMeasures:
     hit_before : Share
         The same of their unsteered twins.
     kept : Share
-        Of those whose unsteered twin the judge takes for its concept rather than for others, seen in grey: those that
-        it still does.
+        Of those whose unsteered twin the judge takes for its concept rather than for others (in grey, where the
+        attribute is a colour): those that it still does.
     kept_before : Share
         Twins that it does.
     off_distribution, off_distribution_before : float
@@ -116,7 +116,8 @@ class AttributesConfig:
     unit : float
         Dose that an edit to a quantile is lengthened to at strength 1.
     fade : float
-        Dose at which the prompt's words no longer count, so that they do not hold the picture in place; 0 keeps them.
+        Dose of edits at which the prompt's words no longer count, so that they do not hold the picture in place; 0
+        keeps them. Attributes leave them.
     evidence : mapping
         How unit and fade were chosen.
     attributes : tuple of AttributeEntry

@@ -154,8 +154,10 @@ class Imaging:
         """Steer by these doses and attributes instead of the bundle's: for a study that has not written them yet."""
         self._features.know(attributes)
 
-    def condition(self, request: ImageRequest) -> Conditioning:
+    def condition(self, request: ImageRequest, steered: Steered | None = None) -> Conditioning:
         """Return what conditions the image of `request`; images that differ in their seed alone share it.
+
+        A study may give what was done to the embedding itself, as `steered`, in place of edits.
 
         Raises
         ------
@@ -165,7 +167,7 @@ class Imaging:
             Where the pipeline cannot be steered like that.
         """
         self.check(request)
-        return self._condition(request)
+        return self._condition(request, steered)
 
     def dose(self, conditioning: Conditioning) -> float | None:
         """Return the dose of a conditioning's edits: 0 without any, None where the bundle knows no doses."""
