@@ -771,8 +771,8 @@ class AttributeMeasures(_message.Message):
 
     @_builtins.property
     def concept_kept(self) -> Global___AttributeShare:
-        """Of the pictures whose concept a judge other than the generator's CLIP finds among a hundred without the attribute,
-        in grey: those in which it still does.
+        """Of the pictures whose concept a judge other than the generator's CLIP finds among a hundred without the attribute
+        (in grey, where it is a colour): those in which it still does.
         """
 
     @_builtins.property
