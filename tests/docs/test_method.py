@@ -66,6 +66,7 @@ OFFLINE = {
     "win_rate",
     "mean_over_features",
     "npmi",
+    "whitening_of",
 }
 
 
