@@ -55,7 +55,7 @@ SEEN = 0.9
 NAMED_AUC, FIRES = 0.9, 0.004
 # Dose over which the prompt's words fade: well below what can be seen, and no jump.
 FADE = 0.25
-DOSES = (0.3, 0.45, 0.6, 0.8)
+DOSES = (0.45, 0.65, 0.9, 1.2)
 HIT, KEPT = 0.8, 0.9
 # ITU-R BT.709.
 LUMA = np.array([[0.2126], [0.7152], [0.0722]])
