@@ -105,8 +105,9 @@ def steer(client: Client, cards: list[FeatureCard], console: Console) -> list[St
     """Turn one thing in each of some drawings: attributes of the bundle, and features where there are too few."""
     known = {attribute.name for attribute in client.attributes().attributes}
     turned: list[tuple[str, str | FeatureCard]] = [(p, name) for p, name in TURNED if name in known]
-    best = [c for c in cards if c.label is ModalityLabel.CROSS and c.name and c.name_auc is not None]
-    turned += zip(PROMPTS, sorted(best, key=lambda card: -(card.name_auc or 0.0)), strict=False)
+    best = [card for card in cards if card.label is ModalityLabel.CROSS and card.name]
+    best.sort(key=lambda card: -(card.name_auc or 0.0))
+    turned += zip(PROMPTS, best, strict=False)
     jobs = [(row, strength) for row in turned[:ROWS] for strength in STRENGTHS]
 
     def draw(job: tuple[tuple[str, str | FeatureCard], float]) -> Image.Image:
