@@ -54,6 +54,7 @@ docs: setup  ## Write docs/api.md from the contract
 figures: setup  ## Write the figures of the README and of docs/generation.md from the embedded bundle and out/bench/
 	$(BIN)/python -m benchmarks.readme
 	$(BIN)/python -m benchmarks.generation_page
+	$(BIN)/python -m benchmarks.steering_page
 
 chart: setup  ## Write what the chart holds of the code: alerts, dashboard, environment, schema of the settings
 	$(BIN)/python -m deployments.chart

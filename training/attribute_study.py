@@ -13,9 +13,11 @@ fit and to the probes; one half of them chooses doses, the other half is what th
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from services.imaging.dose import (
 )
 from services.imaging.edits import AttributeEdit, Edit, ImageRequest, SetQuantile, Steering
 from services.imaging.generator import Imaging
+from services.strict_json import parse_dataclass
 from training.attribute_probes import Probes
 from training.attributes import GENDERED, eligible, fit_all, training_pool, without_words
 from training.compute import CPU, mixed, pick_precision
@@ -49,6 +52,7 @@ from training.pairs import Corpus
 from training.retrieval import bootstrap_mean
 
 FOLDER = "attributes"
+KEEP = Path("work/attributes.json")
 UNITS = (0.9, 1.3)
 SEEN = 0.9
 # Features that are about something one can name: what the unit is chosen on.
@@ -262,44 +266,91 @@ class Study:
             )
         return found
 
-    def run(self, fingerprint: str, choosing: int, measuring: int, features: int) -> Attributes:
-        """Return everything, chosen and measured."""
-        unit, fade, record = self.choose_unit(features, 0)
+    def chosen_dose(
+        self, attribute: Attribute, concepts: Sequence[str], config: AttributesConfig
+    ) -> dict[str, float]:
+        """Return the dose that comes nearest to both goals, the smallest of equals, with what it does."""
+        plain, *chosen = self.measure(attribute, (0.0, *DOSES), concepts, 1000, config)
+        there = np.asarray(plain["kept"]) > 0
+        # Where the judge knows none of the pictures nothing can be kept.
+        kept = [float(np.mean(np.asarray(m["kept"])[there])) if there.any() else 0.0 for m in chosen]
+        hit = [float(np.mean(m["hit"])) for m in chosen]
+        scores = [min(h / HIT, 1) + min(k / KEPT, 1) for h, k in zip(hit, kept, strict=True)]
+        best = int(np.argmax(np.round(scores, 6)))
+        print(f"{attribute.entry.name}: doses {DOSES}, hit {hit}, kept {kept}", flush=True)
+        return {"dose": DOSES[best], "hit": hit[best], "kept": kept[best]}
+
+    def measured(
+        self, attribute: Attribute, dose: float, concepts: Sequence[str], config: AttributesConfig
+    ) -> AttributeMeasures:
+        """Return an attribute's measures at a dose."""
+        before, after = self.measure(attribute, (0.0, dose), concepts, 2000, config)
+        there = np.asarray(before["kept"]) > 0
+        nothing = Share(0.0, 0.0, 1.0)
+        known = np.asarray(concepts)[there]
+        return AttributeMeasures(
+            len(concepts),
+            by_concept(after["hit"], concepts),
+            by_concept(before["hit"], concepts),
+            by_concept(np.asarray(after["kept"])[there], known) if there.any() else nothing,
+            by_concept(before["kept"], concepts),
+            float(np.mean(after["off"])),
+            float(np.mean(before["off"])),
+        )
+
+    def run(
+        self, fingerprint: str, choosing: int, measuring: int, features: int, keep: Path | None = None
+    ) -> Attributes:
+        """Return everything, chosen and measured; what `keep` holds of a run like this is not measured again."""
+        files = self.bundle.manifest.files
+        weights = {
+            name: file.sha256
+            for name, file in files.items()
+            if name.endswith(".safetensors") and not name.startswith(f"{FOLDER}/")
+        }
+        told = [weights, DOSES, UNITS, self.steps, choosing, measuring, features]
+        stamp = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        done: dict[str, Any] = json.loads(keep.read_text()) if keep is not None and keep.exists() else {}
+        if done.get("stamp") != stamp:
+            done = {"stamp": stamp, "attributes": {}}
+
+        def save() -> None:
+            if keep is not None:
+                keep.parent.mkdir(parents=True, exist_ok=True)
+                keep.write_text(json.dumps(done, indent=1) + "\n")
+
+        if "unit" not in done:
+            done["unit"] = self.choose_unit(features, 0)
+            save()
+        unit, fade, record = done["unit"]
         config = AttributesConfig(fingerprint, self.name, unit, fade, {"unit": record})
         kept, left_out = [], {}
         for attribute in self.fitted:
             group, name = attribute.entry.group, attribute.entry.name
-            concepts = np.random.default_rng(1).permutation(eligible(group, name, self.corpus.columns))
-            half = len(concepts) // 2
-            a, b = concepts[:half], concepts[half:]
-            # Few concepts are drawn more than once, from other seeds.
-            plain, *chosen = self.measure(
-                attribute, (0.0, *DOSES), [str(c) for c in np.resize(a, choosing)], 1000, config
-            )
-            there = np.asarray(plain["kept"]) > 0
-            means = [(float(np.mean(m["hit"])), float(np.mean(np.asarray(m["kept"])[there]))) for m in chosen]
-            scores = [min(h / HIT, 1) + min(k / KEPT, 1) for h, k in means]
-            best = int(np.argmax(np.round(scores, 6)))
-            print(f"{name}: {dict(zip(DOSES, means, strict=True))} -> {DOSES[best]}", flush=True)
-            if means[best][0] < LEAST_HIT or means[best][1] < LEAST_KEPT:
-                left_out[name] = {"hit": means[best][0], "kept": means[best][1], "dose": DOSES[best]}
+            if name not in done["attributes"]:
+                concepts = np.random.default_rng(1).permutation(eligible(group, name, self.corpus.columns))
+                half = len(concepts) // 2
+                # Few concepts are drawn more than once, from other seeds.
+                a, b = (
+                    [str(c) for c in np.resize(part, n)]
+                    for part, n in ((concepts[:half], choosing), (concepts[half:], measuring))
+                )
+                choice = self.chosen_dose(attribute, a, config)
+                shown = choice["hit"] >= LEAST_HIT and choice["kept"] >= LEAST_KEPT
+                measures = asdict(self.measured(attribute, choice["dose"], b, config)) if shown else None
+                print(f"{name}: {choice}, {measures}", flush=True)
+                done["attributes"][name] = {"choice": choice, "measures": measures}
+                save()
+            choice, measures = (done["attributes"][name][key] for key in ("choice", "measures"))
+            if measures is None:
+                left_out[name] = choice
                 continue
-            wanted = [str(c) for c in np.resize(b, measuring)]
-            before, after = self.measure(attribute, (0.0, DOSES[best]), wanted, 2000, config)
-            there = np.asarray(before["kept"]) > 0
-            measures = AttributeMeasures(
-                len(wanted),
-                by_concept(after["hit"], wanted),
-                by_concept(before["hit"], wanted),
-                by_concept(np.asarray(after["kept"])[there], np.asarray(wanted)[there]),
-                by_concept(before["kept"], wanted),
-                float(np.mean(after["off"])),
-                float(np.mean(before["off"])),
+            entry = replace(
+                attribute.entry,
+                dose=choice["dose"],
+                measures=parse_dataclass(AttributeMeasures, measures, name),
             )
-            print(f"{name}: {measures}", flush=True)
-            kept.append(
-                replace(attribute, entry=replace(attribute.entry, dose=DOSES[best], measures=measures))
-            )
+            kept.append(replace(attribute, entry=entry))
         evidence = {
             "unit": record,
             "left_out": left_out,
@@ -362,7 +413,9 @@ def main() -> None:
     study = Study(
         bundle, Corpus.load(arguments.corpus), embeddings, arguments.clip, arguments.judge, arguments.steps
     )
-    known = study.run(embeddings.fingerprint, arguments.choosing, arguments.measuring, arguments.features)
+    known = study.run(
+        embeddings.fingerprint, arguments.choosing, arguments.measuring, arguments.features, arguments.keep
+    )
     known.write(bundle.path / FOLDER)
     refresh_manifest(bundle.path)
     minutes = (time.monotonic() - started) / 60

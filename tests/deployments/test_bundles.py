@@ -171,6 +171,8 @@ async def test_a_bundle_that_is_not_served_is_not_found_by_any_method(tiny: Bund
         "PreviewSteering": imaging_service_pb2.PreviewSteeringRequest(
             input=text("a"), steering=imaging_service_pb2.Steering()
         ),
+        "ListAttributes": imaging_service_pb2.ListAttributesRequest(),
+        "GetAttribute": imaging_service_pb2.GetAttributeRequest(name="blue"),
         "GetModel": models.GetModelRequest(),
     }
     named = {

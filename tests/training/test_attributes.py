@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from services.dictionaries import SAE
-from services.imaging.dose import whitening_of
+from services.imaging.dose import Attribute, AttributeEntry, Attributes, whitening_of
 from training.attribute_probes import classes
-from training.attribute_study import by_concept
+from training.attribute_study import DOSES, Study, by_concept
 from training.attributes import COLOURS, Pool, contrasts, differences, fit, joined, pursuit, without_words
 from training.bundle_all import steps
 from training.colour import NAMED, colour_shares
@@ -138,9 +142,78 @@ def test_classes_are_told_by_metadata_and_words() -> None:
 
 def test_the_study_is_part_of_the_whole_recipe_after_the_generator() -> None:
     import argparse
-    from pathlib import Path
 
     values = {"work": Path("w"), "corpus": Path("c"), "clip": Path("t"), "out": Path("b"), "test": False}
     numbers = {"workers": 1, "seeds": 1, "views": 1, "fit_limit": 0, "effort": 1.0}
     names = [command[0] for command in steps(argparse.Namespace(**values, **numbers))]
     assert names.index("training.attribute_study") > names.index("training.diffusion_export")
+
+
+def planned_study(hits: dict[str, dict[float, float]], asked: list[tuple[str, float]]) -> Study:
+    """A study of pictures that are not drawn: each attribute hits as planned, by dose, and always keeps its concept."""
+    study: Any = object.__new__(Study)
+    study.name, study.steps, study.whitening = "sae", 4, np.eye(3, dtype=np.float32)
+    study.bundle = SimpleNamespace(manifest=SimpleNamespace(files={}))
+    columns = {
+        "split": np.full(8, "validation"),
+        "concept": np.array([f"thing {i}" for i in range(8)]),
+        "category": np.full(8, "Objects"),
+    }
+    study.corpus = SimpleNamespace(columns=columns)
+    study.probes = SimpleNamespace(accuracy={"colour": 0.9})
+    study.fitted = [
+        Attribute(AttributeEntry(name, "colour", 0.0, 9, 9), np.array([i]), np.ones(1, np.float32))
+        for i, name in enumerate(hits)
+    ]
+    study.choose_unit = lambda features, seed: (0.9, 0.25, {"features": features})
+
+    def measure(attribute: Attribute, doses: Any, concepts: Any, seed: int, config: Any) -> list[Any]:
+        name = attribute.entry.name
+        asked.extend((name, dose) for dose in doses)
+        n = len(concepts)
+        return [
+            {
+                "hit": (np.arange(n) < n * hits[name].get(dose, 0.0)).astype(float),
+                "kept": np.ones(n),
+                "off": 0.5,
+            }
+            for dose in doses
+        ]
+
+    study.measure = measure
+    found: Study = study
+    return found
+
+
+def test_the_smallest_dose_that_reaches_the_goals_is_chosen_and_the_rest_left_out(tmp_path: Path) -> None:
+    rising = dict(zip(DOSES, (0.2, 0.8, 1.0, 1.0), strict=True))
+    asked: list[tuple[str, float]] = []
+    study = planned_study({"blue": rising, "red": dict.fromkeys(DOSES, 0.5)}, asked)
+    known = study.run("f" * 64, choosing=10, measuring=20, features=3, keep=tmp_path / "kept.json")
+    assert list(known.attributes) == ["blue"]
+    entry = known.attributes["blue"].entry
+    assert entry.dose == DOSES[1]
+    assert entry.measures is not None
+    assert (entry.measures.pictures, entry.measures.hit.value, entry.measures.hit_before.value) == (
+        20,
+        0.8,
+        0.0,
+    )
+    assert entry.measures.kept.value == 1.0
+    assert known.config.evidence["left_out"]["red"]["hit"] == 0.5
+    assert (known.config.unit, known.config.fade) == (0.9, 0.25)
+    known.write(tmp_path / "attributes")
+    assert Attributes.read(tmp_path / "attributes").config == known.config
+
+
+def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path) -> None:
+    hits = {name: dict.fromkeys(DOSES, 1.0) for name in ("blue", "red")}
+    keep, asked = tmp_path / "kept.json", list[tuple[str, float]]()
+    planned_study({"blue": hits["blue"]}, asked).run("f" * 64, 4, 4, 3, keep)
+    first = len(asked)
+    again = planned_study(hits, asked).run("f" * 64, 4, 4, 3, keep)
+    assert list(again.attributes) == ["blue", "red"]
+    assert {name for name, _ in asked[first:]} == {"red"}
+    # Of other numbers nothing is taken over.
+    planned_study(hits, asked).run("f" * 64, 5, 4, 3, keep)
+    assert {name for name, _ in asked[2 * first :]} == {"blue", "red"}
