@@ -37,7 +37,7 @@ from training.clip_settings import ClipSettings
 from training.contrastive import contrastive_loss, encode_text, two_caption_loss
 from training.corpus.build import DEFAULT_DIR
 from training.pairs import TEMPLATES, Batch, Corpus, PairSampler
-from training.retrieval import bootstrap_auc, gender_score, participation_ratio, retrieval
+from training.retrieval import auc_interval, gender_score, participation_ratio, retrieval
 from training.text_tower import TextDistiller, start_as_a_sum
 
 CONFIG = Path(__file__).parent / "configs" / "emoji_clip.json"
@@ -248,7 +248,7 @@ class ClipTrainer:
         man, woman = self.embed_texts(["man", "woman"]).cpu().numpy()
         gender = columns["gender"][rows]
         known = gender != ""
-        auc = bootstrap_auc(gender_score(images[known], man, woman), gender[known] == "woman", resamples=50)
+        auc = auc_interval(gender_score(images[known], man, woman), gender[known] == "woman")
         return {
             "r1": result.image_to_text[1].value,
             "r5": result.image_to_text[5].value,

@@ -18,7 +18,7 @@ from training.corpus.build import DEFAULT_DIR
 from training.embeddings import DEFAULT_OUT as EMBEDDINGS
 from training.embeddings import EmbeddingSet
 from training.pairs import Corpus
-from training.retrieval import Retrieval, bootstrap_auc, gender_score, ranks, retrieval, summarise
+from training.retrieval import Retrieval, auc_interval, gender_score, ranks, retrieval, summarise
 
 COLOUR_BINS = 6
 
@@ -60,7 +60,7 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 
 class Evaluation:
-    """Figures of one set of embeddings on the splits of the corpus.
+    """Figures of one set of embeddings on the splits of the corpus, with intervals by concept.
 
     Parameters
     ----------
@@ -79,7 +79,8 @@ class Evaluation:
     def retrieve(self, index: np.ndarray, candidates: np.ndarray) -> Retrieval:
         """Return recall of the drawings `index` among the captions `candidates`, and the other way round."""
         texts = self.embeddings.mean_texts()[np.searchsorted(self.embeddings.captions, candidates)]
-        return retrieval(self.embeddings.images[index], self.captions[index], texts, candidates)
+        concepts = self.columns["concept"][index]
+        return retrieval(self.embeddings.images[index], self.captions[index], texts, candidates, concepts)
 
     def neighbours(
         self, index: np.ndarray, candidates: np.ndarray, features: Callable[[np.ndarray], np.ndarray]
@@ -94,7 +95,7 @@ class Evaluation:
         np.maximum.at(best.T, group, (queries @ answers.T).T)
         # A caption's score is that of its best drawing; ranks are then counted over captions.
         rank = ranks(best, np.eye(len(labels), dtype=np.float32), self.captions[index], labels)
-        return summarise(rank)
+        return summarise(rank, groups=self.columns["concept"][index])
 
     def gender(self, index: np.ndarray) -> dict[str, object]:
         """Return the zero-shot AUC of woman against man on drawings whose name says which."""
@@ -102,7 +103,8 @@ class Evaluation:
         known = index[gender != ""]
         man, woman = self.embeddings.mean_texts()[np.searchsorted(self.embeddings.captions, ["man", "woman"])]
         score = gender_score(self.embeddings.images[known], man, woman)
-        auc = bootstrap_auc(score, self.columns["gender"][known] == "woman")
+        women = self.columns["gender"][known] == "woman"
+        auc = auc_interval(score, women, self.columns["concept"][known])
         return {"auc": asdict(auc), "n": len(known)}
 
     def report(self, index: np.ndarray) -> dict[str, object]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -280,7 +280,7 @@ def train(
 
 def pick_among(
     images: np.ndarray, texts: np.ndarray, right: np.ndarray, candidates: int = CANDIDATES, seed: int = 0
-) -> Float[np.ndarray, " n"]:
+) -> Bool[np.ndarray, " n"]:
     """Return for each image whether its caption is the best of `candidates`, drawn at random for each.
 
     Parameters
@@ -296,7 +296,7 @@ def pick_among(
     for i, own in enumerate(right):
         others = rng.permutation(np.delete(np.arange(len(texts)), own))[: candidates - 1]
         found.append(similarity[i, own] > similarity[i, others].max())
-    return np.array(found, dtype=np.float64)
+    return np.array(found, dtype=bool)
 
 
 @torch.inference_mode()
@@ -318,8 +318,8 @@ def figures(
         result[part] = {
             "drawings": len(own),
             "captions": len(distinct),
-            "r1": asdict(bootstrap_mean((rank < 1).astype(float))),
-            "r5": asdict(bootstrap_mean((rank < 5).astype(float))),
+            "r1": asdict(bootstrap_mean(rank < 1)),
+            "r5": asdict(bootstrap_mean(rank < 5)),
             "among_100": asdict(bootstrap_mean(pick_among(images, texts, right))),
         }
     return result

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
-from sklearn.metrics import roc_auc_score
+from jaxtyping import Bool, Float
+
+from services.intervals import area_under_roc, mean_interval
 
 Embeddings = Float[np.ndarray, "n d"]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure with its 95% bootstrap interval."""
+    """A figure with its 95% interval."""
 
     value: float
     low: float
@@ -48,36 +49,29 @@ def ranks(
     return ((similarity >= best_right) & ~right).sum(1)
 
 
-def recall(rank: np.ndarray, k: int) -> np.ndarray:
-    """Return for each query whether a right answer is among the first `k`, float64 [n]."""
-    return (rank < k).astype(np.float64)
+def recall(rank: np.ndarray, k: int) -> Bool[np.ndarray, " n"]:
+    """Return for each query whether a right answer is among the first `k`."""
+    return np.asarray(rank < k)
 
 
-def bootstrap_mean(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Return the mean with its percentile bootstrap interval over rows."""
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples) / len(
-        values
-    )
-    low, high = np.percentile(weights @ values, [2.5, 97.5])
-    return Interval(float(values.mean()), float(low), float(high))
+def bootstrap_mean(
+    values: np.ndarray, resamples: int = 1000, seed: int = 0, groups: np.ndarray | None = None
+) -> Interval:
+    """Return the mean with its interval, by group; of booleans it is a share. See `services.intervals`."""
+    return Interval(*mean_interval(values, groups, resamples, seed))
 
 
-def bootstrap_auc(score: np.ndarray, positive: np.ndarray, resamples: int = 1000, seed: int = 0) -> Interval:
-    """Return the area under the ROC curve with its percentile bootstrap interval over rows."""
-    rng = np.random.default_rng(seed)
-    draws = []
-    while len(draws) < resamples:
-        index = rng.integers(0, len(score), len(score))
-        if 0 < positive[index].sum() < len(index):
-            draws.append(roc_auc_score(positive[index], score[index]))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Interval(float(roc_auc_score(positive, score)), float(low), float(high))
+def auc_interval(score: np.ndarray, positive: np.ndarray, groups: np.ndarray | None = None) -> Interval:
+    """Return the area under the ROC curve with its interval, by group."""
+    area = area_under_roc(score, positive, groups)
+    return Interval(area.value, area.low, area.high)
 
 
-def summarise(rank: np.ndarray, ks: tuple[int, ...] = (1, 5)) -> dict[int, Interval]:
-    """Return R@k with its interval for each `k`."""
-    return {k: bootstrap_mean(recall(rank, k)) for k in ks}
+def summarise(
+    rank: np.ndarray, ks: tuple[int, ...] = (1, 5), groups: np.ndarray | None = None
+) -> dict[int, Interval]:
+    """Return R@k with its interval for each `k`; queries that are not independent share a group."""
+    return {k: bootstrap_mean(recall(rank, k), groups=groups) for k in ks}
 
 
 @dataclass(frozen=True)
@@ -95,6 +89,7 @@ def retrieval(
     captions: np.ndarray,
     texts: Embeddings,
     text_captions: np.ndarray,
+    groups: np.ndarray | None = None,
 ) -> Retrieval:
     """Return R@k from image to caption and from caption to image.
 
@@ -108,12 +103,22 @@ def retrieval(
         Unit text embeddings, one a distinct caption, float32 [m, d].
     text_captions : np.ndarray
         The distinct captions, str [m].
+    groups : np.ndarray or None
+        Concept of each image [n], by which intervals are made; None is each image by itself. A caption's concept is
+        that of the first image with it.
     """
     forward = ranks(images, texts, captions, text_captions)
     drawn = np.isin(text_captions, captions)
     backward = ranks(texts[drawn], images, text_captions[drawn], captions)
+    by_caption = None
+    if groups is not None:
+        known, first = np.unique(captions, return_index=True)
+        by_caption = groups[first[np.searchsorted(known, text_captions[drawn])]]
     return Retrieval(
-        summarise(forward), summarise(backward), candidates=len(text_captions), queries=len(images)
+        summarise(forward, groups=groups),
+        summarise(backward, groups=by_caption),
+        candidates=len(text_captions),
+        queries=len(images),
     )
 
 

@@ -298,12 +298,12 @@ def test_figures(
         images = attacker.attack("pgd", epsilon, drawings) if epsilon else drawings.images
         observed = study.observe(images)
         row: dict[str, Any] = {"attack": f"PGD, {epsilon} / 255" if epsilon else "none", "images": len(truth)}
-        row["accuracy"] = mean(correct(observed.unit, texts, truth))
+        row["accuracy"] = mean(correct(observed.unit, texts, truth), truth)
         for name, second_look in (("one_look", False), ("two_looks", True)):
             called, after, _ = answered(
                 observed, calibration, decoder, second_look=second_look, false_positive_rate=FALSE_POSITIVES
             )
-            row[name] = {"called": mean(called), "accuracy": mean(correct(after, texts, truth))}
+            row[name] = {"called": mean(called, truth), "accuracy": mean(correct(after, texts, truth), truth)}
         rows.append(row)
         tell(1.0)
     return without_nan(rows)

@@ -86,7 +86,7 @@ class Context:
     def accuracy(self, unit: np.ndarray, drawings: Drawings | None = None) -> dict[str, float]:
         """Return the share of embeddings whose nearest label is the true one."""
         chosen = drawings or self.drawings
-        return mean(correct(unit, self.study.data.texts.numpy(), chosen.truth))
+        return mean(correct(unit, self.study.data.texts.numpy(), chosen.truth), chosen.truth)
 
     def answers(
         self, observed: Observed, second_look: bool, **options: Any
@@ -190,6 +190,7 @@ def served(context: Context) -> dict[str, Observed]:
 def robustness(context: Context) -> dict[str, Any]:
     """Accuracy without a defence and with it, and the share of pictures that are flagged or still right."""
     table: dict[str, Any] = {}
+    concepts = context.drawings.truth
     for name, observed in {
         "clean": context.base,
         **{name_of(s): o for s, o in context.attacked.items()},
@@ -200,10 +201,10 @@ def robustness(context: Context) -> dict[str, Any]:
             right = correct(unit, context.study.data.texts.numpy(), context.drawings.truth)
             _, filtered, _ = context.answers(observed, twice, filter_all=True)
             row[LOOK_NAMES[twice]] = {
-                "accuracy": mean(right),
+                "accuracy": mean(right, concepts),
                 "filter_all": context.accuracy(filtered),
-                "flagged": mean(flagged),
-                "flagged_or_right": mean(flagged | right),
+                "flagged": mean(flagged, concepts),
+                "flagged_or_right": mean(flagged | right, concepts),
             }
         table[name] = row
     return table
@@ -212,19 +213,22 @@ def robustness(context: Context) -> dict[str, Any]:
 def targeted(context: Context) -> dict[str, Any]:
     """Share of targeted attacks whose picture is taken for the target, before and after filtering."""
     texts = context.study.data.texts.numpy()
-    targets = context.study.attacker.targets(context.drawings)
+    targets, concepts = context.study.attacker.targets(context.drawings), context.drawings.truth
     table: dict[str, Any] = {}
     for setting, observed in context.attacked.items():
         if setting[0] not in ("match", "typographic"):
             continue
         row: dict[str, Any] = {
-            "before": mean(correct(observed.unit, texts, targets)),
-            "clean": mean(correct(context.base.unit, texts, targets)),
+            "before": mean(correct(observed.unit, texts, targets), concepts),
+            "clean": mean(correct(context.base.unit, texts, targets), concepts),
         }
         for twice in (False, True):
             flagged, unit, _ = context.answers(observed, twice)
             hit = correct(unit, texts, targets)
-            row[LOOK_NAMES[twice]] = {"after": mean(hit), "unflagged": mean(hit & ~flagged)}
+            row[LOOK_NAMES[twice]] = {
+                "after": mean(hit, concepts),
+                "unflagged": mean(hit & ~flagged, concepts),
+            }
         table[name_of(setting)] = row
     return table
 
@@ -308,11 +312,14 @@ def _adaptive(context: Context, drawings: Drawings, epsilon: int, twice: bool) -
     pick = np.arange(len(best))
     verdict, good, logit = (np.stack(values)[best, pick] for values in (flagged, right, logits))
     clean = _logits(context.calibration, context.decoder, context.clean, twice)
+    concepts = drawings.truth
     return {
-        "undefended": mean(correct(context.base.unit[: len(good)], study.data.texts.numpy(), drawings.truth)),
-        "accuracy": mean(good),
-        "flagged": mean(verdict),
-        "evades": mean(~verdict & ~good),
+        "undefended": mean(
+            correct(context.base.unit[: len(good)], study.data.texts.numpy(), drawings.truth), concepts
+        ),
+        "accuracy": mean(good, concepts),
+        "flagged": mean(verdict, concepts),
+        "evades": mean(~verdict & ~good, concepts),
         "auroc": auroc(clean, logit),
     }
 

@@ -6,38 +6,26 @@ from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import rankdata
+
+from services.intervals import area_under_roc, mean_interval
 
 RESAMPLES = 1_000
 
-# {"value", "low", "high"}: a figure and its 95% bootstrap interval over images.
+# {"value", "low", "high"}: a figure and its 95% interval over concepts, or over images where those are not told.
 Figure: TypeAlias = dict[str, float]
 
 
-def mean(values: np.ndarray, seed: int = 0) -> Figure:
-    """Return the mean of one value an image."""
-    values = np.asarray(values, np.float64)
-    draws = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    return _figure(values.mean(), values[draws].mean(1))
+def mean(values: np.ndarray, concepts: np.ndarray | None = None, seed: int = 0) -> Figure:
+    """Return the mean of one value an image; of booleans it is a share, whose interval at 0 and 1 is exact."""
+    value, low, high = mean_interval(np.asarray(values), concepts, RESAMPLES, seed)
+    return {"value": value, "low": low, "high": high}
 
 
-def auroc(clean: Float[np.ndarray, " c"], attacked: Float[np.ndarray, " a"], seed: int = 0) -> Figure:
+def auroc(clean: Float[np.ndarray, " c"], attacked: Float[np.ndarray, " a"]) -> Figure:
     """Return the probability that an attacked image scores over a clean one."""
-    rng = np.random.default_rng(seed)
-    draws = [_wins(rng.choice(clean, len(clean)), rng.choice(attacked, len(attacked))) for _ in range(200)]
-    return _figure(_wins(clean, attacked), np.array(draws))
-
-
-def _wins(clean: np.ndarray, attacked: np.ndarray) -> float:
-    """Return the Mann-Whitney statistic as a share: ties count half."""
-    ranks = rankdata(np.r_[clean, attacked])[len(clean) :]
-    count = len(attacked)
-    return float((ranks.sum() - count * (count + 1) / 2) / (len(clean) * count))
-
-
-def _figure(value: float, draws: np.ndarray) -> Figure:
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    attack = np.repeat([False, True], [len(clean), len(attacked)])
+    area = area_under_roc(np.concatenate([clean, attacked]), attack)
+    return {"value": area.value, "low": area.low, "high": area.high}
 
 
 def correct(unit: Float[np.ndarray, "B d"], texts: Float[np.ndarray, "L d"], truth: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ def summary(figures: Mapping[str, Any]) -> str:
         f"{samples['evaluation_attacked']} attacked and {samples['evaluation_clean']} clean validation drawings, none "
         f"of whose concepts the detector was calibrated on ({samples['calibration_attacked']} attacked in 9 ways, "
         f"{samples['calibration_clean']} clean pictures); accuracy is among {samples['labels']} labels; "
-        f"{settings['steps']} gradients an attack. Brackets are 95% bootstrap intervals over pictures."
+        f"{settings['steps']} gradients an attack. Brackets are 95% intervals, of accuracy by concept."
     )
 
 
