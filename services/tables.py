@@ -46,8 +46,13 @@ MODALITY_SCHEMA = pa.schema(
         ("emb_sim_text", pa.float32()),
         ("win_rate_image", pa.float32()),
         ("win_rate_text", pa.float32()),
+        ("name_auc_low", pa.float32()),
+        ("name_auc_high", pa.float32()),
+        ("name_count", pa.int32()),
     ]
 )
+# Columns that came later; tables of before are read without them.
+MODALITY_ADDED = ("name_auc_low", "name_auc_high", "name_count")
 MODALITY_COLUMNS: tuple[str, ...] = tuple(MODALITY_SCHEMA.names)
 
 CARDS_SCHEMA = pa.schema(
@@ -106,6 +111,9 @@ class ModalityTable:
     emb_sim_text: NDArray[np.float32]
     win_rate_image: NDArray[np.float32]
     win_rate_text: NDArray[np.float32]
+    name_auc_low: NDArray[np.float32]
+    name_auc_high: NDArray[np.float32]
+    name_count: NDArray[np.int32]
 
     def __len__(self) -> int:
         """Return n, the number of features."""
@@ -168,7 +176,7 @@ class ModalityTable:
         BundleFileError
             Where the columns are not those of `MODALITY_SCHEMA`, or the features not 0, 1, ..., n - 1.
         """
-        table = read_parquet(path, MODALITY_SCHEMA)
+        table = read_parquet(path, MODALITY_SCHEMA, MODALITY_ADDED)
         columns = {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
         if not np.array_equal(columns["feature"], np.arange(table.num_rows)):
             raise BundleFileError(f"{path.name}: features must be 0, 1, ..., in order")
@@ -270,8 +278,8 @@ def read_thumbnails(path: Path) -> dict[str, bytes]:
     return dict(zip(table.column("sample").to_pylist(), table.column("webp").to_pylist(), strict=True))
 
 
-def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
-    """Read a parquet file that must have exactly `schema`'s columns.
+def read_parquet(path: Path, schema: pa.Schema, may_lack: Sequence[str] = ()) -> pa.Table:
+    """Read a parquet file that must have exactly `schema`'s columns, though it may lack those of `may_lack`.
 
     A file of 2 kB can stand for gigabytes: one long text, repeated. What it decodes to is bounded before it is made, by
     `MAX_DECODED`, or `MAX_RATIO` times the file where that is more.
@@ -300,6 +308,8 @@ def read_parquet(path: Path, schema: pa.Schema) -> pa.Table:
             raise BundleFileError(f"{path.name}: its texts decode to {decoded:,} bytes, more than {bound:,}")
     except (pa.ArrowException, OSError) as error:
         raise BundleFileError(f"{path.name} cannot be read as parquet: {error}") from error
+    lacking = set(may_lack) - set(table.column_names)
+    schema = pa.schema([field for field in schema if field.name not in lacking])
     if set(table.column_names) != set(schema.names):
         difference = sorted(set(table.column_names) ^ set(schema.names))
         raise BundleFileError(f"{path.name}: columns that are missing or unknown: {', '.join(difference)}")

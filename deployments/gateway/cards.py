@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from monofacet.v1 import common_pb2
 from monofacet.v1 import modality_service_pb2 as pb
 
+from services.label_reasons import DELTA, label_reason
 from services.tables import Label, ModalityTable
 
 _PREFIX = "MODALITY_LABEL_"
@@ -27,8 +28,8 @@ def label_name(value: common_pb2.ModalityLabel.ValueType) -> str:
     return common_pb2.ModalityLabel.Name(value).removeprefix(_PREFIX)
 
 
-def card(table: ModalityTable, feature: int) -> pb.FeatureCard:
-    """Return one row as a card; NaN is left unset.
+def card(table: ModalityTable, feature: int, delta: float = DELTA) -> pb.FeatureCard:
+    """Return one row as a card; NaN is left unset. `delta` is the one that labels were made with.
 
     Raises
     ------
@@ -36,11 +37,12 @@ def card(table: ModalityTable, feature: int) -> pb.FeatureCard:
         When the dictionary has no such feature.
     """
     row = table.row(feature)
+    reason = label_reason(row, delta)
     label, paper_label = label_value(row.pop("label")), label_value(row.pop("paper_label"))
     defined = {k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))}
-    return pb.FeatureCard(label=label, paper_label=paper_label, **defined)
+    return pb.FeatureCard(label=label, paper_label=paper_label, label_reason=reason, **defined)
 
 
-def cards(table: ModalityTable, features: Iterable[int]) -> list[pb.FeatureCard]:
+def cards(table: ModalityTable, features: Iterable[int], delta: float = DELTA) -> list[pb.FeatureCard]:
     """Return the cards of `features`, in that order."""
-    return [card(table, int(feature)) for feature in features]
+    return [card(table, int(feature), delta) for feature in features]

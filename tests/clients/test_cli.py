@@ -13,9 +13,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import typer
+from monofacet import _responses as responses
+from monofacet.cli import _features as cli_features
 from monofacet.cli import app
 from monofacet.cli._plugins import add_plugins
 from monofacet.testing import FakeMonofacet, run_server
+from monofacet.testing._model import FakeModel
 from typer.testing import CliRunner
 
 Run = Callable[..., Any]
@@ -136,7 +139,22 @@ def test_one_feature_is_shown_with_its_pictures(run: Run, tmp_path: Path) -> Non
     done = run("features", "3", "--save-images", tmp_path / "out")
     assert "a white dot" in done.output
     assert (tmp_path / "out" / "feature-3-00.png").exists()
-    assert json.loads(run("features", "3", "--json").stdout)["card"]["name"] == "concept 3"
+    card = json.loads(run("features", "3", "--json").stdout)["card"]
+    assert card["name"] == "concept 3"
+    # Why it has its label, and what its name rests on, in words.
+    assert card["label_reason"] in done.output
+    assert "Name: concept 3, AUC 0.90 [0.80, 0.95] on 12 held-out samples with the phrase." in done.output
+
+
+def test_a_feature_without_a_name_says_so(run: Run) -> None:
+    model = FakeModel()
+    card = model.card(2)
+    card.name = ""
+    shown = cli_features._about_the_name(responses.modality.card(card))
+    assert shown == "No name: the phrase it detects best has an AUC of 0.90."
+    card.ClearField("name_auc")
+    shown = cli_features._about_the_name(responses.modality.card(card))
+    assert shown == "No name: no phrase of the captions goes with it."
 
 
 @pytest.mark.parametrize(

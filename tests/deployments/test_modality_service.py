@@ -17,6 +17,7 @@ from monofacet.v1 import model_service_pb2
 from deployments.access.scopes import Scope
 from deployments.access.tokens import new_token
 from services.bundle import Bundle
+from services.label_reasons import label_reason
 from tests.deployments.conftest import Open, error_details
 
 CODE = grpc.StatusCode
@@ -61,11 +62,13 @@ async def test_a_card_is_the_tables_row(open_gateway: Open, tiny: Bundle) -> Non
     card = answer.card
     assert card.feature == 5
     assert common.ModalityLabel.Name(card.label) == f"MODALITY_LABEL_{row['label']}"
-    for name in ("mds_energy", "mds_paper", "coactivation_q", "name_auc", "win_rate_text"):
+    for name in ("mds_energy", "mds_paper", "coactivation_q", "name_auc", "name_auc_low", "win_rate_text"):
         assert card.HasField(name) != np.isnan(row[name])
         if card.HasField(name):
             assert getattr(card, name) == np.float32(row[name])
     assert card.name == row["name"]
+    assert card.name_count == row["name_count"]
+    assert card.label_reason == label_reason(row)
     examples = tiny.cards("ncl").top(5, "image", 1000)
     assert [e.sample for e in answer.images] == [e.sample for e in examples]
     assert [e.thumbnail.data for e in answer.images] == [e.thumbnail for e in examples]

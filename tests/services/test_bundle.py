@@ -92,6 +92,16 @@ def test_a_modality_table_survives_the_disk(tiny, tmp_path):
         table.row(N_FEATURES)
 
 
+def test_a_table_of_before_the_figures_of_names_is_read_without_them(tiny, tmp_path):
+    path = tmp_path / "table.parquet"
+    table = pq.read_table(tiny.path / "modality/sae.parquet")
+    pq.write_table(table.drop(["name_auc_low", "name_auc_high", "name_count"]), path)
+    again = ModalityTable.read(path)
+    assert again.name.tolist() == tiny.modality("sae").name.tolist()
+    assert np.isnan(again.name_auc_low).all()
+    assert (again.name_count == 0).all()
+
+
 def test_a_table_with_nulls_or_other_columns_is_refused(tiny, tmp_path):
     path = tmp_path / "table.parquet"
     good = pq.read_table(tiny.path / "modality/sae.parquet")

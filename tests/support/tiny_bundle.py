@@ -167,7 +167,10 @@ def write_tables(
             "energy_text": rng.uniform(0, 1, n) * alive,
             "name": [f"word{j}" if alive[j] else "" for j in range(n)],
             "name_npmi": np.where(alive, rng.uniform(0, 1, n), np.nan),
-            "name_auc": np.where(alive, rng.uniform(0.5, 1, n), np.nan),
+            "name_auc": (area := np.where(alive, rng.uniform(0.5, 1, n), np.nan)),
+            "name_auc_low": area - 0.1,
+            "name_auc_high": np.minimum(area + 0.1, 1),
+            "name_count": rng.integers(5, 50, n) * alive,
         },
         n,
     )

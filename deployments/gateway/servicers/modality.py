@@ -205,6 +205,9 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
                         "name",
                         "name_npmi",
                         "name_auc",
+                        "name_auc_low",
+                        "name_auc_high",
+                        "name_count",
                         "emb_sim_image",
                         "emb_sim_text",
                         "win_rate_image",
@@ -213,7 +216,7 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
                 },
             )
         return pb.ScoreModalityResponse(
-            cards=cards(table, range(len(table))),
+            cards=cards(table, range(len(table)), scores.settings.delta),
             pairs=scores.pairs,
             settings=scores.settings,
             timings=timings(scores.queue_s, scores.inference_s),

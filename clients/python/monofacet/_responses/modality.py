@@ -20,7 +20,7 @@ LABELS: dict[int, types.ModalityLabel] = {
 CARD_FIELDS = tuple(
     descriptor
     for descriptor in modality_service_pb2.FeatureCard.DESCRIPTOR.fields
-    if "label" not in descriptor.name
+    if descriptor.name not in {"label", "paper_label"}
 )
 
 

@@ -109,10 +109,15 @@ class FeatureCard(Brief):
         Shares of images and of texts that activate it, in [0, 1].
     energy_image, energy_text
         Mean squared activation relative to the average feature.
-    name, name_npmi, name_auc
-        Caption words that go with it best; their normalised PMI in [-1, 1] and held-out AUC in [0, 1].
+    name, name_npmi
+        Phrase of captions that it detects best, empty if none well enough; its normalised PMI with it, in [-1, 1].
+    name_auc, name_auc_low, name_auc_high, name_count
+        How well it detects the phrase on held-out samples, in [0, 1], the 95% interval, and the independent samples
+        with the phrase that this rests on. Where there is no name, of the best phrase that was tried.
     emb_sim_image, emb_sim_text, win_rate_image, win_rate_text
         Similarity among its top samples, in [-1, 1], and how often that beats random ones, in [0, 1].
+    label_reason
+        Why it has its label, in a sentence; empty from a server that does not say.
     """
 
     feature: int
@@ -138,6 +143,10 @@ class FeatureCard(Brief):
     emb_sim_text: float | None = None
     win_rate_image: float | None = None
     win_rate_text: float | None = None
+    name_auc_low: float | None = None
+    name_auc_high: float | None = None
+    name_count: int = 0
+    label_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -104,7 +104,15 @@ def card_table(cards: list[FeatureCard], title: str) -> Table:
         One row a feature.
     """
     table = Table(
-        "feature", "label", "MDS", "interval", "co-act.", "fires image/text", "name", "AUC", title=title
+        "feature",
+        "label",
+        "MDS",
+        "interval",
+        "co-act.",
+        "fires image/text",
+        "name",
+        "AUC [95%] n",
+        title=title,
     )
     for card in cards:
         table.add_row(
@@ -117,7 +125,7 @@ def card_table(cards: list[FeatureCard], title: str) -> Table:
             number(card.coactivation) + (" *" if card.coactivation_significant else ""),
             f"{card.firing_rate_image:.1%} / {card.firing_rate_text:.1%}",
             escape(card.name),
-            number(card.name_auc),
+            name_area(card),
         )
     return table
 
@@ -138,8 +146,30 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def name_area(card: FeatureCard) -> str:
+    """Write how well a feature detects its name.
+
+    Parameters
+    ----------
+    card
+        With a name or without.
+
+    Returns
+    -------
+    str
+        AUC, its interval and the samples it rests on, as far as they are known; nothing without a name.
+    """
+    if not card.name or card.name_auc_low is None:
+        return number(card.name_auc) if card.name else ""
+    interval = f"{number(card.name_auc_low)}, {number(card.name_auc_high)}"
+    return escape(f"{number(card.name_auc)} [{interval}] {card.name_count}")
+
+
 def _show_detail(session: Session, detail: FeatureDetail) -> None:
     session.console.print(card_table([detail.card], f"{detail.dictionary} of {detail.bundle}"))
+    if detail.card.label_reason:
+        session.console.print(f"{detail.card.label}: {escape(detail.card.label_reason)}.")
+    session.console.print(_about_the_name(detail.card))
     table = Table("activation", "top images", "activation", "top texts")
     for image, text in itertools.zip_longest(detail.images, detail.texts):
         table.add_row(
@@ -149,6 +179,18 @@ def _show_detail(session: Session, detail: FeatureDetail) -> None:
             escape(text.text) if text else "",
         )
     session.console.print(table)
+
+
+def _about_the_name(card: FeatureCard) -> str:
+    if not card.name:
+        best = "no phrase of the captions goes with it"
+        if card.name_auc is not None:
+            best = f"the phrase it detects best has an AUC of {number(card.name_auc)}"
+        return f"No name: {best}."
+    if card.name_auc_low is None:
+        return f"Name: {escape(card.name)}, AUC {number(card.name_auc)}."
+    interval = f"{number(card.name_auc)} [{number(card.name_auc_low)}, {number(card.name_auc_high)}]"
+    return escape(f"Name: {card.name}, AUC {interval} on {card.name_count} held-out samples with the phrase.")
 
 
 def _save_images(session: Session, detail: FeatureDetail, folder: Path) -> None:

@@ -100,6 +100,9 @@ def _score(session: Session, path: Path, settings: ScoreSettings, out: Path | No
     for label, count in table.counts().items():
         counts.add_row(f"[{COLOURS[label]}]{label}[/]", str(count))
     session.console.print(counts)
+    session.progress.print(
+        "Shares of labels describe the dictionary: another one splits the same towers otherwise."
+    )
     cross = [card for card in table.cards if card.label == ModalityLabel.CROSS]
     if cross:
         cross.sort(key=lambda card: -(card.coactivation or 0))

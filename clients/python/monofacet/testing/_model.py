@@ -106,6 +106,7 @@ class FakeModel:
         """
         label = LABELS[feature % len(LABELS)]
         card = modality_service_pb2.FeatureCard(feature=feature, label=label, name=f"concept {feature}")
+        card.label_reason = "nothing that it was scored on activates it"
         if label != common_pb2.MODALITY_LABEL_DEAD:
             share = {LABELS[0]: 0.95, LABELS[1]: 0.05}.get(label, 0.5)
             card.mds_energy, card.mds_energy_low, card.mds_energy_high = share, share - 0.03, share + 0.03
@@ -114,6 +115,9 @@ class FakeModel:
             card.coactivation_significant = label == common_pb2.MODALITY_LABEL_CROSS
             card.firing_rate_image, card.firing_rate_text = share * 0.1, (1 - share) * 0.1
             card.energy_image, card.energy_text = share, 1 - share
+            card.name_auc, card.name_auc_low, card.name_auc_high, card.name_count = 0.9, 0.8, 0.95, 12
+            interval = f"[{card.mds_energy_low:.0%}, {card.mds_energy_high:.0%}]"
+            card.label_reason = f"{share:.0%} of its energy comes from pictures {interval}"
         return card
 
     def model(self) -> model_service_pb2.Model:
