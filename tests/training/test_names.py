@@ -14,6 +14,7 @@ from training.corpus.names import (
     icon_caption,
     lengthen_tone,
     split_tone,
+    spoken,
 )
 
 CANON = Canon(
@@ -109,3 +110,23 @@ def test_the_counterpart_names_the_other_gender_and_nothing_else():
     assert counterpart("woman firefighter dark skin tone") == "man firefighter dark skin tone"
     assert counterpart("men wrestling") == "women wrestling"
     assert counterpart("kiss woman man") == counterpart("snowman") == ""
+
+
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        ("woman red hair dark skin tone", "woman with red hair, dark skin tone"),
+        ("man beard medium light skin tone", "man with beard, medium light skin tone"),
+        ("kiss woman man light skin tone medium dark skin tone",
+         "kiss: woman, man, light skin tone, medium dark skin tone"),
+        ("family man woman boy", "family: man, woman, boy"),
+        ("couple with heart", "couple with heart"),
+        ("flag latvia", "flag of latvia"),
+        ("flag in hole", "flag in hole"),
+        ("man health worker medium skin tone", "man health worker, medium skin tone"),
+        ("red heart", "red heart"),
+        ("kiss mark", "kiss mark"),
+    ],
+)  # fmt: skip
+def test_captions_are_said_as_people_say_them(caption, said):
+    assert spoken(caption) == said

@@ -123,6 +123,23 @@ def split_tone(slug: str) -> tuple[str, str]:
     return _TONE_PATTERN.sub("", slug), "+".join(tones)
 
 
+_PEOPLE = "man|woman|person|men|women|people|adult|boy|girl|child"
+_LOOKS = re.compile(rf"\b({_PEOPLE}) ((?:red|white|blond|curly) hair|beard)\b")
+_MEMBERS = re.compile(rf"^(kiss|couple with heart|family)((?: (?:{_PEOPLE}))+)\b")
+
+
+def spoken(caption: str) -> str:
+    """Return a caption as one would say it, with the punctuation that CLDR's names had and file names lose.
+
+    "woman red hair dark skin tone" is "woman with red hair, dark skin tone", "kiss woman man" is "kiss: woman, man",
+    and "flag latvia" is "flag of latvia".
+    """
+    said = re.sub(r" ((?:medium )?(?:light|dark)|medium) skin tone", r", \1 skin tone", caption)
+    said = _LOOKS.sub(r"\1 with \2", said)
+    said = _MEMBERS.sub(lambda found: f"{found[1]}: {', '.join(found[2].split())}", said)
+    return re.sub(r"^flag (?!of |in |on |for |with )(?=\w)", "flag of ", said)
+
+
 def gender_of(words: Iterable[str]) -> str:
     """Return ``man`` or ``woman`` when exactly one of the two is named, else an empty string."""
     words = set(words)
