@@ -151,7 +151,7 @@ def provenance(work: Path, clip: Path) -> dict[str, Any]:
 def metrics(work: Path) -> dict[str, Any]:
     """Return the figures of the earlier steps, without what only the report shows."""
     result: dict[str, Any] = {}
-    for name in ("retrieval", "dictionaries", "modality"):
+    for name in ("retrieval", "dictionary_grid", "dictionaries", "modality"):
         path = work / f"{name}.json"
         if path.exists():
             result[name] = json.loads(path.read_text())

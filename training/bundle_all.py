@@ -27,6 +27,7 @@ def steps(arguments: argparse.Namespace) -> list[list[str]]:
     modality = ["--modality", str(work / "modality")]
     test = ["--test"] if arguments.test else []
     clip = ["--clip", str(arguments.clip)]
+    grid = work / "dictionary_grid.json"
     trial = ["--views", str(arguments.views), "--fit-limit", str(arguments.fit_limit)]
     embed = [*clip, *corpus, "--out", str(work / "embeddings.npz"), *trial]
     return [
@@ -34,7 +35,11 @@ def steps(arguments: argparse.Namespace) -> list[list[str]]:
         ["training.embeddings", *embed, *([] if arguments.test else ["--without-test"])],
         ["training.evaluate", *embeddings, *corpus, "--out", str(work / "retrieval.json"), *test],
         [
-            "training.dictionaries", *embeddings, "--out", str(work / "dictionaries"),
+            "training.dictionary_grid", *embeddings, *corpus, "--out", str(grid),
+            "--workers", str(arguments.workers), "--effort", str(arguments.effort),
+        ],
+        [
+            "training.dictionaries", *embeddings, "--out", str(work / "dictionaries"), "--choice", str(grid),
             "--workers", str(arguments.workers), "--seeds", str(arguments.seeds),
             "--effort", str(arguments.effort),
         ],
@@ -45,7 +50,7 @@ def steps(arguments: argparse.Namespace) -> list[list[str]]:
         ],
         [
             "training.dictionary_table", *embeddings, *corpus, *dictionaries, *modality,
-            "--out", str(work / "dictionaries.json"), *test,
+            "--summary", str(work / "modality.json"), "--out", str(work / "dictionaries.json"), *test,
         ],
         ["training.cards", *embeddings, *corpus, *dictionaries, "--out", str(work / "cards")],
         ["training.report", "--work", str(work)],

@@ -1,7 +1,8 @@
 """Train the dictionaries.
 
 ``python -m training.dictionaries`` trains every kind on the fit part of ``work/embeddings.npz``, the stability seeds
-too, and writes ``work/dictionaries/``; what is already there for the same towers and settings is kept.
+too, and writes ``work/dictionaries/``; what is already there for the same towers and settings is kept. Size, sparsity
+and alignment are those that ``--choice`` names, a file of `training.dictionary_grid`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -25,8 +27,11 @@ from training.sae import Pairs, SAESettings, SAETrainer
 
 DEFAULT_DIR = Path("work/dictionaries")
 SEEDS = (0, 1, 2)
+# Size, sparsity and the weight of the contrastive term are what `training.dictionary_grid` chose for the embedded
+# bundle.
 # Small batches and a high rate: on a few ten thousand pairs the number of steps, not of samples, is what is short.
 PLAIN = SAESettings(
+    n_features=384,
     steps=900,
     batch=256,
     lr=3e-3,
@@ -35,16 +40,36 @@ PLAIN = SAESettings(
     lift=0.005,
     revive_at=(0.05, 0.1, 0.2, 0.35, 0.5),
 )
-GROUP = replace(PLAIN, align=0.05)
+GROUP = replace(PLAIN, align=0.2)
 # A half sees one modality, so twice the features cost it no more than the others pay for both.
-PAIR = replace(PLAIN, n_features=4096)
-RECIPES: dict[str, SAESettings | NCLSettings | None] = {
+PAIR = replace(PLAIN, n_features=768)
+Recipe: TypeAlias = SAESettings | NCLSettings | None
+RECIPES: dict[str, Recipe] = {
     "neurons": None,
     "sae": PLAIN,
     "sae-group": GROUP,
     "sae-pair": PAIR,
     "ncl": NCLSettings(),
 }
+
+
+def recipes(choice: Path | None) -> dict[str, Recipe]:
+    """Return the hyperparameters of each kind, with size, sparsity and alignment as a grid chose them.
+
+    All autoencoders take the chosen n and k, so that they can be compared; `sae-pair` twice the n, for a half sees one
+    modality. Without a choice they are those of the embedded bundle.
+    """
+    if choice is None:
+        return dict(RECIPES)
+    chosen = json.loads(choice.read_text())["chosen"]
+    n, k = chosen["n_features"], chosen["k"]
+    return RECIPES | {
+        "sae": replace(PLAIN, n_features=n, k=k),
+        "sae-group": replace(GROUP, n_features=n, k=k, align=chosen["align"]),
+        "sae-pair": replace(PAIR, n_features=2 * n, k=k),
+    }
+
+
 # Pairs on which the two halves of `sae-pair` are matched.
 MATCH_PAIRS = 8000
 
@@ -80,7 +105,7 @@ def train_pair(
 def train(
     name: str,
     pairs: Pairs,
-    settings: SAESettings | NCLSettings | None,
+    settings: Recipe,
     tell: Callable[[float], None] | None = None,
 ) -> Dictionary:
     """Train one dictionary of `RECIPES`; `tell` is told each step."""
@@ -94,7 +119,7 @@ def train(
     return SAETrainer(pairs, settings).run(label, tell)
 
 
-def is_trained(folder: Path, name: str, fingerprint: str, settings: SAESettings | NCLSettings | None) -> bool:
+def is_trained(folder: Path, name: str, fingerprint: str, settings: Recipe) -> bool:
     """Return whether `folder` holds the dictionary for these towers and settings."""
     path = folder / f"{name}.json"
     if not path.exists():
@@ -104,13 +129,15 @@ def is_trained(folder: Path, name: str, fingerprint: str, settings: SAESettings 
     return document["tower_fingerprint"] == fingerprint and recorded == _as_json(settings)
 
 
-def train_and_save(source: Path, out: Path, name: str, seed: int, effort: float = 1.0) -> str:
+def train_and_save(
+    source: Path, out: Path, name: str, seed: int, effort: float = 1.0, choice: Path | None = None
+) -> str:
     """Train one dictionary and save it in half precision; the unit of work of a process.
 
     Seed 0 is the one that ships and lies in `out` itself, the others in ``out/seed<i>``. `effort` is the share of the
-    recipe's steps that is taken.
+    recipe's steps that is taken, `choice` as for `recipes`.
     """
-    recipe = RECIPES[name]
+    recipe = recipes(choice)[name]
     settings = None if recipe is None else replace(recipe, seed=seed, steps=round(recipe.steps * effort))
     folder = out if seed == 0 else out / f"seed{seed}"
     embeddings = EmbeddingSet.load(source)
@@ -137,7 +164,7 @@ def load_all(folder: Path) -> dict[str, Dictionary]:
     return {name: load_dictionary(folder, name) for name in RECIPES if (folder / f"{name}.json").exists()}
 
 
-def _as_json(settings: SAESettings | NCLSettings | None) -> dict | None:
+def _as_json(settings: Recipe) -> dict | None:
     return None if settings is None else json.loads(json.dumps(asdict(settings)))
 
 
@@ -149,6 +176,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of each kind, for stability")
     parser.add_argument("--effort", type=float, default=1.0, help="share of the steps, for a trial")
+    parser.add_argument("--choice", type=Path, help="what training.dictionary_grid wrote")
     arguments = parser.parse_args()
     # The kinds that ship first, so that an interrupted run leaves a whole bundle; long ones ahead of short ones.
     jobs = [
@@ -160,7 +188,15 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
         futures = [
-            pool.submit(train_and_save, arguments.embeddings, arguments.out, name, seed, arguments.effort)
+            pool.submit(
+                train_and_save,
+                arguments.embeddings,
+                arguments.out,
+                name,
+                seed,
+                arguments.effort,
+                arguments.choice,
+            )
             for name, seed in jobs
         ]
         for future in futures:

@@ -16,15 +16,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from scipy.cluster.hierarchy import fcluster, ward
 from torch import Tensor
 
 from services.dictionaries import SAE, Modality
 from training.sparse_code import combine, select
 
 IMAGE, TEXT = Modality.IMAGE, Modality.TEXT
+# Directions that are clustered at once: their distances take 4 bytes for each two of them, 128 MB.
+CLUSTERED = 8_000
+# Length of the random part of a decoder row at the start, beside the direction it starts from; and where another row
+# has that direction already.
+START_NOISE, REPEATED_NOISE = 0.05, 0.5
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,39 @@ class Pairs:
         return self.images, F.normalize(self.texts.mean(0), dim=-1)[self.caption]
 
 
+@torch.no_grad()
+def start_rows(pairs: Pairs, settings: SAESettings, means: tuple[Tensor, Tensor]) -> Float[Tensor, "n d"]:
+    """Return the unit directions that features start from: centres of at most n clusters of what is trained on.
+
+    What both sides of a pair have in common where a term of the loss ties them, else either side by itself, is averaged
+    over the pairs of a caption; where there are fewer captions than features, single pairs are taken. Clusters are
+    Ward's, which has no random start: dictionaries of different seeds start alike and then differ by their batches.
+    With rows drawn from the data at random, half of a dictionary's features were others in the next seed's. That a
+    dictionary is stable where its rows are tied to the data is the idea of archetypal ones (Fel et al., arXiv
+    2502.12892).
+    """
+    sides = dict(zip((IMAGE, TEXT), pairs.sides(), strict=True))
+    centred = [
+        F.normalize(sides[modality] - mean, dim=-1)
+        for modality, mean in zip((IMAGE, TEXT), means, strict=True)
+        if modality.value in settings.modalities
+    ]
+    if settings.group > 0 or settings.align > 0:
+        centred = [torch.stack(centred).sum(0)]
+    captions, inverse = torch.unique(pairs.caption, return_inverse=True)
+    if len(captions) * len(centred) > settings.n_features:
+        centred = [torch.zeros(len(captions), x.shape[1]).index_add_(0, inverse, x) for x in centred]
+    points = F.normalize(torch.cat(centred), dim=-1)
+    some = np.sort(np.random.default_rng(0).permutation(len(points))[:CLUSTERED])
+    points = points[torch.from_numpy(some)]
+    if len(points) <= settings.n_features:
+        return points
+    clusters = fcluster(ward(points.numpy()), settings.n_features, "maxclust")
+    number = torch.from_numpy(np.unique(clusters, return_inverse=True)[1])
+    centres = torch.zeros(int(number.max()) + 1, points.shape[1]).index_add_(0, number, points)
+    return F.normalize(centres, dim=-1)
+
+
 def info_nce(a: Float[Tensor, "b n"], b: Float[Tensor, "b n"], temperature: float, same: Bool[Tensor, "b b"]):
     """Return the symmetric InfoNCE of two activations of the same pairs.
 
@@ -167,24 +207,22 @@ class SAETrainer:
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Centre each modality on its mean, and point the features at training data."""
+        """Centre each modality on its mean, and point the features at clusters of the training data."""
         sae, s = self.sae, self.settings
         images, texts = self.pairs.sides()
         sae.pre_bias_image.copy_(images.mean(0)).requires_grad_(False)
         sae.pre_bias_text.copy_(texts.mean(0)).requires_grad_(False)
-        image, text = self.pairs.batch(s.n_features, self.generator)
-        image, text = image - sae.pre_bias_image, text - sae.pre_bias_text
-        if s.group > 0 or s.align > 0:
-            # What both sides of a pair have in common.
-            rows = F.normalize(image, dim=-1) + F.normalize(text, dim=-1)
-        else:
-            share = float("image" in s.modalities) / len(s.modalities)
-            rows = torch.where(torch.rand(s.n_features, 1, generator=self.generator) < share, image, text)
-        noise = torch.randn(rows.shape, generator=self.generator) * 0.5 / rows.shape[1] ** 0.5
-        sae.decoder.copy_(F.normalize(F.normalize(rows, dim=-1) + noise, dim=-1))
+        rows = start_rows(self.pairs, s, (sae.pre_bias_image, sae.pre_bias_text))
+        noise = torch.randn(s.n_features, rows.shape[1], generator=self.generator) / rows.shape[1] ** 0.5
+        noise[: len(rows)] *= START_NOISE
+        # Where there are fewer directions than features, some start near the same one, each in a way of its own.
+        noise[len(rows) :] *= REPEATED_NOISE
+        rows = rows[torch.arange(s.n_features) % len(rows)]
+        image, text = self.pairs.batch(512, self.generator)
+        x = torch.cat([image - sae.pre_bias_image, text - sae.pre_bias_text])
+        sae.decoder.copy_(F.normalize(rows + noise, dim=-1))
         sae.encoder.copy_(sae.decoder.T)
         # Rows drawn from data overlap, so that their sum overshoots many times: scale it to fit best.
-        x = torch.cat([image[:512], text[:512]])
         back = sae.activate(x @ sae.encoder) @ sae.decoder
         sae.encoder.mul_((x * back).sum() / (back**2).sum())
 
