@@ -9,7 +9,11 @@ embeddings:
 The source draws one set of m random samples a feature; here the comparison is with the whole population
 instead (the mean cosine of all pairs, `population_similarity`, and the distribution of many random pairs),
 which has the same expectation and no noise of its own. A feature that fires on fewer than m samples has no
-score at m.
+score at m. Of samples that show the same thing (drawings of one concept) only the strongest counts: else a feature that
+fires on m drawings of one thing scores like one that fires on m things that are alike.
+
+What the scores are worth shows beside a feature that is no feature: an embedding of a sample, as a direction
+(`embedding_features`), whose strongest samples are that sample's nearest neighbours.
 
 Source: "Multi-Faceted Multimodal Monosemanticity" (arXiv 2502.14888), section on monosemanticity measures.
 """
@@ -29,8 +33,10 @@ from services.modality.scores import Activations, Floats
 RANDOM_PAIRS = 200_000
 
 
-def top_samples(z: Activations, m: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return the m samples with the largest activation of each feature.
+def top_samples(
+    z: Activations, m: int, groups: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the m samples with the largest activation of each feature, at most one a group.
 
     Parameters
     ----------
@@ -38,6 +44,8 @@ def top_samples(z: Activations, m: int) -> tuple[NDArray[np.int64], NDArray[np.b
         Of samples of one modality.
     m : int
         Samples a feature.
+    groups : int array, shape (N,), or None
+        Samples that show the same thing share a number; None is each by itself.
 
     Returns
     -------
@@ -57,11 +65,40 @@ def top_samples(z: Activations, m: int) -> tuple[NDArray[np.int64], NDArray[np.b
         else:
             rows, values = np.arange(len(columns)), columns[:, j]
         firing = values > 0
-        if np.count_nonzero(firing) >= m:
-            rows, values = rows[firing], values[firing]
-            samples[j] = rows[np.lexsort((rows, -values))[:m]]
+        rows, values = rows[firing], values[firing]
+        rows = rows[np.lexsort((rows, -values))]
+        if groups is not None:
+            rows = rows[np.sort(np.unique(groups[rows], return_index=True)[1])]
+        if len(rows) >= m:
+            samples[j] = rows[:m]
             enough[j] = True
     return samples, enough
+
+
+def embedding_features(
+    e: NDArray[np.float32], others: NDArray[np.float32], features: int, seed: int = 0
+) -> NDArray[np.float32]:
+    """Return the activations of features that are embeddings of samples: the baseline of EmbSim and WinRate.
+
+    Parameters
+    ----------
+    e : float32 array, shape (N, d)
+        Embeddings of the judged samples.
+    others : float32 array, shape (M, d)
+        Embeddings that dictionaries were trained on, of the same modality; the features are drawn of these.
+    features : int
+        How many, at most M.
+    seed : int
+        Of the draw.
+
+    Returns
+    -------
+    float32 array, shape (N, features)
+        (e - mean) . (r - mean) for each drawn r; where that is not positive the feature does not fire.
+    """
+    mean = others.mean(0)
+    drawn = others[np.random.default_rng(seed).permutation(len(others))[:features]]
+    return np.asarray((e - mean) @ (drawn - mean).T, np.float32)
 
 
 def mean_pairwise_cosine(u: Floats) -> Floats:

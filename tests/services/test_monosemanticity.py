@@ -8,6 +8,7 @@ from scipy.sparse import csr_array
 
 from services.monosemanticity import (
     emb_sim,
+    embedding_features,
     mean_over_features,
     mean_pairwise_cosine,
     population_similarity,
@@ -42,6 +43,43 @@ def test_top_samples_are_the_strongest_positive_ones(form, seed, m):
         assert enough[j] == (len(ranked) >= m)
         if enough[j]:
             assert samples[j].tolist() == ranked[:m]
+
+
+@pytest.mark.parametrize("form", [np.asarray, csr_array], ids=["dense", "sparse"])
+def test_of_one_concept_the_strongest_sample_counts_alone(form):
+    # Concepts 0, 0, 1, 1, 2: the strongest of each, strongest first.
+    z = np.array([[5, 1], [4, 0], [2, 0], [3, 2], [1, 3]], np.float32)
+    samples, enough = top_samples(form(z), 3, np.array([0, 0, 1, 1, 2]))
+    assert samples[0].tolist() == [0, 3, 4]
+    assert samples[1].tolist() == [4, 3, 0]
+    assert enough.tolist() == [True, True]
+    assert not top_samples(form(z), 4, np.array([0, 0, 1, 1, 2]))[1].any()
+
+
+def test_without_it_copies_of_one_thing_pass_for_many_things_alike():
+    rng = np.random.default_rng(0)
+    judge = rng.normal(size=(40, 64)).astype(np.float32)
+    judge = np.repeat(judge / np.linalg.norm(judge, axis=1, keepdims=True), 10, axis=0)
+    groups = np.repeat(np.arange(40), 10)
+    z = rng.random((400, 3)).astype(np.float32)
+    # Fires on all copies of one thing most.
+    z[:10, 0] += 1
+    naive = win_rate(*top_samples(z, 10), judge)
+    by_concept = win_rate(*top_samples(z, 10, groups), judge)
+    assert naive[0] > 0.95
+    assert by_concept[0] == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_feature_that_is_a_sample_fires_on_that_samples_nearest_neighbours():
+    rng = np.random.default_rng(0)
+    e = rng.normal(size=(50, 8)).astype(np.float32) + 3
+    z = embedding_features(e, e, 5, seed=1)
+    centred = e - e.mean(0)
+    drawn = np.random.default_rng(1).permutation(50)[:5]
+    for j, sample in enumerate(drawn):
+        assert z[:, j] == pytest.approx(centred @ centred[sample], rel=1e-4, abs=1e-4)
+    # Without the mean, which all share, it fires on half of the samples and not on all.
+    assert 0.3 < (z > 0).mean() < 0.7
 
 
 def test_emb_sim_is_the_mean_cosine_of_all_pairs():

@@ -23,9 +23,12 @@ from training.build.selection import Selection, select
 from training.build.settings import BuildSettings
 from training.cards import build_cards, thumbnail
 from training.dictionary_table import build_table
+from training.judges import Judges
 from training.modality import HELD_OUT, HeldOutPairs, activations, describe
-from training.retrieval import bootstrap_auc, gender_score, retrieval
+from training.retrieval import auc_interval, gender_score, retrieval
 
+# What the judges made of the held-out pairs, below the build's folder.
+JUDGES = "judges.npz"
 # Quantiles of so many inputs are known far better than anyone steers.
 QUANTILE_INPUTS = 20_000
 # With fewer of either gender an AUC is a coin's.
@@ -45,7 +48,11 @@ def describe_one(
     selection = select(store, settings)
     folder = work / "dictionaries"
     dictionary = load_dictionary(folder, name)
-    table, summary = describe(name, folder, selection.embeddings, held_out_pairs(selection))
+    concept = selection.columns["concept"].astype(str)
+    judges = Judges.load(work / JUDGES)
+    table, summary = describe(
+        name, folder, selection.embeddings, held_out_pairs(selection), (judges, concept)
+    )
     paths = [
         work / "modality" / f"{name}.parquet",
         work / "summaries" / f"{name}.json",
@@ -67,7 +74,11 @@ def describe_one(
 
 
 def measure(
-    selection: Selection, settings: BuildSettings, work: Path, tell: Callable[[str], None]
+    selection: Selection,
+    settings: BuildSettings,
+    work: Path,
+    summaries: Mapping[str, Any],
+    tell: Callable[[str], None],
 ) -> dict[str, Any]:
     """Return the table of all dictionaries, the choice of the default among them; choices are made on validation."""
     n = features(settings, selection.embeddings.images.shape[1])
@@ -78,6 +89,7 @@ def measure(
             work / "dictionaries",
             work / "modality",
             ["validation", "test"],
+            summaries,
             training_pairs(selection),
             n_features=n,
             k=min(settings.k, selection.embeddings.images.shape[1]),
@@ -101,12 +113,14 @@ def towers_figures(selection: Selection) -> dict[str, Any]:
             embeddings.caption[index],
             texts[candidates],
             candidates,
+            columns["concept"][index].astype(str),
         )
         result[part] = {"towers": asdict(found)}
         gendered = index[columns["gender"][index] != ""]
         women = columns["gender"][gendered] == "woman"
         if min(women.sum(), (~women).sum()) >= MIN_GENDERED:
-            auc = bootstrap_auc(gender_score(embeddings.images[gendered], man, woman), women)
+            score = gender_score(embeddings.images[gendered], man, woman)
+            auc = auc_interval(score, women, columns["concept"][gendered].astype(str))
             result[part]["gender"] = {"auc": asdict(auc), "n": len(gendered)}
     # As JSON has it: the keys of recall are texts.
     return json.loads(json.dumps(without_nan(result)))

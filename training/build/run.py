@@ -19,6 +19,7 @@ from training.build import finish
 from training.build.assemble import check_replaceable
 from training.build.bad_rows import BAD_ROWS, check_bad_share, write_bad_rows
 from training.build.describe import (
+    JUDGES,
     card_samples,
     card_thumbnails,
     describe_one,
@@ -39,6 +40,7 @@ from training.build.embed import (
     store_key,
 )
 from training.build.errors import BuildError
+from training.build.judging import JUDGED, judge_pairs
 from training.build.page import render
 from training.build.pipeline import left_adapters, locate, pipeline_entry
 from training.build.progress import Reporter
@@ -50,6 +52,7 @@ from training.build.studies import Skipped, calibrate_bias, calibrate_defense, w
 from training.build.towers import fetch_towers
 from training.build.workers import run_all, threads
 from training.dictionary_table import CANDIDATES
+from training.modality import HELD_OUT
 
 # What the defence tells while it is calibrated and judged.
 DEFENSE_TELLS = 8
@@ -104,6 +107,7 @@ class Build:
         self.selection, self.readable = only_readable(select(self.store, settings), settings)
         self.pairs = {"store": store.digest(), "limits": self._limits()}
         self._dictionaries()
+        self._judges()
         self._tables()
         self._figures()
         self._thumbnails()
@@ -171,9 +175,20 @@ class Build:
         }
         return {**self.pairs, "dictionaries": made}
 
+    def _judges(self) -> None:
+        inputs = {**self.pairs, "seed": self.settings.seed, "readable": self.readable}
+        total = min(JUDGED, len(self.selection.where(*HELD_OUT))) if self.settings.pairs else 0
+
+        def make() -> list[Path]:
+            with self.reporter.stage("judging", total) as stage:
+                return judge_pairs(self.selection, self.settings, self.work / JUDGES, stage.advance)
+
+        self.stages.run("judges", inputs, make)
+
     def _tables(self) -> None:
         s = self.settings
-        jobs = [(f"tables-{name}", self._trained([name]), name) for name in s.kinds]
+        judged = self.stages.outputs("judges")
+        jobs = [(f"tables-{name}", self._trained([name]) | {"judges": judged}, name) for name in s.kinds]
         todo = [job for job in jobs if not self.stages.is_done(job[0], job[1])]
         with self.reporter.stage("tables and cards", len(jobs)) as stage:
             stage.advance(len(jobs) - len(todo))
@@ -196,7 +211,7 @@ class Build:
         def make() -> list[Path]:
             tables = {name: json.loads((work / "summaries" / f"{name}.json").read_text()) for name in s.kinds}
             with self.reporter.stage("figures", 2 * (len(s.kinds) + 2) + 1) as stage:
-                found = measure(self.selection, s, work, lambda line: stage.advance())
+                found = measure(self.selection, s, work, tables, lambda line: stage.advance())
             write_json(work / "dictionaries.json", found)
             write_json(work / "modality.json", tables)
             write_json(work / "retrieval.json", towers_figures(self.selection))
