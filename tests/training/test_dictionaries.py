@@ -295,6 +295,7 @@ def test_what_a_dictionary_keeps_of_retrieval_has_an_interval_that_holds_it():
         text_captions=captions,
         people=(texts[:1], texts[1:2]),
         gender=np.full(240, ""),
+        concepts=captions[rows],
         fit_mean={modality: torch.zeros(DIM) for modality in Modality},
     )
     same = kept(PCA(Pairs(evaluation.images, torch.from_numpy(rows), texts[None]), DIM), evaluation)
