@@ -25,8 +25,8 @@ from service import ServiceError, running_service
 ROOT = Path(__file__).resolve().parents[2]
 SHOWN_LABELS = (ModalityLabel.IMAGE, ModalityLabel.TEXT, ModalityLabel.CROSS)
 CARDS_PER_LABEL = 2
-# A picture with a colour and a shape of its own.
-REFERENCE = "maple leaf"
+# A picture with a colour and a shape of its own, and one to be drawn again.
+REFERENCE, DRAWN_AGAIN = "maple leaf", "person curly hair"
 
 
 def describe_model(client: Client, console: Console) -> monofacet.Model:
@@ -148,7 +148,8 @@ def call_everything(
     if model.pipeline is not None:
         generated = pictures.generate_sheet(client, console)
         steered = pictures.steer(client, features.tables[features.default], console)
-        round_trip = pictures.round_trip(client, reference, model.tower.embed_dim)
+        again = next(s for s in samples if s.caption == DRAWN_AGAIN)
+        round_trip = pictures.round_trip(client, again, model.tower.embed_dim)
     return report.Demo(
         model=model,
         retrieved=retrieved,
