@@ -377,8 +377,8 @@ def by_concept(values: Any, concepts: Sequence[str]) -> Share:
     return Share(float(p), float(min(low, centre - half)), float(max(high, min(1.0, centre + half))))
 
 
-def main() -> None:
-    """Run the study from the command line."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", type=Path, default=Path("bundles/emoji"))
     parser.add_argument("--embeddings", type=Path, default=EMBEDDINGS)
@@ -392,10 +392,16 @@ def main() -> None:
     parser.add_argument("--measuring", type=int, default=24, help="pictures an attribute, to measure it")
     parser.add_argument("--features", type=int, default=48, help="features that the unit is chosen on")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--keep", type=Path, default=KEEP, help="what an interrupted run had measured")
     parser.add_argument(
         "--if-possible", action="store_true", help="do nothing without a generator or a judge"
     )
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run the study from the command line."""
+    arguments = parse()
     torch.set_num_threads(arguments.threads)
     bundle = Bundle.load(arguments.bundle)
     if bundle.manifest.diffusion is None or not (arguments.judge / "judge.json").exists():

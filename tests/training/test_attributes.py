@@ -13,7 +13,7 @@ import torch
 from services.dictionaries import SAE
 from services.imaging.dose import Attribute, AttributeEntry, Attributes, whitening_of
 from training.attribute_probes import classes
-from training.attribute_study import DOSES, Study, by_concept
+from training.attribute_study import DOSES, Study, by_concept, parse
 from training.attributes import COLOURS, Pool, contrasts, differences, fit, joined, pursuit, without_words
 from training.bundle_all import steps
 from training.colour import NAMED, colour_shares
@@ -217,3 +217,15 @@ def test_an_interrupted_study_goes_on_where_it_was(tmp_path: Path) -> None:
     # Of other numbers nothing is taken over.
     planned_study(hits, asked).run("f" * 64, 5, 4, 3, keep)
     assert {name for name, _ in asked[2 * first :]} == {"blue", "red"}
+
+
+def test_the_command_takes_what_the_recipe_gives_it() -> None:
+    import argparse
+
+    values = {"work": Path("w"), "corpus": Path("c"), "clip": Path("t"), "out": Path("b"), "test": False}
+    numbers = {"workers": 1, "seeds": 1, "views": 1, "fit_limit": 0, "effort": 1.0}
+    commands = {command[0]: command[1:] for command in steps(argparse.Namespace(**values, **numbers))}
+    asked = parse(commands["training.attribute_study"])
+    assert (asked.bundle, asked.corpus, asked.clip) == (Path("b"), Path("c"), Path("t"))
+    assert asked.if_possible
+    assert asked.keep.name.endswith(".json")
