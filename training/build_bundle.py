@@ -1,8 +1,8 @@
 """Assemble a bundle from what the earlier steps left in ``work/``.
 
 ``python -m training.build_bundle`` writes ``bundles/emoji``: towers, dictionaries, modality tables, cards, samples,
-the report and the manifest that vouches for every byte. It takes seconds; `training.bundle_all` runs the steps
-before it.
+quantiles, the report and the manifest that vouches for every byte. It takes seconds; `training.bundle_all` runs the
+steps before it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
-from services.bundle import SAMPLES, Bundle, write_manifest
+from services.bundle import SAMPLES, Bundle, refresh_manifest, write_manifest
+from services.dictionaries import Modality
+from services.imaging.statistics import ActivationStatistics
 from services.manifest import Licence
 from training.build.assemble import TABLES, copy_folders, copy_towers, in_place_of, without_nan
 from training.build.finish import PACKAGES as BUILD_PACKAGES
@@ -26,7 +29,7 @@ from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.corpus.sets import ALL_SETS, Role, licences
 from training.corpus.svg import document, rasterise
 from training.dictionary_table import load_columns
-from training.embeddings import DEFAULT_CLIP
+from training.embeddings import DEFAULT_CLIP, EmbeddingSet
 
 DEFAULT_OUT = Path("bundles/emoji")
 WORK = Path("work")
@@ -181,7 +184,27 @@ def assemble(work: Path, clip: Path, corpus: Path, out: Path) -> Bundle:
             training_commands=COMMANDS,
             metrics=figures,
         )
+        write_quantiles(Bundle.load(part, verify=False), EmbeddingSet.load(work / "embeddings.npz"))
+        refresh_manifest(part)
     return Bundle.load(out, verify=False)
+
+
+@torch.inference_mode()
+def write_quantiles(bundle: Bundle, embeddings: EmbeddingSet) -> None:
+    """Write the activation quantiles of every dictionary on the training pairs, which edits to a quantile need."""
+    index = embeddings.where("fit", "pool")
+    sides = (
+        (Modality.IMAGE, torch.from_numpy(embeddings.images[index])),
+        (Modality.TEXT, torch.from_numpy(embeddings.mean_texts()[np.unique(embeddings.caption[index])])),
+    )
+    for name in bundle.dictionary_names:
+        dictionary = bundle.dictionary(name)
+        z = [torch.cat([dictionary.encode(p, m) for p in e.split(2048)]).numpy() for m, e in sides]
+        ActivationStatistics.measure(*z).write(
+            bundle.path / "steering" / f"{name}.safetensors",
+            dictionary=name,
+            tower_fingerprint=embeddings.fingerprint,
+        )
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
-"""Make the bundle's pipeline from what was trained, with the quantiles that steering needs.
+"""Make the bundle's pipeline from what was trained.
 
 ``python -m training.diffusion_export --bundle bundles/emoji`` writes ``diffusion/`` (the parts of a diffusers
-`StableUnCLIPImg2ImgPipeline` in half-precision safetensors, and ``monofacet.json``), ``steering/`` (quantiles of every
-dictionary's activations on the training pairs), and renews the manifest. ``python -m training.diffusion_choice`` then
-chooses solver, steps and guidance.
+`StableUnCLIPImg2ImgPipeline` in half-precision safetensors, and ``monofacet.json``) and renews the manifest.
+``python -m training.diffusion_choice`` then chooses solver, steps and guidance.
 """
 
 from __future__ import annotations
@@ -19,11 +18,8 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableUnCLIPImg2ImgPipeline
 
 from services.bundle import Bundle, refresh_manifest
-from services.dictionaries import Modality
-from services.imaging.statistics import ActivationStatistics
 from training.diffusion import DiffusionTrainer, add_paths, load_trainer
 from training.diffusion_model import DiffusionSettings, serving_solver
-from training.embeddings import EmbeddingSet
 
 # Until `training.diffusion_choice` has measured.
 STEPS, GUIDANCE = 16, 3.0
@@ -83,24 +79,6 @@ def write_pipeline(
     )
 
 
-@torch.inference_mode()
-def write_quantiles(bundle: Bundle, embeddings: EmbeddingSet) -> None:
-    """Write the activation quantiles of every dictionary on the training pairs."""
-    index = embeddings.where("fit", "pool")
-    sides = (
-        (Modality.IMAGE, torch.from_numpy(embeddings.images[index])),
-        (Modality.TEXT, torch.from_numpy(embeddings.mean_texts()[np.unique(embeddings.caption[index])])),
-    )
-    for name in bundle.dictionary_names:
-        dictionary = bundle.dictionary(name)
-        z = [torch.cat([dictionary.encode(p, m) for p in e.split(2048)]).numpy() for m, e in sides]
-        ActivationStatistics.measure(*z).write(
-            bundle.path / "steering" / f"{name}.safetensors",
-            dictionary=name,
-            tower_fingerprint=embeddings.fingerprint,
-        )
-
-
 def trained_on(folder: Path, embeddings: Path) -> bool:
     """Return whether `folder` holds a model that was trained on the towers of `embeddings`."""
     checkpoint = folder / "checkpoint.pt"
@@ -134,7 +112,6 @@ def main() -> None:
     fingerprint = trainer.conditions.fingerprint
     if bundle.manifest.clip.fingerprint != fingerprint:
         raise SystemExit("the bundle holds other towers than the diffusion was trained on")
-    write_quantiles(bundle, EmbeddingSet.load(arguments.embeddings))
     pipeline = assemble_pipeline(trainer, arguments.autoencoder / "vae")
     folder = bundle.path / "diffusion"
     write_pipeline(pipeline, folder, fingerprint, arguments.inference_steps, arguments.guidance)
