@@ -358,7 +358,7 @@ def main(
         "features_an_edit": float(np.mean([len(p.features["IMAGE"]) for p in chosen])),
         "doses": sizes,
         "strength_0_is_unsteered_byte_for_byte": same,
-        "protocol": "holds" if holds else "broken: what it says of labels does not count",
+        "protocol": "holds" if holds else "is broken: what it says of labels does not count",
         "control": control,
         "effects": {dose: effects({g: found[g][dose] for g in GROUPS}) for dose in sizes},
         "interaction": {

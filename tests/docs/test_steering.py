@@ -22,7 +22,7 @@ def result() -> dict[str, Any]:
         "pairs": 3,
         "features_an_edit": 7.5,
         "strength_0_is_unsteered_byte_for_byte": True,
-        "protocol": "broken: what it says of labels does not count",
+        "protocol": "is broken: what it says of labels does not count",
         "control": {**FIGURE, "p": 0.25},
         "effects": {"0.6": dict.fromkeys(groups, both)},
         "interaction": {"IMAGE against TEXT": {**FIGURE, "p": 0.5}},
@@ -44,7 +44,7 @@ def test_every_control_and_interval_is_in_the_tables() -> None:
     assert "| blue | 24 | 75% [50%, 88%] | 0% [0%, 25%] |" in text
     assert "line art (hit 25%, kept 100%)" in text
     assert "| measure | none | IMAGE | low-level | concept |" in text
-    assert "The protocol **broken: what it says of labels does not count**" in text
+    assert "The protocol **is broken: what it says of labels does not count**" in text
     assert "| control: low-level against concept | +0.250 [-0.125, +0.500] | 0.2500 |" in text
 
 
