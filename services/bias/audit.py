@@ -52,6 +52,8 @@ HARMS = {
     "demographic_parity_gap": 1,
     "skew": 1,
 }
+# Figures that are shares of items, and whose: at 0 and 1 their intervals are exact.
+SHARES = {"accuracy": (WOMAN, MAN), "recall_woman": (WOMAN,), "recall_man": (MAN,)}
 # Whose items each figure of a profession is over.
 PROFESSION_ITEMS = {"accuracy": (WOMAN, MAN), "auc": (WOMAN, MAN), "p_woman": (UNGENDERED,)}
 
@@ -225,6 +227,9 @@ def audit_scores(
         for found in (raw_changes, recalibrated_changes):
             found["skew"] = found["skew"].without_intervals()
     auc_change = changes([b for b, _ in auc], [a for _, a in auc])["auc"]
+    for found in (raw_changes, recalibrated_changes):
+        for name, genders in SHARES.items():
+            found[name] = found[name].of_share(cases.clusters(*genders))
     tests, ratio = nulls()
     probe = _probe(cases, after, settings, check)
     return Audit(
@@ -335,6 +340,7 @@ def _professions(
             else change.without_intervals()
             for name, change in changes(figures[0], figures[1]).items()
         }
+        found["accuracy"] = found["accuracy"].of_share(inside.clusters(*PROFESSION_ITEMS["accuracy"]))
         result.append(Profession(str(name), women, men, int(ungendered.sum()), **found))
     return tuple(result)
 

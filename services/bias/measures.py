@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from services.bias.cases import MAN, UNGENDERED, WOMAN
 from services.bias.gender import probability
+from services.intervals import exact_end
 
 Floats = NDArray[np.float64]
 # Weights of so many items are held at once, over all resamples of a block: 8 MB an array.
@@ -39,6 +40,15 @@ class Estimate:
         low, high = np.quantile(rest, [0.025, 0.975])
         return cls(float(draws[0]), float(low), float(high))
 
+    def of_share(self, units: int) -> Estimate:
+        """Return a share's estimate with an exact interval at 0 and 1, where a bootstrap has nothing to draw."""
+        if self.value not in (0.0, 1.0) or np.isnan(self.low):
+            return self
+        end = exact_end(units)
+        return Estimate(
+            self.value, self.value - end * (self.value == 1), self.value + end * (self.value == 0)
+        )
+
     @property
     def excludes_zero(self) -> bool:
         """Whether the interval leaves 0 out."""
@@ -57,6 +67,10 @@ class Change:
     def of(cls, before: Floats, after: Floats) -> Change:
         """Summarise two figures taken on the same resamples."""
         return cls(Estimate.of(before), Estimate.of(after), Estimate.of(after - before))
+
+    def of_share(self, units: int) -> Change:
+        """Return the change of a share of independent units, the figures themselves with exact intervals at 0 and 1."""
+        return Change(self.before.of_share(units), self.after.of_share(units), self.difference)
 
     def without_intervals(self) -> Change:
         """Return the figures alone, for items of too few clusters to draw from."""

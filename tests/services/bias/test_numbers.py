@@ -14,17 +14,20 @@ from fairlearn.metrics import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
 from services.bias.ablation import FeatureAblation, Mode, Side, kept
 from services.bias.activations import GATHER, Stacked, decode_part
 from services.bias.associate import associate
+from services.bias.audit import AuditSettings, audit_scores
 from services.bias.calibration import BiasCalibration, DictionaryCalibration, ModalityCalibration
-from services.bias.cases import MAN, UNGENDERED, WOMAN
+from services.bias.cases import MAN, UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_direction, gender_scores, probability
 from services.bias.leace import Leace
 from services.bias.measures import (
+    Estimate,
     Labels,
     best_threshold,
     resample_weights,
@@ -381,3 +384,30 @@ def test_a_calibration_survives_the_disk_and_a_wrong_one_is_refused(tmp_path) ->
     config.write_text(config.read_text().replace('"thresholds"', '"limits"'))
     with pytest.raises(ManifestError):
         BiasCalibration.read(config, weights)
+
+
+def test_a_share_that_is_all_or_nothing_has_an_exact_interval():
+    """64 of 64 is 94% to 100%; a bootstrap says 100% to 100%."""
+    certain = Estimate(1.0, 1.0, 1.0).of_share(64)
+    assert (certain.value, certain.high) == (1.0, 1.0)
+    assert certain.low == pytest.approx(binomtest(64, 64).proportion_ci(method="exact").low)
+    never = Estimate(0.0, 0.0, 0.0).of_share(64)
+    assert (never.low, never.high) == (0.0, pytest.approx(1 - certain.low))
+    between = Estimate(0.5, 0.4, 0.6)
+    assert between.of_share(64) == between
+    # Too few to draw from stays without an interval.
+    assert np.isnan(Estimate(1.0, float("nan"), float("nan")).of_share(2).low)
+
+
+def test_an_audit_says_how_sure_a_recall_of_all_is():
+    rng = np.random.default_rng(0)
+    gender = np.repeat([WOMAN, MAN], 20)
+    e = np.where(gender[:, None] == WOMAN, [1.0, 0.0], [-1.0, 0.0]) + 0.01 * rng.normal(size=(40, 2))
+    no = np.zeros(40, bool)
+    z = sp.csr_array((40, 1), dtype=np.float32)
+    cases = Cases(e.astype(np.float32), z, no, gender, np.full(40, ""), np.arange(40))
+    scores = e[:, 0].astype(np.float64)
+    found = audit_scores(cases, scores, scores, AuditSettings(logit_scale=10.0, resamples=100))
+    recall = found.raw["recall_woman"].before
+    assert (recall.value, recall.high) == (1.0, 1.0)
+    assert recall.low == pytest.approx(0.025 ** (1 / 20))
