@@ -19,7 +19,7 @@ def attributes(
 ) -> None:
     """List the attributes that pictures can be steered by, and what each was measured to do.
 
-    Turn one with: monofacet generate "a face" --attribute smile
+    Turn one with: monofacet generate "red heart" --attribute blue
     """
     if name is not None:
         one = session.client.attribute(name)

@@ -26,7 +26,7 @@ Attribute = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME[=STRENGTH]",
-        help="Attribute to turn, such as smile or blue=1.5 (monofacet attributes lists them); may be repeated.",
+        help="Attribute to turn, such as blue or red=0.5 (monofacet attributes lists them); may be repeated.",
     ),
 ]
 Dose = Annotated[
