@@ -42,6 +42,8 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "generate_events": lambda client: client.generate_events("a"),
     "generate_like": lambda client: client.generate_like(MADE),
     "preview_steering": lambda client: client.preview_steering("a", monofacet.SteeringEdit(1, scale=2)),
+    "attributes": lambda client: client.attributes(),
+    "attribute": lambda client: client.attribute("smile"),
     "model": lambda client: client.model(),
     "models": lambda client: client.models(),
     "health": lambda client: client.health(),

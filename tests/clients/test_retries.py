@@ -260,6 +260,8 @@ def test_every_call_has_a_deadline_and_the_token(both: Call, picture: Path) -> N
     client.generate_events("a heart")
     client.generate_like(made.images[0].data)
     client.preview_steering("a cat", monofacet.SteeringEdit([1], scale=0.0))
+    client.attributes()
+    client.attribute("smile")
     client.models()
     client.model()
     client.health()

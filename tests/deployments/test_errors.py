@@ -40,6 +40,7 @@ def make(kind: type[BaseException]) -> BaseException:
 EXPECTED = {
     services.errors.UnknownDictionary: (CODE.NOT_FOUND, "UNKNOWN_DICTIONARY"),
     services.errors.UnknownFeature: (CODE.NOT_FOUND, "UNKNOWN_FEATURE"),
+    services.errors.UnknownAttribute: (CODE.NOT_FOUND, "UNKNOWN_ATTRIBUTE"),
     errors.UnknownModel: (CODE.NOT_FOUND, "UNKNOWN_MODEL"),
     InvalidInput: (CODE.INVALID_ARGUMENT, "INVALID_INPUT"),
     services.errors.NotCalibrated: (CODE.FAILED_PRECONDITION, "MODEL_NOT_CALIBRATED"),

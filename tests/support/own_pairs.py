@@ -34,9 +34,12 @@ def from_cards(bundle: Bundle, folder: Path, count: int) -> Path:
         for sample, text in zip(table["sample"].to_pylist(), table["text"].to_pylist(), strict=True):
             if sample:
                 captions[sample] = text
-    people = sorted(sample for sample in captions if said_gender(captions[sample]))
-    things = sorted(set(captions) - set(people))
-    chosen = people[: count // 2]
+    # As many women as men, whatever the bundle's cards show most: a study of gender needs enough of both.
+    women, men, things = (
+        sorted(sample for sample, caption in captions.items() if said_gender(caption) == who)
+        for who in ("woman", "man", "")
+    )
+    chosen = women[: count // 4] + men[: count // 4]
     chosen += things[: count - len(chosen)]
     (folder / "images").mkdir(parents=True)
     rows = []
