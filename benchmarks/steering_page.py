@@ -23,7 +23,7 @@ PAGE = ROOT / "docs" / "steering.md"
 BENCH = ROOT / "out" / "bench"
 BEGIN, END = "<!-- figures: written by `make figures` -->", "<!-- end of figures -->"
 SHOWN = (
-    "bundle", "pairs", "features_an_edit", "strength_0_is_unsteered_byte_for_byte", "protocol", "control",
+    "bundle", "dictionary", "pairs", "features_an_edit", "strength_0_is_unsteered_byte_for_byte", "protocol", "control",
     "effects", "interaction", "interaction_dose", "dose_response",
 )  # fmt: skip
 
@@ -80,7 +80,7 @@ def protocol(found: dict[str, Any] | None) -> list[str]:
         return ["The protocol was not run on this bundle's attributes yet."]
     measured = found["effects"][str(found["interaction_dose"])]
     lines = [
-        f"{found['pairs']} pairs, {found['features_an_edit']:.1f} features an edit,"
+        f"{found['pairs']} pairs, {found['features_an_edit']:.1f} features of `{found['dictionary']}` an edit,"
         f" a dose of {found['interaction_dose']:g}. Shares of the way to the reference."
         f" The protocol **{found['protocol']}**.",
         "",
