@@ -132,13 +132,6 @@ def professions(bias: Bias) -> list[tuple[str, float, float]]:
     return sorted(rows, key=lambda row: row[1])
 
 
-def _why(card: FeatureCard) -> str:
-    if card.mds_energy is None or card.mds_energy_low is None or card.mds_energy_high is None:
-        return "its share of energy is not defined"
-    interval = f"[{card.mds_energy_low:.2f}, {card.mds_energy_high:.2f}]"
-    return f"{card.mds_energy:.0%} of its energy comes from pictures {interval}"
-
-
 def _change(change: Change) -> str:
     parts = [
         f"{part.value:.2f}" if part.value is not None else "unknown" for part in (change.before, change.after)
@@ -176,7 +169,6 @@ def write(folder: Path, demo: Demo, *, seconds: float) -> Path:
         histograms=histograms,
         peaks={name: max(1, *(sum(counts.values()) for counts in bins)) for name, bins in histograms.items()},
         professions=professions(demo.bias),
-        why=_why,
         change=_change,
         verdicts={verdict.value: text for verdict, text in VERDICTS.items()},
         captions=len({row.sample.caption for row in demo.retrieved}),
