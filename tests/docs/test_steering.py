@@ -19,6 +19,7 @@ def result() -> dict[str, Any]:
     monotone = {name: {"monotone": 0.75, "median": 0.9} for name in both}
     return {
         "bundle": "b@1",
+        "dictionary": "sae",
         "pairs": 3,
         "features_an_edit": 7.5,
         "strength_0_is_unsteered_byte_for_byte": True,
