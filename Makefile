@@ -67,8 +67,8 @@ work/corpus/corpus.parquet: training/corpus/node_modules/.package-lock.json | se
 
 corpus: work/corpus/corpus.parquet  ## Fetch the drawings and rasterise them
 
-clip: corpus  ## Train the towers (hours on CPUs; resumes by `--resume`)
-	$(BIN)/python -m training.clip --out work/clip
+clip: corpus  ## Train the towers (an hour or two on one core with AMX; resumes by `--resume`)
+	$(BIN)/python -m training.towers.train --out work/clip
 
 bundle: corpus  ## From trained towers (work/clip) to bundles/emoji: dictionaries, modality, cards, report
 	$(BIN)/python -m training.bundle_all --test

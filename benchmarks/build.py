@@ -28,7 +28,7 @@ from training.build.run import Build
 from training.build.settings import KINDS, BuildSettings
 from training.build.store import ShardEntry, Store
 from training.build.workers import threads
-from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
+from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE
 
 OUT = Path("out/bench/build.json")
 SHARD = 4096

@@ -43,8 +43,8 @@ from training.drawings import Drawings, resized, to_pixels, to_tensor
 from training.judge import DEFAULT_OUT as JUDGE
 from training.judge import POOLED, Judge, pick_among, read_inputs
 from training.kid import kid
-from training.pairs import Corpus
-from training.retrieval import bootstrap_mean
+from training.towers.pairs import Corpus
+from training.towers.retrieval import bootstrap_mean
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
 

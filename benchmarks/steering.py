@@ -57,11 +57,11 @@ from services.tables import Label
 from training.attribute_study import draw, grey
 from training.colour import GROUND, lab
 from training.corpus.build import DEFAULT_DIR
-from training.embeddings import DEFAULT_OUT as EMBEDDINGS
-from training.embeddings import EmbeddingSet
 from training.judge import DEFAULT_OUT as JUDGE
 from training.judge import Judge
-from training.pairs import Corpus
+from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
+from training.towers.embed import EmbeddingSet
+from training.towers.pairs import Corpus
 
 LABELS = ("IMAGE", "TEXT", "CROSS")
 GROUPS = (*LABELS, "random", "low-level", "concept")

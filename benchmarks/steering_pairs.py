@@ -26,7 +26,7 @@ from services.imaging.generator import Imaging
 from training.attribute_study import FIRES, NAMED_AUC, draw
 from training.attributes import eligible
 from training.corpus.build import DEFAULT_DIR
-from training.pairs import Corpus
+from training.towers.pairs import Corpus
 
 PAIRS = 16
 # Of them, so many by features; the rest by attributes, as many of each group as there are.

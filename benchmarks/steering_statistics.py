@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import spearmanr
 
-from training.retrieval import bootstrap_mean
+from training.towers.retrieval import bootstrap_mean
 
 Changes = dict[str, Float[np.ndarray, " pairs"]]
 

@@ -25,7 +25,7 @@ from training.attributes import FROWNING, SMILING, TONES
 from training.colour import NAMED, colour_shares
 from training.compute import CPU, mixed, pick_precision
 from training.judge import Backbone, as_batch, blur, thumbnails
-from training.pairs import Corpus
+from training.towers.pairs import Corpus
 
 STYLES = ("outline", "line art")
 # Drawings of a class that a probe learns from, at most.

@@ -44,12 +44,12 @@ from training.attributes import GENDERED, eligible, fit_all, training_pool, with
 from training.compute import CPU, mixed, pick_precision
 from training.corpus.build import DEFAULT_DIR
 from training.drawings import resized
-from training.embeddings import DEFAULT_CLIP, EmbeddingSet
-from training.embeddings import DEFAULT_OUT as EMBEDDINGS
 from training.judge import CANDIDATES, Judge, read_inputs
 from training.judge import DEFAULT_OUT as JUDGE
-from training.pairs import Corpus
-from training.retrieval import bootstrap_mean
+from training.towers.embed import DEFAULT_CLIP, EmbeddingSet
+from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
+from training.towers.pairs import Corpus
+from training.towers.retrieval import bootstrap_mean
 
 FOLDER = "attributes"
 KEEP = Path("work/attributes.json")

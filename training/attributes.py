@@ -21,8 +21,8 @@ from services.dictionaries.base import Dictionary
 from services.imaging.dose import Attribute, AttributeEntry
 from services.modalities import Modality
 from training.colour import NAMED, colour_shares
-from training.embeddings import Embedder, EmbeddingSet, as_images
-from training.pairs import Corpus
+from training.towers.embed import Embedder, EmbeddingSet, as_images
+from training.towers.pairs import Corpus
 
 TONES = ("light", "medium", "dark")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from training.compute import CPU, mixed, pick_device, pick_precision
 from training.corpus.build import DEFAULT_DIR
 from training.drawings import Drawings, sheet, to_pixels, to_tensor
-from training.muon import Muon
+from training.towers.muon import Muon
 
 DEFAULT_OUT = Path("work/autoencoder")
 # Muon is for what lies between pixels and latents; these ends get AdamW.

@@ -46,9 +46,9 @@ from training.bias.methods import LABELS, Method, feature_methods, reference_met
 from training.build.assemble import without_nan
 from training.build_bundle import DEFAULT_OUT
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
-from training.embeddings import DEFAULT_OUT as EMBEDDINGS
-from training.pairs import TEMPLATES
 from training.report import render
+from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
+from training.towers.pairs import TEMPLATES
 
 KEEP = 0.95
 # What the bundle's section holds of the figures.

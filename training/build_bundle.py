@@ -29,7 +29,7 @@ from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.corpus.sets import ALL_SETS, Role, licences
 from training.corpus.svg import document, rasterise
 from training.dictionary_table import load_columns
-from training.embeddings import DEFAULT_CLIP, EmbeddingSet
+from training.towers.embed import DEFAULT_CLIP, EmbeddingSet
 
 DEFAULT_OUT = Path("bundles/emoji")
 WORK = Path("work")
@@ -44,8 +44,8 @@ DESCRIPTION = (
 COMMANDS = (
     "npm ci --prefix training/corpus",
     "python -m training.corpus.build",
-    "python -m training.clip",
-    "python -m training.embeddings",
+    "python -m training.towers.train",
+    "python -m training.towers.embed",
     "python -m training.autoencoder",
     "python -m training.diffusion",
     "python -m training.bundle_all --test",

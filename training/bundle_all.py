@@ -15,8 +15,8 @@ from pathlib import Path
 
 from training.build_bundle import DEFAULT_OUT, WORK
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
-from training.embeddings import DEFAULT_CLIP
 from training.judges import DEFAULT_OUT as JUDGES
+from training.towers.embed import DEFAULT_CLIP
 
 
 def steps(arguments: argparse.Namespace) -> list[list[str]]:
@@ -32,8 +32,8 @@ def steps(arguments: argparse.Namespace) -> list[list[str]]:
     embed = [*clip, *corpus, "--out", str(work / "embeddings.npz"), *trial]
     return [
         ["training.judges", *corpus],
-        ["training.embeddings", *embed, *([] if arguments.test else ["--without-test"])],
-        ["training.evaluate", *embeddings, *corpus, "--out", str(work / "retrieval.json"), *test],
+        ["training.towers.embed", *embed, *([] if arguments.test else ["--without-test"])],
+        ["training.towers.evaluate", *embeddings, *corpus, "--out", str(work / "retrieval.json"), *test],
         [
             "training.dictionary_grid", *embeddings, *corpus, "--out", str(grid),
             "--workers", str(arguments.workers), "--effort", str(arguments.effort),

@@ -20,10 +20,10 @@ from services.dictionaries import Dictionary, Modality
 from services.tables import write_cards, write_thumbnails
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.dictionaries import DEFAULT_DIR, load_all
-from training.embeddings import DEFAULT_OUT as EMBEDDINGS
-from training.embeddings import EmbeddingSet
 from training.modality import HELD_OUT, activations
-from training.pairs import Corpus
+from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
+from training.towers.embed import EmbeddingSet
+from training.towers.pairs import Corpus
 
 DEFAULT_OUT = Path("work/cards")
 PER_FEATURE = 5

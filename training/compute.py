@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 CPU = torch.device("cpu")
@@ -34,3 +37,18 @@ def pick_precision(device: torch.device, name: str = "auto") -> torch.dtype:
 def mixed(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """Return a context in which products run in `precision`, and what needs float32 stays in it."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+@contextmanager
+def coarse_products(precision: torch.dtype) -> Iterator[None]:
+    """For the length of a block, let float32 products round their factors where `precision` is bfloat16.
+
+    Sums stay in float32, which autocast's do not: logits in the tens would be rounded to tenths.
+    """
+    before = torch.get_float32_matmul_precision()
+    if precision == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -34,7 +34,7 @@ from training.defense.data import Drawings, StudyData, load
 from training.defense.observe import Looks, Observed, join, look_twice, observed_from
 from training.defense.sample import write_attacked
 from training.defense.victim import Victim, to_images, to_pixels
-from training.embeddings import DEFAULT_OUT as EMBEDDINGS
+from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
 
 EPSILONS = (1, 4, 8)
 GRADIENT_ATTACKS = ("pgd", "apgd", "match")

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from services.dictionaries import SAE, Dictionary, Modality, Neurons, SAEPair, load_dictionary, match_features
-from training.embeddings import DEFAULT_OUT, EmbeddingSet
 from training.ncl import NCLSettings, train_ncl
 from training.sae import Pairs, SAESettings, SAETrainer
+from training.towers.embed import DEFAULT_OUT, EmbeddingSet
 
 DEFAULT_DIR = Path("work/dictionaries")
 SEEDS = (0, 1, 2)

@@ -28,11 +28,11 @@ from services.modality import label_agreement
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.dictionaries import GROUP, load_pairs
 from training.dictionary_table import TARGETS, alive_features, label_figures, load_columns, meets
-from training.embeddings import DEFAULT_OUT as EMBEDDINGS
-from training.embeddings import EmbeddingSet
 from training.figures import EvaluationSet, figures
 from training.modality import HeldOutPairs, label_shares, matching_order, score
 from training.sae import SAETrainer
+from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
+from training.towers.embed import EmbeddingSet
 
 DEFAULT_OUT = Path("work/dictionary_grid.json")
 SIZES, WEIGHTS, KEPT = (256, 384, 512), (0.2, 0.1, 0.5), (32, 16, 48)

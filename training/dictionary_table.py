@@ -23,10 +23,10 @@ from services.tables import Label, ModalityTable
 from training.baselines import PCA, pca_for_fvu, random_dictionary
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.dictionaries import DEFAULT_DIR, GROUP, SEEDS, load_all, load_pairs
-from training.embeddings import DEFAULT_OUT as EMBEDDINGS
-from training.embeddings import EmbeddingSet
 from training.figures import EvaluationSet, figures, kept, stability
 from training.sae import Pairs
+from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
+from training.towers.embed import EmbeddingSet
 
 DEFAULT_OUT = Path("work/dictionaries.json")
 MODALITY_DIR = Path("work/modality")

@@ -39,8 +39,8 @@ from training.diffusion_model import (
     serving_solver,
 )
 from training.drawings import Drawings, sheet, to_pixels
-from training.embeddings import DEFAULT_CLIP
-from training.embeddings import DEFAULT_OUT as EMBEDDINGS
+from training.towers.embed import DEFAULT_CLIP
+from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
 
 DEFAULT_OUT = Path("work/diffusion")
 SHEET_PROMPTS = (

@@ -38,8 +38,8 @@ from training.drawings import resized
 from training.judge import DEFAULT_OUT as JUDGE
 from training.judge import Judge, as_batch, pick_among
 from training.kid import kid
-from training.pairs import Corpus
-from training.retrieval import bootstrap_mean
+from training.towers.pairs import Corpus
+from training.towers.retrieval import bootstrap_mean
 
 RECORD = "choice.json"
 SPACING = {"timestep_spacing": "trailing"}

@@ -19,7 +19,7 @@ from services.encoding.texts import Tokeniser
 from services.imaging.text_encoder import convert_text_tower, hidden_states
 from training.compute import mixed, pick_device, pick_precision
 from training.drawings import Drawings, to_tensor
-from training.embeddings import CONFIG_FILE, WEIGHTS_FILE, EmbeddingSet
+from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE, EmbeddingSet
 
 HELD_OUT_SHARE = 0.08
 

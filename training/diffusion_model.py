@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from training.compute import CPU
-from training.muon import Muon
+from training.towers.muon import Muon
 
 SCHEDULE = {
     "num_train_timesteps": 1000,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.corpus.build import render
 from training.corpus.svg import Style
-from training.pairs import Corpus
+from training.towers.pairs import Corpus
 
 SIDE = 128
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from services.dictionaries import Dictionary, Modality
 from services.intervals import group_bootstrap
 from services.modality import coactivation, energies, energy_mds
-from training.embeddings import EmbeddingSet
-from training.retrieval import gender_score, ranks, recall
+from training.towers.embed import EmbeddingSet
+from training.towers.retrieval import gender_score, ranks, recall
 
 IMAGE, TEXT = Modality.IMAGE, Modality.TEXT
 # Beyond these a feature is all but blind to one modality.

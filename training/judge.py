@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from training.corpus.build import DEFAULT_DIR
 from training.judges import IMAGE_SIDE, MEAN, STD, judge_texts
-from training.pairs import Corpus
-from training.retrieval import bootstrap_mean, ranks
+from training.towers.pairs import Corpus
+from training.towers.retrieval import bootstrap_mean, ranks
 
 DEFAULT_OUT = Path("work/judge")
 THUMBNAIL = 8

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from training.corpus.build import DEFAULT_DIR
-from training.embeddings import EmbeddingSettings, as_images, split_parts
-from training.pairs import Corpus
+from training.towers.embed import EmbeddingSettings, as_images, split_parts
+from training.towers.pairs import Corpus
 
 DEFAULT_OUT = Path("work/judges.npz")
 IMAGE_SIDE = 96

@@ -39,10 +39,10 @@ from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.corpus.names import spoken
 from training.dictionaries import DEFAULT_DIR, RECIPES
 from training.dictionary_table import load_columns
-from training.embeddings import DEFAULT_OUT as EMBEDDINGS
-from training.embeddings import EmbeddingSet
 from training.judges import DEFAULT_OUT as JUDGES
 from training.judges import Judges
+from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
+from training.towers.embed import EmbeddingSet
 
 DEFAULT_OUT = Path("work/modality")
 SUMMARY = Path("work/modality.json")

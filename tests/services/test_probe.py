@@ -23,8 +23,8 @@ from services.errors import BundleFileError, ProbeMismatch
 from services.manifest import manifest_sha256
 from services.probe import check_bundle, read_probe, write_probe
 from training.build.assemble import copy_towers
-from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
 from training.probe import PROBE_FILE, probe_of_folder
+from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE
 
 Change = Callable[[dict[str, Any]], None]
 

@@ -21,7 +21,7 @@ from training.build import studies
 from training.build.selection import PEOPLE, Selection
 from training.build.settings import BuildSettings
 from training.build.studies import OwnBiasData, Skipped, calibrate_bias, defense_data, limited
-from training.embeddings import EmbeddingSet
+from training.towers.embed import EmbeddingSet
 
 NAN = float("nan")
 PARTS = ("fit", "pool", "validation", "test")

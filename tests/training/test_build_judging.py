@@ -13,9 +13,9 @@ from training.build import judging
 from training.build.judging import judge_pairs
 from training.build.selection import Selection
 from training.build.settings import BuildSettings
-from training.embeddings import EmbeddingSet
 from training.judges import Judges
 from training.modality import monosemanticity
+from training.towers.embed import EmbeddingSet
 
 N, DIM = 120, 16
 

@@ -25,7 +25,7 @@ from training.build.selection import Selection
 from training.build.settings import BuildSettings
 from training.build.store import ShardEntry, Store
 from training.build.studies import Skipped
-from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
+from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE
 
 NAMES = ("a.png", "b.png", "c.png", "d.png")
 

@@ -13,7 +13,7 @@ from training.build.assemble import check_replaceable
 from training.build.errors import BuildError
 from training.build.pipeline import pipeline_entry
 from training.build.towers import fetch_towers
-from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
+from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE
 
 
 @pytest.fixture

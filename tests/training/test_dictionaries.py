@@ -11,10 +11,10 @@ from services.dictionaries.pair import correlation_matrix
 from training import dictionaries
 from training.baselines import PCA, pca_for_fvu, random_dictionary
 from training.dictionary_table import choose_default, label_figures, meets
-from training.embeddings import EmbeddingSet, EmbeddingSettings, is_current, split_parts
 from training.figures import EvaluationSet, kept
 from training.ncl import NCLSettings, train_ncl
 from training.sae import Pairs, SAESettings, SAETrainer, info_nce, same_rows, start_rows
+from training.towers.embed import EmbeddingSet, EmbeddingSettings, is_current, split_parts
 
 DIM, CONCEPTS, ACTIVE = 24, 40, 3
 SMALL = SAESettings(

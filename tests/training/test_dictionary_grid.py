@@ -12,7 +12,7 @@ import pytest
 
 from training import dictionary_grid
 from training.dictionary_grid import Cell, Grid, choose
-from training.embeddings import EmbeddingSet, EmbeddingSettings
+from training.towers.embed import EmbeddingSet, EmbeddingSettings
 
 DIM, CONCEPTS = 16, 12
 GOOD = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from training.muon import Muon, orthogonalised
+from training.towers.muon import Muon, orthogonalised
 
 
 def test_orthogonalised_matrices_keep_their_singular_vectors_and_even_out_their_values() -> None:

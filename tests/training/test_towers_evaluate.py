@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training.embeddings import EmbeddingSet
-from training.evaluate import Evaluation, colour_features, pixel_features
-from training.pairs import Corpus
+from training.towers.embed import EmbeddingSet
+from training.towers.evaluate import Evaluation, colour_features, pixel_features
+from training.towers.pairs import Corpus
 
 CONCEPTS = ("man", "woman", "disc", "ring")
 

@@ -19,7 +19,7 @@ from services.dictionaries import Dictionary, sparse_rows
 from services.modalities import Modality
 from services.modality.scores import stack_rows
 from training.dictionary_table import load_columns
-from training.embeddings import EmbeddingSet
+from training.towers.embed import EmbeddingSet
 
 GENDER = {"woman": WOMAN, "man": MAN, "": UNGENDERED}
 PEOPLE = ("woman", "man")
@@ -96,7 +96,7 @@ class StudyData:
         """Read the embeddings of the towers with this fingerprint, and the corpus."""
         embeddings = EmbeddingSet.load(embeddings_path)
         if embeddings.fingerprint != fingerprint:
-            raise SystemExit(f"{embeddings_path} holds embeddings of other towers; run training.embeddings")
+            raise SystemExit(f"{embeddings_path} holds embeddings of other towers; run training.towers.embed")
         columns = {name: column[embeddings.rows] for name, column in load_columns(corpus).items()}
         woman, man = (embeddings.texts[:, np.searchsorted(embeddings.captions, who)] for who in PEOPLE)
         return cls(embeddings, columns, gender_direction(woman, man))

@@ -14,7 +14,7 @@ from services.bias.plan import Plan
 from services.bias.probe import probe_scores
 from services.modalities import Modality
 from training.bias.data import ERAS, StudyData, codes
-from training.retrieval import ranks, recall
+from training.towers.retrieval import ranks, recall
 
 # Before and after as the audit rounds them; figures of a page need no more.
 DIGITS = 4
@@ -29,7 +29,7 @@ class Utility:
     cases : Cases
         The drawings.
     captions, texts, text_captions
-        As for `training.retrieval.ranks`; the texts are not ablated.
+        As for `training.towers.retrieval.ranks`; the texts are not ablated.
     """
 
     cases: Cases

@@ -27,8 +27,8 @@ from services.encoding.torch_backend import TorchTowers
 from services.manifest import MANIFEST_NAME
 from services.probe import check_probe, read_probe, write_probe
 from training.build.errors import BuildError
-from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
 from training.probe import PROBE_FILE, probe_of_folder
+from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE
 
 # Folders of a build that go into a bundle as they are, and which of their files.
 TABLES = ((DICTIONARIES, (".json", ".safetensors")), (MODALITY, (".parquet",)), (CARDS, (".parquet",)))

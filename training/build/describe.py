@@ -25,7 +25,7 @@ from training.cards import build_cards, thumbnail
 from training.dictionary_table import build_table
 from training.judges import Judges
 from training.modality import HELD_OUT, HeldOutPairs, activations, describe
-from training.retrieval import auc_interval, gender_score, retrieval
+from training.towers.retrieval import auc_interval, gender_score, retrieval
 
 # What the judges made of the held-out pairs, below the build's folder.
 JUDGES = "judges.npz"

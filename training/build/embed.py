@@ -18,7 +18,7 @@ from services.errors import ImageError
 from training.build.pairs import BadRow, Pair, Source, bad_row
 from training.build.sources import open_sources
 from training.build.store import ShardEntry, Store, StoreKey
-from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
+from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE
 
 # The towers' largest piece: more at once is not faster on a CPU.
 BATCH = 32

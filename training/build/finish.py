@@ -26,7 +26,7 @@ from training.build.pipeline import add_pipeline, check_steerable
 from training.build.selection import Selection
 from training.build.settings import BuildSettings
 from training.build.store import StoreKey
-from training.embeddings import CONFIG_FILE
+from training.towers.embed import CONFIG_FILE
 
 SAMPLE_SIDE = 256
 # What may change the numbers of a build, if it changes.

@@ -18,7 +18,7 @@ import numpy as np
 from training.build.errors import BuildError
 from training.build.settings import POOL, BuildSettings
 from training.build.store import Store
-from training.embeddings import EmbeddingSet
+from training.towers.embed import EmbeddingSet
 
 TRAIN, VALIDATION = 0.8, 0.9
 # With fewer pairs nothing that is fitted or measured means anything.

@@ -10,7 +10,7 @@ from typing import Any
 from services.encoding.clip import read_clip_config, tower_fingerprint
 from services.errors import MonofacetError
 from training.build.errors import BuildError
-from training.embeddings import CONFIG_FILE, WEIGHTS_FILE
+from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE
 
 HUB = "hf-hub:"
 # Names of the weights in repositories of open_clip models, the usual one first; pickled ones are never taken.

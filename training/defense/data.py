@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from training.defense.victim import to_images
-from training.embeddings import EmbeddingSet
-from training.pairs import Corpus
+from training.towers.embed import EmbeddingSet
+from training.towers.pairs import Corpus
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ def load(
     """
     embedded = EmbeddingSet.load(embeddings)
     if embedded.fingerprint != fingerprint:
-        raise SystemExit(f"{embeddings} holds embeddings of other towers: run python -m training.embeddings")
+        raise SystemExit(
+            f"{embeddings} holds embeddings of other towers: run python -m training.towers.embed"
+        )
     corpus = Corpus.load(corpus_dir)
     columns = corpus.columns
     rng = np.random.default_rng(seed)

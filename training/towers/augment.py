@@ -1,12 +1,14 @@
 """Augmentations that take the artist out of a drawing: colour, shading, placement.
 
-All work on a batch of float32 images in [0, 1] and draw from one generator, so that a seed repeats a run.
+All work on a batch of float32 images in [0, 1], on any device, and draw from one generator on the CPU, so that a seed
+repeats a run. Most changes are for some drawings of a batch: only those are computed.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,8 @@ class AugmentSettings:
         Probabilities of each.
     restyle : float
         Share of the emoji that are redrawn with another pen, half of them without their fills.
+    toned_light : float
+        How much of the change of light a drawing keeps whose caption tells a skin tone.
     """
 
     rotate: float = 12.0
@@ -47,12 +51,14 @@ class AugmentSettings:
     erase: float = 0.1
     noise: float = 0.15
     restyle: float = 0.5
+    toned_light: float = 1.0
 
     def scaled(self, strength: float) -> AugmentSettings:
-        """Return these settings weakened to `strength` of themselves, 0 to 1."""
+        """Return these settings weakened to `strength` of themselves, 0 to 1; toned drawings keep their share."""
         low, high = self.scale
-        weakened = {name: value * strength for name, value in vars(self).items() if name != "scale"}
-        return AugmentSettings(scale=(low**strength, high**strength), **weakened)
+        kept = ("scale", "toned_light")
+        weakened = {name: value * strength for name, value in vars(self).items() if name not in kept}
+        return replace(self, scale=(low**strength, high**strength), **weakened)
 
 
 class Augment:
@@ -98,13 +104,13 @@ class Augment:
             ],
             1,
         )
-        grid = F.affine_grid(theta, [n, 3, size, size], align_corners=False)
+        grid = F.affine_grid(theta.to(images.device), [n, 3, size, size], align_corners=False)
         # Sampled as ink (1 - image), so that what lies outside is white paper.
         return 1.0 - F.grid_sample(
             1.0 - images, grid, mode="bilinear", padding_mode="zeros", align_corners=False
         )
 
-    def colour(self, images: Images, colour_matters: Mask) -> tuple[Images, Mask]:
+    def colour(self, images: Images, colour_matters: Mask, toned: Mask | None = None) -> tuple[Images, Mask]:
         """Grey, recolour, invert or fade.
 
         Parameters
@@ -113,6 +119,9 @@ class Augment:
             The batch.
         colour_matters : Mask
             Rows whose caption names a colour: these keep theirs.
+        toned : Mask or None
+            Rows whose caption tells a skin tone: unless they lose it here, their light changes by
+            `AugmentSettings.toned_light` as much.
 
         Returns
         -------
@@ -124,46 +133,73 @@ class Augment:
         grey = free & self.chance(n, s.grey)
         hue = free & ~grey & self.chance(n, s.hue)
         invert = free & self.chance(n, s.invert)
+        lost = grey | hue | invert
+        order = torch.rand(n, 3, generator=self.generator).argsort(1)
+        blend = self.uniform(n, 0.6, 1.0)
+        contrast = self.uniform(n, 0.7, 1.2)
+        brightness = self.uniform(n, -0.1, 0.1)
+        if toned is not None:
+            share = torch.where(toned & ~lost, s.toned_light, 1.0)
+            contrast, brightness = 1.0 + (contrast - 1.0) * share, brightness * share
+        images = images.clone()
         weights = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-        images = torch.where(grey.view(-1, 1, 1, 1), (images * weights).sum(1, keepdim=True), images)
-        images = torch.where(hue.view(-1, 1, 1, 1), self._permute_channels(images), images)
-        images = torch.where(invert.view(-1, 1, 1, 1), 1.0 - images, images)
-        contrast = self.uniform(n, 0.7, 1.2).view(-1, 1, 1, 1)
-        brightness = self.uniform(n, -0.1, 0.1).view(-1, 1, 1, 1)
-        images = ((images - 1.0) * contrast + 1.0 + brightness).clamp(0, 1)
-        return images, grey | hue | invert
-
-    def _permute_channels(self, images: Images) -> Images:
-        """Swap colour channels by a random permutation each, and blend a little with the original."""
-        order = torch.rand(len(images), 3, generator=self.generator).argsort(1)
-        index = order.view(-1, 3, 1, 1).expand_as(images)
-        blend = self.uniform(len(images), 0.6, 1.0).view(-1, 1, 1, 1)
-        return images.gather(1, index) * blend + images * (1 - blend)
+        _change(images, grey, lambda x, _: (x * weights).sum(1, keepdim=True))
+        _change(images, hue, lambda x, at: _permute_channels(x, order[at], blend[at]))
+        _change(images, invert, lambda x, _: 1.0 - x)
+        images.sub_(1.0).mul_(_each(contrast, images)).add_(1.0).add_(_each(brightness, images))
+        return images.clamp_(0, 1), lost
 
     def recolour_lines(self, images: Images, rows: Mask) -> Images:
-        """Give black-on-white line art a random ink and paper."""
+        """Give half of the black-on-white line art among `rows` a random ink and paper."""
         n = len(images)
         ink = torch.rand(n, 3, 1, 1, generator=self.generator) * 0.6
         paper = 1.0 - torch.rand(n, 3, 1, 1, generator=self.generator) * 0.35
         swap = self.chance(n, 0.25).view(-1, 1, 1, 1)
         ink, paper = torch.where(swap, paper, ink), torch.where(swap, ink, paper)
-        recoloured = ink + (paper - ink) * images
-        return torch.where((rows & self.chance(n, 0.5)).view(-1, 1, 1, 1), recoloured, images)
+        images = images.clone()
+
+        def recoloured(x: Images, at: Tensor) -> Images:
+            dark, light = ink[at].to(x.device), paper[at].to(x.device)
+            return dark + (light - dark) * x
+
+        _change(images, rows & self.chance(n, 0.5), recoloured)
+        return images
 
     def corrupt(self, images: Images) -> Images:
         """Erase a box in some images and add noise to some."""
         s, n = self.settings, len(images)
         height, width = images.shape[-2:]
-        top, left = self.uniform(n, 0, 0.8) * height, self.uniform(n, 0, 0.8) * width
-        side = self.uniform(n, 0.15, 0.35) * height
-        y, x = torch.arange(height).view(1, -1, 1), torch.arange(width).view(1, 1, -1)
-        box = (
-            (y >= top.view(-1, 1, 1))
-            & (y < (top + side).view(-1, 1, 1))
-            & (x >= left.view(-1, 1, 1))
-            & (x < (left + side).view(-1, 1, 1))
-            & self.chance(n, s.erase).view(-1, 1, 1)
-        )
-        images = torch.where(box.unsqueeze(1), images.new_tensor(1.0), images)
-        amount = torch.where(self.chance(n, s.noise), self.uniform(n, 0, 0.08), torch.zeros(n))
-        return images + amount.view(-1, 1, 1, 1) * torch.randn(images.shape, generator=self.generator)
+        images = images.clone()
+        top = (self.uniform(n, 0, 0.8) * height).long().tolist()
+        left = (self.uniform(n, 0, 0.8) * width).long().tolist()
+        side = (self.uniform(n, 0.15, 0.35) * height).long().tolist()
+        for i in self.chance(n, s.erase).nonzero().flatten().tolist():
+            images[i, :, top[i] : top[i] + side[i], left[i] : left[i] + side[i]] = 1.0
+        noisy = self.chance(n, s.noise)
+        amount = self.uniform(n, 0, 0.08)
+
+        def noised(x: Images, at: Tensor) -> Images:
+            noise = torch.randn(x.shape, generator=self.generator)
+            return x + (amount[at].view(-1, 1, 1, 1) * noise).to(x.device)
+
+        _change(images, noisy, noised)
+        return images
+
+
+def _each(values: Float[Tensor, " batch"], images: Images) -> Float[Tensor, "batch 1 1 1"]:
+    return values.view(-1, 1, 1, 1).to(images.device)
+
+
+def _change(images: Images, rows: Mask, change: Callable[[Images, Tensor], Images]) -> None:
+    """Replace `rows` of the batch, in place, by what `change` makes of them; it is also told which they are."""
+    at = rows.nonzero().flatten()
+    if len(at):
+        here = at.to(images.device)
+        images[here] = change(images[here], at).expand(len(at), *images.shape[1:])
+
+
+def _permute_channels(images: Images, order: Tensor, blend: Tensor) -> Images:
+    """Swap the colour channels of each image by its own permutation, and blend a little with the original."""
+    index = order.view(-1, 3, 1, 1).expand_as(images).to(images.device)
+    share = _each(blend, images)
+    return images.gather(1, index) * share + images * (1 - share)

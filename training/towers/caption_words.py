@@ -3,10 +3,12 @@
 A sum over a caption's tokens costs next to nothing, so every caption of the corpus can be embedded anew at every
 step and all of them can be negatives. A text transformer that starts from scratch cannot do that: with 128
 captions a step it took thousands of steps to tell captions apart at all, and held the image tower back (its
-embedding used 11 of 256 directions). The transformer that ships learns these sums later (`training.text_tower`).
+embedding used 11 of 256 directions). The transformer that ships learns these sums later (`training.towers.text_tower`).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +16,39 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Every caption that a drawing may have, with and without skin tone, in order.
+
+    Parameters
+    ----------
+    texts : NDArray
+        Distinct captions, str [n].
+    concept : NDArray
+        A number for the concept of each, int64 [n].
+    gender : NDArray
+        "woman", "man" or "" where the name says neither, str [n].
+    drawn : NDArray
+        Which are of emoji: these are answers at every step; int64.
+    """
+
+    texts: NDArray[np.str_]
+    concept: NDArray[np.int64]
+    gender: NDArray[np.str_]
+    drawn: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, columns: dict[str, NDArray], emoji: NDArray[np.int64], icons: NDArray[np.int64]) -> Captions:
+        """Return the captions of the corpus rows `emoji` and `icons`."""
+        rows = np.concatenate([emoji, icons])
+        texts, first = np.unique(
+            np.concatenate([columns["caption"][rows], columns["concept"][rows]]), return_index=True
+        )
+        concept = np.unique(np.tile(columns["concept"][rows], 2)[first], return_inverse=True)[1]
+        drawn = np.isin(texts, np.concatenate([columns["caption"][emoji], columns["concept"][emoji]]))
+        return cls(texts, concept, np.tile(columns["gender"][rows], 2)[first], np.flatnonzero(drawn))
 
 
 class CaptionWords(nn.Module):

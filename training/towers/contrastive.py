@@ -1,4 +1,4 @@
-"""The contrastive loss of the towers, and text embeddings at the cost of the text's own length."""
+"""The contrastive losses of the towers, and text embeddings at the cost of the text's own length."""
 
 from __future__ import annotations
 
@@ -58,6 +58,29 @@ def contrastive_loss(
     # Where a pair is ignored both factors are void: 0 * -inf must count as 0.
     to_image = -(torch.where(positive > 0, log_share, 0.0) * positive).sum(1) / positive.sum(1)
     return to_text + text_weight * to_image.mean()
+
+
+def supervised_contrastive(
+    projections: Float[Tensor, "batch d"], labels: Int[Tensor, " batch"], temperature: float
+) -> Tensor:
+    """Return the contrastive loss whose positives are the other images of the same label (Khosla et al., 2020).
+
+    Parameters
+    ----------
+    projections : Tensor
+        Unit vectors, one an image.
+    labels : Tensor
+        The concept of each image; an image whose concept no other has is only a negative.
+    temperature : float
+        Of the softmax over all other images.
+    """
+    others = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positive = (labels[:, None] == labels[None, :]) & others
+    logits = (projections @ projections.T / temperature).masked_fill(~others, float("-inf"))
+    log_share = torch.where(positive, F.log_softmax(logits, dim=1), 0.0)
+    count = positive.sum(1)
+    answered = count > 0
+    return -(log_share.sum(1)[answered] / count[answered]).mean()
 
 
 def two_caption_loss(

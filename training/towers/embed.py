@@ -1,6 +1,6 @@
 """Embed the corpus once, for everything that is fitted on embeddings.
 
-``python -m training.embeddings`` writes one npz: the drawings as drawn, augmented views of the training drawings,
+``python -m training.towers.embed`` writes one npz: the drawings as drawn, augmented views of the training drawings,
 and every caption in every template, with the fingerprint of the towers. A second run with the same towers and
 settings does nothing.
 
@@ -24,9 +24,9 @@ from jaxtyping import Float, Int
 from services.encoding.clip import ClipConfig, build_clip, read_clip_config, tower_fingerprint
 from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
-from training.augment import Augment, AugmentSettings
 from training.corpus.build import DEFAULT_DIR
-from training.pairs import TEMPLATES, Corpus, PairSampler
+from training.towers.augment import Augment, AugmentSettings
+from training.towers.pairs import TEMPLATES, Corpus, may_flip, names_colour
 
 DEFAULT_CLIP = Path("work/clip")
 DEFAULT_OUT = Path("work/embeddings.npz")
@@ -185,19 +185,19 @@ class Embedder:
     def views(self, corpus: Corpus, rows: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Embed one augmented view of each drawing; returns unit embeddings and whether its colour was lost."""
         augment = Augment(AugmentSettings(), torch.Generator().manual_seed(seed))
-        sampler = PairSampler(corpus, augment)
+        concepts = corpus.columns["concept"]
         size = self.config.image_size[0]
         embeddings, toneless = [], []
         for chunk in _chunks(rows, "views"):
             style = augment.uniform(len(chunk)).numpy()
-            matters = sampler.colour_matters[chunk]
+            matters = names_colour(concepts[chunk])
             images = torch.stack(
                 [
                     as_images(_styled(corpus, row, s, m))
                     for row, s, m in zip(chunk, style, matters, strict=True)
                 ]
             )
-            images = augment.geometry(images, size, torch.from_numpy(sampler.may_flip[chunk]))
+            images = augment.geometry(images, size, torch.from_numpy(may_flip(concepts[chunk])))
             images, lost = augment.colour(images, torch.from_numpy(matters))
             embeddings.append(self.images(images)[0])
             toneless.append(lost.numpy() | ((style >= 0.75) & ~matters))

@@ -1,6 +1,6 @@
 """Measure the towers: retrieval and zero-shot gender, beside nearest neighbours on pixels and on colours.
 
-``python -m training.evaluate`` measures on the validation drawings; ``--test`` adds openmoji, once, at the end.
+``python -m training.towers.evaluate`` measures on the validation drawings; ``--test`` adds openmoji, once, at the end.
 Writes ``work/retrieval.json`` and prints the same as a table.
 """
 
@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from training.corpus.build import DEFAULT_DIR
-from training.embeddings import DEFAULT_OUT as EMBEDDINGS
-from training.embeddings import EmbeddingSet
-from training.pairs import Corpus
-from training.retrieval import Retrieval, auc_interval, gender_score, ranks, retrieval, summarise
+from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
+from training.towers.embed import EmbeddingSet
+from training.towers.pairs import Corpus
+from training.towers.retrieval import Retrieval, auc_interval, gender_score, ranks, retrieval, summarise
 
 COLOUR_BINS = 6
 

@@ -1,7 +1,7 @@
 """Muon: momentum whose matrices are made orthogonal before they are applied (Jordan et al., 2024).
 
 PyTorch's own does its matrix products in bfloat16, which a CPU without such instructions emulates at a tenth of the
-speed; this one keeps float32 and takes convolutions as matrices.
+speed; this one does them in the precision it is told and takes convolutions as matrices.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from torch import Tensor, nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalised(matrix: Float[Tensor, "rows columns"], rounds: int = 5) -> Float[Tensor, "rows columns"]:
-    """Return about U V^T of the singular value decomposition U S V^T, by Newton-Schulz iteration.
+def orthogonalised(
+    matrix: Float[Tensor, "rows columns"], rounds: int = 5, precision: torch.dtype = torch.float32
+) -> Float[Tensor, "rows columns"]:
+    """Return about U V^T of the singular value decomposition U S V^T, by Newton-Schulz iteration in `precision`.
 
     Singular values of the result lie between about 0.7 and 1.2, not at 1: enough, and cheaper.
     """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
-    x = x / x.norm().clamp(min=1e-7)
+    x = (x / x.norm().clamp(min=1e-7)).to(precision)
     for _ in range(rounds):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+    return (x.T if tall else x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -44,12 +46,20 @@ class Muon(torch.optim.Optimizer):
         Of the Nesterov momentum.
     weight_decay : float
         Decoupled.
+    precision : torch.dtype
+        Of the products of the orthogonalisation, which bfloat16 is good enough for.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.precision = precision
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -63,4 +73,5 @@ class Muon(torch.optim.Optimizer):
                 blended = parameter.grad.lerp(momentum, group["momentum"]).flatten(1)
                 scale = 0.2 * max(blended.shape) ** 0.5
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.sub_(orthogonalised(blended).view(parameter.shape), alpha=group["lr"] * scale)
+                step = orthogonalised(blended, precision=self.precision).view(parameter.shape)
+                parameter.sub_(step, alpha=group["lr"] * scale)

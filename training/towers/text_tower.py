@@ -1,7 +1,7 @@
 """Teach the text transformer the caption embeddings that the image tower learnt with.
 
 Distillation: the transformer reads a caption in a template, or two captions in a row, and must embed it where the
-sum of word vectors lies (`training.caption_words`). It starts as such a sum itself, so minutes suffice.
+sum of word vectors lies (`training.towers.caption_words`). It starts as such a sum itself, so minutes suffice.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from training.caption_words import CaptionWords
-from training.contrastive import encode_text
+from training.towers.caption_words import CaptionWords
+from training.towers.contrastive import encode_text
 
 
 @torch.no_grad()

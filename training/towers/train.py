@@ -1,19 +1,22 @@
 """Train the embedded CLIP from scratch on the emoji corpus.
 
-``python -m training.clip`` trains, ``--resume`` goes on from the last checkpoint; the result is an open_clip
-model: a config JSON and safetensors. Three phases, for a machine with few cores:
+``python -m training.towers.train`` trains, on a GPU where there is one, and ``--resume`` goes on from the last
+checkpoint; the result is an open_clip model: a config JSON and safetensors. Three phases:
 
-1. The image tower learns with captions that are sums of word vectors (`training.caption_words`), by CLIP's
-   contrastive loss over *every* caption of the emoji at every step. The same caption twice is never its own
+1. *images*: the image tower learns with captions that are sums of word vectors (`training.towers.caption_words`), by
+   CLIP's contrastive loss over *every* caption of the emoji at every step. The same caption twice is never its own
    negative, and a picture that lost its colour is not held against the captions of its concept that name a tone.
-   The joint embedding is standardised over the batch (batch normalisation without parameters, folded into the
-   projection at the end), or it collapses to a dozen directions. Most steps run at a low resolution, which costs
-   a fraction, and augmentation grows from weak to strong.
-2. The text transformer learns to embed captions, in templates and in pairs, where their words' sums lie
-   (`training.text_tower`).
-3. The image tower is tuned at full resolution to the text transformer's own captions, which stay fixed (locked-text
-   tuning, the mirror of Zhai et al., 2022): what the change of resolution and the distillation cost is won back, and
-   whatever reads the text tower need not be trained again.
+   Emoji come as pairs of one concept by two artists, which a supervised contrastive loss brings together: it is what
+   helps most on artists never seen. Most steps run at a low resolution, which costs a fraction, and augmentation
+   grows from weak to strong.
+2. *texts*: the text transformer learns to embed captions, in templates and in pairs, where their words' sums lie
+   (`training.towers.text_tower`).
+3. *locked*: the image tower is tuned at full resolution to the text transformer's own captions, which stay fixed
+   (locked-text tuning, the mirror of Zhai et al., 2022): what the distillation cost is won back, and whatever reads
+   the text tower need not be trained again.
+
+What is measured, tuned on and exported is the moving average of the weights. ``--without ARTISTS`` leaves artists out
+and logs retrieval on them: choose by that and by validation, for validation alone chooses what suits the artists seen.
 """
 
 from __future__ import annotations
@@ -23,41 +26,42 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.augment import Augment, AugmentSettings
-from training.caption_words import CaptionWords
-from training.clip_settings import ClipSettings
-from training.contrastive import contrastive_loss, encode_text, two_caption_loss
+from training.compute import CPU, coarse_products, pick_device, pick_precision
 from training.corpus.build import DEFAULT_DIR
-from training.pairs import TEMPLATES, Batch, Corpus, PairSampler
-from training.retrieval import auc_interval, gender_score, participation_ratio, retrieval
-from training.text_tower import TextDistiller, start_as_a_sum
+from training.towers.augment import Augment, AugmentSettings
+from training.towers.caption_words import Captions, CaptionWords
+from training.towers.contrastive import (
+    contrastive_loss,
+    encode_text,
+    supervised_contrastive,
+    two_caption_loss,
+)
+from training.towers.export import CONFIG, write_towers
+from training.towers.image_tower import ImageTower, WeightAverage, build_projector
+from training.towers.muon import Muon
+from training.towers.pairs import TEMPLATES, Batch, Corpus, PartnerSampler
+from training.towers.settings import Phase, TowerSettings
+from training.towers.text_tower import TextDistiller, start_as_a_sum
+from training.towers.validate import on_artist, on_validation
 
-CONFIG = Path(__file__).parent / "configs" / "emoji_clip.json"
+CHUNK = 512
 
 
-def build_model(config: dict) -> open_clip.CLIP:
+def build_model(config: dict[str, Any]) -> open_clip.CLIP:
     """Return a randomly initialised open_clip model of a config's ``model_cfg``."""
     return open_clip.CLIP(**{k: v for k, v in config["model_cfg"].items() if k != "custom_text"})
 
 
-@torch.no_grad()
-def fold_standardisation(projection: nn.Linear, standardise: nn.BatchNorm1d) -> None:
-    """Make `projection` do what `standardise` does after it in evaluation: (W x + b - mean) / std."""
-    std = (standardise.running_var + standardise.eps).sqrt()
-    projection.weight /= std[:, None]
-    projection.bias.copy_((projection.bias - standardise.running_mean) / std)
-
-
-class ClipTrainer:
-    """Holds the model, the optimiser and the sampler of one run.
+class TowerTrainer:
+    """Holds the model, the optimisers and the sampler of one run.
 
     Parameters
     ----------
@@ -65,102 +69,107 @@ class ClipTrainer:
         open_clip's config JSON; the image tower is a timm trunk with a linear projection that has a bias.
     corpus : Corpus
         Pictures and captions.
-    settings : ClipSettings
+    settings : TowerSettings
         Hyperparameters.
     folder : Path
         Where checkpoints, the log and the result go.
+    device : torch.device
+        Where it trains.
+    precision : torch.dtype
+        Of products and convolutions.
     """
 
-    def __init__(self, config: dict, corpus: Corpus, settings: ClipSettings, folder: Path) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        corpus: Corpus,
+        settings: TowerSettings,
+        folder: Path,
+        device: torch.device = CPU,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
         torch.manual_seed(settings.seed)
         self.config, self.corpus, self.settings, self.folder = config, corpus, settings, folder
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = build_model(config).to(self.device, memory_format=torch.channels_last)
-        self.size = config["model_cfg"]["vision_cfg"]["image_size"]
+        self.device, self.precision = device, precision
+        model_cfg, preprocess = config["model_cfg"], config["preprocess_cfg"]
+        self.size = model_cfg["vision_cfg"]["image_size"]
+        self.model = build_model(config).to(device, memory_format=torch.channels_last)
+        self.tower = ImageTower(self.model, preprocess["mean"], preprocess["std"], precision).to(device)
+        self.projector = build_projector(self.tower.projection.in_features).to(device)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
         augment = Augment(AugmentSettings(), torch.Generator().manual_seed(settings.seed))
-        self.sampler = PairSampler(corpus, augment, settings.emoji_share, settings.without)
-        self.words = self._caption_words().to(self.device)
-        self.standardise = nn.BatchNorm1d(config["model_cfg"]["embed_dim"], affine=False, momentum=0.05)
-        self.standardise.to(self.device)
-        self.optimiser = torch.optim.AdamW(self._groups(), betas=(0.9, 0.98), eps=1e-6)
-        self.step = 0
+        left_out = settings.artists_left_out()
+        self.sampler = PartnerSampler(corpus, augment, settings.emoji_share, left_out)
+        self.table = Captions.of(corpus.columns, self.sampler.emoji, self.sampler.icons)
+        ids = [self.tokenizer.encode(text) for text in self.table.texts]
+        self.words = CaptionWords(self.table.texts, ids, model_cfg["embed_dim"]).to(device)
+        self.concept = np.unique(corpus.columns["concept"], return_inverse=True)[1]
         # The text tower's embeddings of every caption and of the two genders, once it is trained.
         self.captions: Tensor | None = None
         self.man_and_woman: Tensor | None = None
-        self.text_is_trained = False
+        self.average = WeightAverage(settings.average)
+        # Steps of all phases of the image tower, and of this one.
+        self.step = self.phase_step = 0
+        self.started = time.monotonic()
+        self.optimisers = self._optimisers()
 
-    def _caption_words(self) -> CaptionWords:
-        columns, sampler = self.corpus.columns, self.sampler
-        rows = np.concatenate([sampler.emoji, sampler.icons])
-        captions, first = np.unique(
-            np.concatenate([columns["caption"][rows], columns["concept"][rows]]), return_index=True
-        )
-        concepts = np.concatenate([columns["concept"][rows]] * 2)[first]
-        _, self._concepts = np.unique(concepts, return_inverse=True)
-        self._genders = np.concatenate([columns["gender"][rows]] * 2)[first]
-        drawn = np.concatenate([columns["caption"][sampler.emoji], columns["concept"][sampler.emoji]])
-        self._emoji_captions = np.flatnonzero(np.isin(captions, drawn))
-        return CaptionWords(
-            captions, [self.tokenizer.encode(c) for c in captions], self.config["model_cfg"]["embed_dim"]
-        )
+    @property
+    def phase(self) -> Phase:
+        """The schedule of the image tower that runs now."""
+        return (self.settings.images if self.captions is None else self.settings.locked)(self.size)
 
-    def _groups(self) -> list[dict]:
-        s = self.settings
-        matrices = [p for p in self.model.visual.parameters() if p.ndim > 1]
-        vectors = [p for p in self.model.visual.parameters() if p.ndim <= 1]
-        words = [self.words.vectors.weight, self.model.logit_scale]
-        return [
-            {"params": matrices, "peak": s.image_lr, "weight_decay": s.weight_decay},
+    @property
+    def progress(self) -> float:
+        """Share of this phase that is done."""
+        return self.phase_step / self.phase.steps
+
+    def _optimisers(self) -> list[torch.optim.Optimizer]:
+        s, trunk = self.settings, self.tower.trunk
+        matrices = [p for p in trunk.parameters() if p.ndim > 1]
+        vectors = [p for p in self.tower.parameters() if p.ndim <= 1]
+        rest = [*self.projector.parameters(), self.model.logit_scale]
+        rest += list(self.words.parameters()) if self.captions is None else []
+        groups = [
+            {"params": [self.tower.projection.weight], "peak": s.image_lr, "weight_decay": s.weight_decay},
             {"params": vectors, "peak": s.image_lr, "weight_decay": 0.0},
-            {"params": words, "peak": s.word_lr, "weight_decay": 0.0},
+            {"params": rest, "peak": s.word_lr, "weight_decay": 0.0},
         ]
+        muon = Muon(matrices, lr=s.muon_lr, weight_decay=s.weight_decay, precision=self.precision)
+        muon.param_groups[0]["peak"] = s.muon_lr
+        self._clipped = [*matrices, self.tower.projection.weight]
+        return [torch.optim.AdamW(groups, lr=s.image_lr, betas=(0.9, 0.98), eps=1e-6, fused=True), muon]
 
-    def resolution(self) -> int:
-        """Return the pixels a side that this step trains at."""
-        s = self.settings
-        return s.low_resolution if self.step < s.low_share * s.steps else self.size
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the weighted parts of the loss of one batch.
 
-    def rate(self) -> float:
-        """Return the share of the peak learning rate at this step."""
-        s = self.settings
-        if self.step < s.steps:
-            progress = self.step / s.steps
-            return min(1.0, (progress + 1e-3) / s.warm_up, (1.0 - progress) / s.decay)
-        progress = (self.step - s.steps) / s.tune_steps
-        return s.tune_lr / s.image_lr * min((progress + 1e-3) / s.warm_up, 1.0 - progress)
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """Apply the config's mean and standard deviation to images in [0, 1]."""
-        cfg = self.config["preprocess_cfg"]
-        mean, std = (torch.tensor(cfg[k], device=images.device).view(1, 3, 1, 1) for k in ("mean", "std"))
-        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Return unit, standardised embeddings of images in [0, 1], float32 [n, d]."""
-        return F.normalize(self.standardise(self.model.encode_image(self.normalise(images))), dim=-1)
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Return the loss of one batch: against all captions of the emoji and those of its icons."""
-        own = self.words.positions(np.asarray(batch.captions))
-        rows = np.union1d(self._emoji_captions, own)
+        CLIP's is against all captions of the emoji and those of the batch's icons.
+        """
+        s, table = self.settings, self.table
+        own = self.words.positions(batch.captions)
+        rows = np.union1d(table.drawn, own)
         target = np.searchsorted(rows, own)
-        concepts = self._concepts[rows]
-        ignore = batch.toneless[:, None] & (self._concepts[own][:, None] == concepts[None, :])
+        ignore = batch.toneless[:, None] & (table.concept[own][:, None] == table.concept[rows][None, :])
         ignore[np.arange(len(own)), target] = False
-        images = self.encode_images(batch.images.to(self.device))
+        features = self.tower.features(batch.images)
+        images = self.tower.embed(features)
         scale = self.model.logit_scale.clamp(max=np.log(100.0)).exp()
-        loss = contrastive_loss(
-            images,
-            self.words(rows) if self.captions is None else self.captions[rows],
-            torch.from_numpy(target).to(self.device),
-            torch.from_numpy(ignore).to(self.device),
-            scale,
-            self.settings.text_weight,
-        )
-        if self.step >= self.settings.gender_from * self.settings.steps:
-            loss = loss + self.settings.gender_weight * self.gender_loss(images, self._genders[own], scale)
-        return loss
+        parts = {
+            "clip": contrastive_loss(
+                images,
+                self.words(rows) if self.captions is None else self.captions[rows],
+                torch.from_numpy(target).to(self.device),
+                torch.from_numpy(ignore).to(self.device),
+                scale,
+                s.text_weight,
+            )
+        }
+        if batch.paired:
+            projections = F.normalize(self.projector(features[: batch.paired]), dim=-1)
+            concepts = torch.from_numpy(self.concept[batch.rows[: batch.paired]]).to(self.device)
+            parts["concept"] = s.concept_weight * supervised_contrastive(projections, concepts, s.temperature)
+        if self.progress >= self.phase.gender_from:
+            parts["gender"] = s.gender_weight * self.gender_loss(images, table.gender[own], scale)
+        return parts
 
     def gender_loss(self, images: Tensor, genders: np.ndarray, scale: Tensor) -> Tensor:
         """Return the loss of telling "woman" from "man", over the pictures whose captions say which."""
@@ -178,85 +187,141 @@ class ClipTrainer:
             return self.words.embed([self.tokenizer.encode("man"), self.tokenizer.encode("woman")])
         return self.man_and_woman
 
-    def train_step(self) -> float:
-        """Take one optimiser step and return the loss."""
-        s = self.settings
-        self.model.train()
-        self.standardise.train()
-        growth = min(1.0, self.step / (s.steps * s.strong_from))
-        self.sampler.augment.settings = AugmentSettings().scaled(s.weak + (s.strong - s.weak) * growth)
-        batch = self.sampler.batch(s.batch, self.resolution())
-        loss = self.loss(batch)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.optimiser.param_groups[0]["params"], 5.0)
-        for group in self.optimiser.param_groups:
-            group["lr"] = group["peak"] * self.rate()
-        self.optimiser.step()
+    def train_step(self) -> dict[str, float]:
+        """Take one optimiser step and return the parts of the loss."""
+        s, phase, progress = self.settings, self.phase, self.progress
+        pixels = phase.resolution(progress)
+        if self.phase_step and pixels != phase.resolution((self.phase_step - 1) / phase.steps):
+            self.average.restart()
+        self.tower.train()
+        self.projector.train()
+        augment = AugmentSettings(toned_light=s.toned_light).scaled(phase.strength(progress))
+        self.sampler.augment.settings = augment
+        batch = self.sampler.batch(s.batch, pixels, self.device)
+        with coarse_products(self.precision):
+            parts = self.losses(batch)
+            for optimiser in self.optimisers:
+                optimiser.zero_grad(set_to_none=True)
+            sum(parts.values()).backward()
+        nn.utils.clip_grad_norm_(self._clipped, 5.0)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * phase.rate(progress)
+            optimiser.step()
+        self.average.update(self.tower)
         self.step += 1
-        return float(loss.detach())
+        self.phase_step += 1
+        return {name: float(part.detach()) for name, part in parts.items()}
 
-    @torch.inference_mode()
-    def embed_texts(self, captions: list[str], templates: tuple[str, ...] = TEMPLATES) -> Tensor:
-        """Return unit text embeddings, float32 [n, d]: the mean over templates, renormalised.
+    def train_images(self, validate_every: int, save_every: int) -> None:
+        """Train the image tower to the end of this phase, and go on from the average of its weights."""
+        started, first, steps = time.monotonic(), self.phase_step, self.phase.steps
+        recent: list[dict[str, float]] = []
+        while self.phase_step < steps:
+            recent.append(self.train_step())
+            done = self.phase_step == steps
+            parts = {name: np.mean([r[name] for r in recent[-50:] if name in r]) for name in recent[-1]}
+            if self.phase_step % 20 == 0 or done:
+                pace = (time.monotonic() - started) / (self.phase_step - first)
+                print(
+                    f"{self.phase.name} {self.phase_step}/{steps} "
+                    + " ".join(f"{name} {value:.3f}" for name, value in parts.items())
+                    + f" {self.settings.batch / pace:.0f} drawings/s",
+                    flush=True,
+                )
+            if self.phase_step % validate_every == 0 or done:
+                self.log(self.phase.name, {name: float(value) for name, value in parts.items()})
+            if self.phase_step % save_every == 0 or done:
+                self.save()
+        self.average.settle(self.tower)
 
-        While the text tower is untrained, captions are the sums of their words.
-        """
-        if self.captions is None and not self.text_is_trained:
-            return self.words.embed([self.tokenizer.encode(caption) for caption in captions])
+    def train_texts(self) -> None:
+        """Train the text tower, and fix the captions to what it says; short enough to start anew when it is cut."""
+        s = self.settings
+        # A run that was resumed after the images starts here like one that was not.
+        torch.manual_seed(s.seed)
+        start_as_a_sum(self.model, self.words)
+        # Three to one: the captions that retrieval asks for against the many names of icons.
+        weights = np.where(np.isin(np.arange(len(self.table.texts)), self.table.drawn), 3.0, 1.0)
+        distiller = TextDistiller(
+            self.model, self.words, weights, TEMPLATES, s.text_steps, s.text_batch, s.text_lr, s.seed
+        )
+        errors: list[float] = []
+        self.model.train()
+        while distiller.step < s.text_steps:
+            with coarse_products(self.precision):
+                errors.append(distiller.train_step())
+            if distiller.step % 50 == 0:
+                error = np.mean(errors[-50:])
+                print(f"texts {distiller.step}/{s.text_steps} 1 - cosine {error:.4f}", flush=True)
+        self.fix_captions()
+        self.average.restart()
+        self.phase_step, self.optimisers = 0, self._optimisers()
+        self.log("texts", {"text_error": float(np.mean(errors[-50:]))})
+        self.save()
+
+    def fix_captions(self) -> None:
+        """Embed every caption by the text tower, which stays as it is from here on."""
+        texts = self.table.texts
+        captions = self._transformed(texts.tolist(), ("{}",))
+        captions[self.table.drawn] = self._transformed(texts[self.table.drawn].tolist(), TEMPLATES)
+        self.captions = captions
+        self.man_and_woman = self._transformed(["man", "woman"], TEMPLATES)
+
+    @torch.no_grad()
+    def _transformed(self, texts: list[str], templates: tuple[str, ...]) -> Tensor:
+        """Return unit embeddings by the text transformer, the mean over templates, float32 [n, d]."""
         self.model.eval()
         parts = []
-        for start in range(0, len(captions), 512):
-            chunk = captions[start : start + 512]
-            mean = sum(
-                encode_text(self.model, self.tokenizer([t.format(c) for c in chunk]).to(self.device))
-                for t in templates
-            )
-            parts.append(F.normalize(mean, dim=-1))
+        for start in range(0, len(texts), CHUNK):
+            chunk = texts[start : start + CHUNK]
+            tokens = [self.tokenizer([t.format(text) for text in chunk]).to(self.device) for t in templates]
+            parts.append(F.normalize(sum(encode_text(self.model, t) for t in tokens), dim=-1))
         return torch.cat(parts)
 
-    @torch.inference_mode()
-    def embed_images(self, rows: np.ndarray) -> Tensor:
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> np.ndarray:
+        """Return unit text embeddings, float32 [n, d]: sums of words while the text tower is untrained."""
+        if self.captions is None:
+            return self.words.embed([self.tokenizer.encode(text) for text in texts]).cpu().numpy()
+        return self._transformed(texts, TEMPLATES).cpu().numpy()
+
+    @torch.no_grad()
+    def embed_images(self, rows: np.ndarray) -> np.ndarray:
         """Return unit embeddings of the drawings as their artists drew them, float32 [n, d].
 
-        At the resolution of this step: the statistics of the other one are not those that normalisation learnt.
+        At the resolution of the last step: the statistics of another are not those that normalisation learnt.
         """
-        self.model.eval()
-        self.standardise.eval()
-        size = self.resolution()
+        self.tower.eval()
+        size = self.phase.resolution(max(0, self.phase_step - 1) / self.phase.steps)
         parts = []
-        for start in range(0, len(rows), 256):
-            drawn = torch.from_numpy(self.corpus.plain[rows[start : start + 256]])
+        for start in range(0, len(rows), CHUNK):
+            drawn = torch.from_numpy(self.corpus.plain[rows[start : start + CHUNK]]).to(self.device)
             pixels = drawn.permute(0, 3, 1, 2).float() / 255
-            if size != self.size:
+            if size != pixels.shape[-1]:
                 pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-            parts.append(self.encode_images(pixels.to(self.device)))
-        return torch.cat(parts)
+            parts.append(self.tower(pixels).cpu())
+        return torch.cat(parts).numpy()
 
     def validate(self) -> dict[str, float]:
-        """Return the figures on held-out drawings that every choice is made by."""
-        columns = self.corpus.columns
-        rows = self.corpus.rows("validation")
-        images = self.embed_images(rows).cpu().numpy()
-        captions = columns["caption"][rows]
-        distinct = np.unique(captions)
-        result = retrieval(images, captions, self.embed_texts(list(distinct)).cpu().numpy(), distinct)
-        strict = ~columns["sibling"][rows].astype(bool)
-        strict_result = retrieval(
-            images[strict], captions[strict], self.embed_texts(list(distinct)).cpu().numpy(), distinct
-        )
-        man, woman = self.embed_texts(["man", "woman"]).cpu().numpy()
-        gender = columns["gender"][rows]
-        known = gender != ""
-        auc = auc_interval(gender_score(images[known], man, woman), gender[known] == "woman")
-        return {
-            "r1": result.image_to_text[1].value,
-            "r5": result.image_to_text[5].value,
-            "r1_strict": strict_result.image_to_text[1].value,
-            "r1_text": result.text_to_image[1].value,
-            "gender_auc": auc.value,
-            "dimensions": participation_ratio(images),
-        }
+        """Return the figures of the averaged weights on validation drawings, and on the artists left out."""
+        left_out = self.settings.artists_left_out()
+        with self.average.applied(self.tower):
+            figures = on_validation(self.corpus, left_out, self.embed_images, self.embed_texts)
+            for artist in left_out:
+                figures |= on_artist(
+                    self.corpus, artist, self.sampler.emoji, self.embed_images, self.embed_texts
+                )
+        return figures
+
+    def log(self, phase: str, losses: dict[str, float]) -> None:
+        """Validate, print the figures and append them to the log; a run that is resumed counts minutes from zero."""
+        minutes = (time.monotonic() - self.started) / 60
+        figures = {"phase": phase, "step": self.step, "minutes": minutes, **losses, **self.validate()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(figures) + "\n")
+        print(figures, flush=True)
 
     def save(self) -> None:
         """Write a checkpoint; the previous one is replaced only when the new one is whole."""
@@ -264,11 +329,15 @@ class ClipTrainer:
         part = self.folder / "checkpoint.part"
         state = {
             "model": self.model.state_dict(),
+            "tower": self.tower.state_dict(),
+            "projector": self.projector.state_dict(),
             "words": self.words.state_dict(),
-            "standardise": self.standardise.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "average": self.average.values,
+            "averaged": self.average.count,
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "generator": self.sampler.augment.generator.get_state(),
             "step": self.step,
+            "phase_step": self.phase_step,
             "text_is_trained": self.captions is not None,
         }
         torch.save(state, part)
@@ -277,84 +346,24 @@ class ClipTrainer:
     def resume(self) -> None:
         """Go on from the last checkpoint."""
         state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
-        if state["text_is_trained"]:
-            self.standardise = nn.Identity()
-        for name in ("model", "words", "standardise", "optimiser"):
+        for name in ("model", "tower", "projector", "words"):
             getattr(self, name).load_state_dict(state[name])
-        self.sampler.augment.generator.set_state(state["generator"].cpu())
-        self.step = state["step"]
         if state["text_is_trained"]:
             self.fix_captions()
+            self.optimisers = self._optimisers()
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
+        self.average.values, self.average.count = state["average"], state["averaged"]
+        self.sampler.augment.generator.set_state(state["generator"].cpu())
+        self.step, self.phase_step = state["step"], state["phase_step"]
 
-    def fix_captions(self) -> None:
-        """Embed every caption by the text tower, which stays as it is from here on."""
-        self.text_is_trained = True
-        self.captions = self.embed_texts(self.words.captions.tolist()).clone()
-        self.man_and_woman = self.embed_texts(["man", "woman"]).clone()
-
-    def export(self) -> None:
-        """Write the model as open_clip's config JSON and half-precision safetensors."""
-        (self.folder / "open_clip_config.json").write_text(json.dumps(self.config, indent=2) + "\n")
-        weights = {
-            name: tensor.detach().cpu().contiguous().half()
-            if tensor.is_floating_point()
-            else tensor.detach().cpu()
-            for name, tensor in self.model.state_dict().items()
-        }
-        save_file(weights, self.folder / "open_clip_model.safetensors")
-
-    def train_images(self, until: int, validate_every: int, save_every: int) -> None:
-        """Train the image tower until step `until`, with progress, checkpoints and validation."""
-        started, first = time.monotonic(), self.step
-        recent: list[float] = []
-        while self.step < until:
-            recent.append(self.train_step())
-            if self.step % 20 == 0:
-                pace = (time.monotonic() - started) / (self.step - first)
-                print(
-                    f"step {self.step}/{until} loss {np.mean(recent[-50:]):.3f} "
-                    f"{self.settings.batch / pace:.0f} pairs/s",
-                    flush=True,
-                )
-            if self.step % validate_every == 0 or self.step == until:
-                self.log({"step": self.step, "minutes": (time.monotonic() - started) / 60})
-            if self.step % save_every == 0 or self.step == until:
-                self.save()
-
-    def train_texts(self) -> None:
-        """Fold the standardisation and train the text tower; short enough to start anew when it is cut."""
-        fold_standardisation(self.model.visual.head.proj, self.standardise)
-        self.standardise = nn.Identity()
-        s = self.settings
-        start_as_a_sum(self.model, self.words)
-        # Three to one: the captions that retrieval asks for against the many names of icons.
-        weights = np.where(np.isin(np.arange(len(self.words.captions)), self._emoji_captions), 3.0, 1.0)
-        distiller = TextDistiller(
-            self.model, self.words, weights, TEMPLATES, s.text_steps, s.text_batch, s.text_lr, s.seed
-        )
-        started = time.monotonic()
-        recent: list[float] = []
-        self.text_is_trained = True
-        self.model.train()
-        while distiller.step < s.text_steps:
-            recent.append(distiller.train_step())
-            if distiller.step % 50 == 0:
-                print(
-                    f"text step {distiller.step}/{s.text_steps} 1 - cosine {np.mean(recent[-50:]):.4f}",
-                    flush=True,
-                )
-        self.log(
-            {"step": self.step, "text_step": distiller.step, "minutes": (time.monotonic() - started) / 60}
-            | {"text_error": float(np.mean(recent[-50:]))}
-        )
-
-    def log(self, progress: dict[str, float]) -> None:
-        """Validate, print the figures and append them to the log."""
-        figures = progress | self.validate()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps(figures) + "\n")
-        print(figures, flush=True)
+    def run(self, validate_every: int, save_every: int) -> None:
+        """Train what is left of all phases, and write the towers."""
+        if self.captions is None:
+            self.train_images(validate_every, save_every)
+            self.train_texts()
+        self.train_images(validate_every, save_every)
+        write_towers(self.folder, self.config, self.model.state_dict(), self.tower.state_dict())
 
 
 def main() -> None:
@@ -365,25 +374,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("work/clip"))
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--validate-every", type=int, default=250)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=("auto", "bf16", "f32"), default="auto")
+    parser.add_argument("--validate-every", type=int, default=500)
     parser.add_argument("--save-every", type=int, default=100)
-    defaults = asdict(ClipSettings())
+    defaults = asdict(TowerSettings())
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    settings = ClipSettings(**{name: getattr(arguments, name) for name in defaults})
-    trainer = ClipTrainer(
-        json.loads(arguments.config.read_text()), Corpus.load(arguments.corpus), settings, arguments.out
-    )
+    settings = TowerSettings(**{name: getattr(arguments, name) for name in defaults})
+    config, corpus = json.loads(arguments.config.read_text()), Corpus.load(arguments.corpus)
+    device = pick_device(arguments.device)
+    precision = pick_precision(device, arguments.precision)
+    trainer = TowerTrainer(config, corpus, settings, arguments.out, device, precision)
     if arguments.resume:
         trainer.resume()
-    trainer.train_images(settings.steps, arguments.validate_every, arguments.save_every)
-    if trainer.captions is None:
-        trainer.train_texts()
-        trainer.fix_captions()
-    trainer.train_images(settings.steps + settings.tune_steps, arguments.validate_every, arguments.save_every)
-    trainer.export()
+    trainer.run(arguments.validate_every, arguments.save_every)
 
 
 if __name__ == "__main__":
