@@ -57,7 +57,7 @@ figures: setup  ## Write the figures of the README and of docs/generation.md fro
 	$(BIN)/python -m benchmarks.steering_page
 
 chart: setup  ## Write what the chart holds of the code: alerts, dashboard, environment, schema of the settings
-	$(BIN)/python -m deployments.chart
+	$(BIN)/python -m deployments.operations.chart
 
 training/corpus/node_modules/.package-lock.json: training/corpus/package-lock.json
 	cd training/corpus && npm ci --ignore-scripts --no-audit --no-fund

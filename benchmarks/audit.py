@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.samples import jpegs
-from deployments.settings import EMBEDDED_BUNDLE
-from services.bundle import Bundle
+from deployments.operations.settings import EMBEDDED_BUNDLE
+from services.bundle.load import Bundle
 from services.encoding.machine import usable_cores
 from tests.support.service import Service, start_service
 

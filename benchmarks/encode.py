@@ -29,10 +29,10 @@ from rich.table import Table
 
 from benchmarks.pictures import write_pictures
 from benchmarks.samples import jpegs, vit_b_32
-from deployments.settings import EMBEDDED_BUNDLE, Settings
-from services.bundle import Bundle
+from deployments.operations.settings import EMBEDDED_BUNDLE, Settings
+from services.bundle.load import Bundle
+from services.bundle.towers import load_towers
 from services.encoding.images import ImagePreprocess, load_pixels
-from services.encoding.load import load_towers
 from services.encoding.towers import Towers
 from tests.support.service import start_service
 

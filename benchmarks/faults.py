@@ -37,10 +37,10 @@ from monofacet.v1 import imaging_service_pb2 as imaging_pb
 from rich.console import Console
 from rich.table import Table
 
-from deployments.chart import RULES
 from deployments.gateway.server import IMAGING
-from deployments.settings import EMBEDDED_BUNDLE
-from services.bundle import CLIP_WEIGHTS
+from deployments.operations.chart import RULES
+from deployments.operations.settings import EMBEDDED_BUNDLE
+from services.bundle.load import CLIP_WEIGHTS
 from services.encoding.machine import usable_cores
 from tests.support.ports import free_port
 from tests.support.service import Service, descendants, start_service
@@ -334,10 +334,10 @@ def preview_raises() -> dict[str, Any]:
     """Let a preview raise in the embedded bundle's own pipeline, in this process; return what two calls saw."""
     import asyncio
 
-    from deployments.generation_work import Failed, Finished, GenerateWork
-    from deployments.generator import Generator, PipelineModel
-    from deployments.settings import Settings
-    from services.bundle import Bundle
+    from deployments.generator.events import Failed, Finished, GenerateWork
+    from deployments.generator.generator import Generator, PipelineModel
+    from deployments.operations.settings import Settings
+    from services.bundle.load import Bundle
     from services.imaging.edits import ImageRequest
 
     settings = Settings()

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.gateway.server import DESCRIPTORS
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.fuzz.gateway import Findings, calibrated, fuzz, fuzzed_gateway
 from tests.fuzz.messages import Maker
 from tests.support.tiny_bundle import make_tiny_bundle

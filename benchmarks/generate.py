@@ -29,11 +29,11 @@ from monofacet import Client, SteeringEdit
 from rich.console import Console
 from rich.table import Table
 
-from deployments.settings import EMBEDDED_BUNDLE, Settings
-from services.bundle import Bundle
+from deployments.operations.settings import EMBEDDED_BUNDLE, Settings
+from services.bundle.load import Bundle
 from services.imaging.edits import Edit, FromReference, ImageRequest, Steering
 from services.imaging.generator import Imaging
-from services.tables import Label
+from services.modality.tables import Label
 from tests.support.service import Service, start_service
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from benchmarks.image_measures import Eye, nearest
 from benchmarks.readme import UNET
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.encoding.machine import usable_cores
 from services.imaging.edits import ImageRequest
 from services.imaging.generator import Imaging

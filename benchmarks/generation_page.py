@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.readme import UNET
-from deployments.settings import EMBEDDED_BUNDLE
-from services.bundle import Bundle
+from deployments.operations.settings import EMBEDDED_BUNDLE
+from services.bundle.load import Bundle
 from training.diffusion_choice import RECORD
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -33,18 +33,25 @@ from rich.table import Table
 from benchmarks import riders
 from benchmarks.pictures import write_pictures
 from benchmarks.samples import jpegs, vit_b_32_with_features
-from deployments.encoder import strongest
-from deployments.gateway.classify import classify
-from deployments.gateway.decoders import read_decoders
-from deployments.gateway.screening import FeatureLabels, LabelTexts, Question, filtered_images, judge, looks
-from deployments.model import TowerModel, load_dictionaries
-from deployments.settings import Settings
-from deployments.work import Features
-from services.bundle import Bundle
+from deployments.encoder.encoder import strongest
+from deployments.encoder.model import TowerModel, load_dictionaries
+from deployments.encoder.tasks import Features
+from deployments.gateway.compute.decoders import read_decoders
+from deployments.gateway.compute.defense import (
+    FeatureLabels,
+    LabelTexts,
+    Question,
+    filtered_images,
+    judge,
+    looks,
+)
+from deployments.gateway.compute.modality import classify
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
 from services.defense import DefenseCalibration
 from services.defense.screen import choose
 from services.encoding.images import ImagePreprocess, load_pixels
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from tests.support.service import start_service
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"

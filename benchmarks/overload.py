@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.openloop import Outcome, closed_loop, open_loop
 from benchmarks.samples import jpegs
-from deployments.settings import EMBEDDED_BUNDLE
+from deployments.operations.settings import EMBEDDED_BUNDLE
 from tests.support.service import start_service
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.encoding.machine import usable_cores
 from services.imaging.edits import ImageRequest
 from services.imaging.generator import Imaging

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from deployments.settings import EMBEDDED_BUNDLE
-from services.bundle import Bundle
-from services.modalities import Modality
-from services.tables import CardSample
+from deployments.operations.settings import EMBEDDED_BUNDLE
+from services.bundle.load import Bundle
+from services.modality.modalities import Modality
+from services.modality.tables import CardSample
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "figures.json"

@@ -38,8 +38,8 @@ from rich.table import Table
 
 from benchmarks.pictures import read_pictures, write_pictures
 from benchmarks.samples import jpegs
-from deployments.settings import EMBEDDED_BUNDLE
-from services.bundle import Bundle
+from deployments.operations.settings import EMBEDDED_BUNDLE
+from services.bundle.load import Bundle
 from services.encoding.machine import usable_cores
 from tests.support.service import start_service
 

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from PIL import Image, ImageDraw
 
-from services.bundle import (
+from services.bundle.load import (
     CLIP_CONFIG,
     CLIP_WEIGHTS,
     DEFENSE,
@@ -21,12 +21,12 @@ from services.bundle import (
     refresh_manifest,
     write_manifest,
 )
+from services.bundle.manifest import Licence
 from services.dictionaries import SAE, Neurons
 from services.encoding.clip import build_clip, read_clip_config, tower_fingerprint
 from services.errors import BundleError
-from services.manifest import Licence
+from services.modality.tables import Label, ModalityTable
 from services.strict_json import canonical_json
-from services.tables import Label, ModalityTable
 from tests.support.tiny_bias import write_bias
 from tests.support.tiny_defense import tiny_calibration
 

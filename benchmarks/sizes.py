@@ -31,14 +31,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.samples import jpegs, random_clip, random_modality
-from deployments.model import TowerModel, load_dictionaries
-from deployments.settings import Settings
-from services.bundle import MODALITY, Bundle, write_manifest
+from deployments.encoder.model import TowerModel, load_dictionaries
+from deployments.operations.settings import Settings
+from services.bundle.load import MODALITY, Bundle, write_manifest
+from services.bundle.manifest import Licence
 from services.dictionaries import SAE
 from services.encoding.images import ImagePreprocess, load_pixels
 from services.errors import BundleError
-from services.manifest import Licence
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
 K = 32

@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.gateway.server import IMAGING
-from deployments.settings import EMBEDDED_BUNDLE
-from services.bundle import Bundle
+from deployments.operations.settings import EMBEDDED_BUNDLE
+from services.bundle.load import Bundle
 from services.encoding.machine import usable_cores
 from tests.support.service import Service, start_service
 

@@ -43,7 +43,7 @@ from rich.table import Table
 from benchmarks.generation import OUT, grid
 from benchmarks.steering_pairs import reader_pairs
 from benchmarks.steering_statistics import Changes, dose_response, effects, interaction, plot
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.dictionaries.base import Dictionary
 from services.encoding.machine import usable_cores
 from services.errors import InvalidInput
@@ -53,7 +53,7 @@ from services.imaging.edits import Edit, FromReference, ImageRequest, Operation,
 from services.imaging.generator import Imaging
 from services.imaging.spaces import feature_space
 from services.imaging.steering import Embedding, FeatureSpace, Steered, dosed, steer
-from services.tables import Label
+from services.modality.tables import Label
 from training.attribute_study import draw, grey
 from training.colour import GROUND, lab
 from training.corpus.build import DEFAULT_DIR

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deployments.settings import EMBEDDED_BUNDLE
-from services.bundle import Bundle
+from deployments.operations.settings import EMBEDDED_BUNDLE
+from services.bundle.load import Bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "steering_figures.json"

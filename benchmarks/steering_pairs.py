@@ -18,7 +18,7 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 
 from benchmarks.generation import OUT
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.encoding.machine import usable_cores
 from services.imaging.dose import Attributes
 from services.imaging.edits import AttributeEdit, Edit, ImageRequest, SetQuantile, Steering

@@ -26,8 +26,8 @@ from monofacet.v1 import feature_service_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
-from deployments.settings import EMBEDDED_BUNDLE
-from services.bundle import Bundle
+from deployments.operations.settings import EMBEDDED_BUNDLE
+from services.bundle.load import Bundle
 from tests.support.service import STOP_TIMEOUT_S, Service, start_service
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"

@@ -27,10 +27,10 @@ from rich.table import Table
 
 from benchmarks.ceilings import image_flops, matmul_flops
 from benchmarks.samples import jpegs, random_clip
-from deployments.encoder import Encoder
-from deployments.model import TowerModel
-from deployments.settings import Settings
-from deployments.work import Work
+from deployments.encoder.encoder import Encoder
+from deployments.encoder.model import TowerModel
+from deployments.encoder.tasks import Work
+from deployments.operations.settings import Settings
 from services.check import Check
 from services.encoding.formats.picture import Picture
 from services.encoding.images import ImagePreprocess, load_pixels

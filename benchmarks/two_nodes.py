@@ -30,10 +30,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deployments.environment import ENVIRONMENT, ONE_MACHINE
-from deployments.metrics import REQUEST_DURATION
-from deployments.settings import EMBEDDED_BUNDLE, Settings
-from deployments.supervisor import descendants
+from deployments.cluster.supervisor import descendants
+from deployments.operations.environment import ENVIRONMENT, ONE_MACHINE
+from deployments.operations.metrics import REQUEST_DURATION
+from deployments.operations.settings import EMBEDDED_BUNDLE, Settings
 
 OUT = Path(__file__).resolve().parents[1] / "out" / "bench"
 # Why the call in progress was tried again, once a time.
@@ -241,7 +241,7 @@ def main(
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
-        from deployments.app import APP_NAME, build
+        from deployments.cluster.app import APP_NAME, build
 
         settings = Settings(
             bundle=bundle,

@@ -33,6 +33,14 @@ class BatcherClosed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """One batch that a model ran: its items and its seconds."""
+
+    items: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome(Generic[Result]):
     """What became of one ticket.
 

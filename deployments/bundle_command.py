@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from services.bundle import Bundle
+    from services.bundle.load import Bundle
 
 # As the exit codes of `monofacet`: 1 failed, 3 bad input.
 FAILED, BAD_INPUT = 1, 3
@@ -52,7 +52,7 @@ def _print_json(value: Any) -> None:
 
 
 def _load(path: Path) -> Bundle:
-    from services.bundle import Bundle
+    from services.bundle.load import Bundle
 
     return Bundle.load(path, verify=False)
 
@@ -63,7 +63,7 @@ def verify(bundle: BundlePath, as_json: AsJson = False) -> None:
 
     The exit code is 0 if all is as it should be, else 1.
     """
-    from services.bundle_checks import run_checks
+    from services.bundle.checks import run_checks
 
     console = Console(soft_wrap=True)
     checks = []
@@ -82,7 +82,7 @@ def verify(bundle: BundlePath, as_json: AsJson = False) -> None:
 @commands.command("inspect")
 def inspect(bundle: BundlePath, as_json: AsJson = False) -> None:
     """Show what a bundle holds: towers, dictionaries with their figures, sizes, licences, pipeline."""
-    from services.inspection import inspect_bundle
+    from services.bundle.inspection import inspect_bundle
 
     with _explained():
         found = inspect_bundle(_load(bundle))
@@ -167,7 +167,7 @@ def diff(
 
     Features are matched by the cosine of their decoder rows, which needs the same towers.
     """
-    from services.inspection import diff_bundles
+    from services.bundle.inspection import diff_bundles
 
     with _explained():
         found = diff_bundles(_load(a), _load(b))
@@ -265,7 +265,7 @@ def import_dictionary(
     It must have been trained on unit embeddings of the bundle's own towers: nothing in the format says so.
     """
     with _explained():
-        from services.bundle_edit import add_dictionary
+        from services.bundle.edit import add_dictionary
         from services.dictionaries.saelens import read_saelens
 
         made, kept = add_dictionary(

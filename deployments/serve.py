@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from deployments.supervisor import Signals
+from deployments.cluster.supervisor import Signals
 
 if TYPE_CHECKING:
-    from deployments.scratch import Scratch
-    from deployments.settings import Settings
+    from deployments.cluster.scratch import Scratch
+    from deployments.operations.settings import Settings
 
 # Seconds that the server may take to end beyond what its settings give to the calls.
 _MARGIN_S = 25.0
@@ -96,7 +96,7 @@ def serve(
 
 def _scratch(settings: Settings) -> Scratch:
     """Return the folder of a server that can be started; else stop with one line."""
-    from deployments.scratch import NoScratch, Scratch, sweep
+    from deployments.cluster.scratch import NoScratch, Scratch, sweep
 
     # First: what a killed server has left may hold the ports.
     for left in sweep(os.environ):
@@ -111,8 +111,8 @@ def _scratch(settings: Settings) -> Scratch:
 
 def _watch_over(settings: Settings, scratch: Scratch, signals: Signals, started: float) -> NoReturn:
     """Run the server in a child until it ends, remove what there was of it, and end with its exit code."""
-    from deployments import machine
-    from deployments.supervisor import supervise
+    from deployments.cluster import machine
+    from deployments.cluster.supervisor import supervise
 
     code = 1
     try:
@@ -136,7 +136,7 @@ def _watch_over(settings: Settings, scratch: Scratch, signals: Signals, started:
 
 
 def _say(line: str, err: bool = False) -> None:
-    from deployments.machine import say
+    from deployments.cluster.machine import say
 
     say(line, err)
 
@@ -144,8 +144,8 @@ def _say(line: str, err: bool = False) -> None:
 def _settings(flags: dict[str, Any]) -> Settings:
     from pydantic import ValidationError
 
-    from deployments.logs import wants_json
-    from deployments.settings import Settings, service_links
+    from deployments.operations.logs import wants_json
+    from deployments.operations.settings import Settings, service_links
 
     for name in service_links(os.environ):
         _say(f"{name} is not read: Kubernetes set it for a Service of this name", err=True)
@@ -165,8 +165,8 @@ def _settings(flags: dict[str, Any]) -> Settings:
 def _check(settings: Settings) -> None:
     """Stop with one line, before anything is started, when access or a port cannot work."""
     from deployments.access.check import AccessInvalid, open_certificate, open_tokens
-    from deployments.served import NamesClash, read_served
-    from deployments.settings import is_loopback
+    from deployments.operations.served import NamesClash, read_served
+    from deployments.operations.settings import is_loopback
     from services.errors import BundleError
 
     try:
@@ -195,7 +195,7 @@ def _check(settings: Settings) -> None:
 
 def _check_port(host: str, port: int) -> None:
     """Stop with one line where a server could listen at none of the host's addresses, or where one is taken."""
-    from deployments.settings import joined
+    from deployments.operations.settings import joined
 
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

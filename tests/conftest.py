@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
 from monofacet import Client  # noqa: E402
 
-from services.bundle import Bundle  # noqa: E402
+from services.bundle.load import Bundle  # noqa: E402
 from tests.support.processes import nothing_left  # noqa: E402
 from tests.support.service import START_TIMEOUT_S, Service, start_service  # noqa: E402
 from tests.support.tiny_bias import with_bias  # noqa: E402

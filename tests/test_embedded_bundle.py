@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from deployments.settings import EMBEDDED_BUNDLE
-from services.bundle import SAMPLES, Bundle
+from deployments.operations.settings import EMBEDDED_BUNDLE
+from services.bundle.load import SAMPLES, Bundle
+from services.bundle.towers import load_towers
 from services.encoding.images import ImagePreprocess, load_pixels
-from services.encoding.load import load_towers
 from services.encoding.texts import Tokeniser
 
 MB = 1_000_000

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
-from services.bundle import Bundle, refresh_manifest
+from services.bundle.load import Bundle, refresh_manifest
 from services.imaging.denoiser import Sample
 from services.imaging.dose import (
     Attribute,

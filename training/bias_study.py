@@ -33,11 +33,11 @@ from services.bias.cases import UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_scores
 from services.bias.leace import Leace
 from services.bias.measures import Labels, best_threshold
-from services.bundle import BIAS, Bundle, refresh_manifest
+from services.bundle.load import BIAS, Bundle, refresh_manifest
 from services.dictionaries import Dictionary
 from services.errors import NotEnoughItems
-from services.modalities import Modality
-from services.tables import Label
+from services.modality.modalities import Modality
+from services.modality.tables import Label
 from training.bias import tables
 from training.bias.counterparts import subspace
 from training.bias.data import StudyData, codes

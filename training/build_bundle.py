@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from services.bundle import SAMPLES, Bundle, refresh_manifest, write_manifest
+from services.bundle.load import SAMPLES, Bundle, refresh_manifest, write_manifest
+from services.bundle.manifest import Licence
 from services.dictionaries import Modality
 from services.imaging.statistics import ActivationStatistics
-from services.manifest import Licence
 from training.build.assemble import TABLES, copy_folders, copy_towers, in_place_of, without_nan
 from training.build.finish import PACKAGES as BUILD_PACKAGES
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from services.dictionaries import Dictionary, Modality
-from services.tables import write_cards, write_thumbnails
+from services.modality.tables import write_cards, write_thumbnails
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.dictionaries import DEFAULT_DIR, load_all
 from training.modality import HELD_OUT, activations
@@ -52,7 +52,7 @@ def top_distinct(values: np.ndarray, groups: np.ndarray, count: int) -> np.ndarr
 def card_rows(
     z: Any, modality: Modality, samples: list[str], texts: np.ndarray, groups: np.ndarray
 ) -> list[dict[str, Any]]:
-    """Return the card rows of one modality for all features; see `services.tables.CARDS_SCHEMA`."""
+    """Return the card rows of one modality for all features; see `services.modality.tables.CARDS_SCHEMA`."""
     columns = z.tocsc() if hasattr(z, "tocsc") else None
     rows = []
     for feature in range(z.shape[1]):

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from services.bundle import DEFENSE, Bundle, refresh_manifest
+from services.bundle.load import DEFENSE, Bundle, refresh_manifest
 from services.defense import DefenseCalibration
-from services.tables import Label
+from services.modality.tables import Label
 from training.build.assemble import without_nan
 from training.build_bundle import DEFAULT_OUT
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR

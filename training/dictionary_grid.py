@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from services.dictionaries import SAE, load_dictionary
-from services.modality import label_agreement
+from services.modality.labels import label_agreement
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.dictionaries import GROUP, load_pairs
 from training.dictionary_table import TARGETS, alive_features, label_figures, load_columns, meets

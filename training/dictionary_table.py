@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from services.dictionaries import Dictionary, Modality, load_dictionary
-from services.tables import Label, ModalityTable
+from services.modality.tables import Label, ModalityTable
 from training.baselines import PCA, pca_for_fvu, random_dictionary
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.dictionaries import DEFAULT_DIR, GROUP, SEEDS, load_all, load_pairs

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from services.bundle import Bundle, refresh_manifest
+from services.bundle.load import Bundle, refresh_manifest
 from services.imaging.edits import ImageRequest
 from services.imaging.embedder import Embedder
 from services.imaging.generator import Imaging

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableUnCLIPImg2ImgPipeline
 
-from services.bundle import Bundle, refresh_manifest
+from services.bundle.load import Bundle, refresh_manifest
 from training.diffusion import DiffusionTrainer, add_paths, load_trainer
 from training.diffusion_model import DiffusionSettings, serving_solver
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from services.dictionaries import Dictionary, Modality
 from services.intervals import group_bootstrap
-from services.modality import coactivation, energies, energy_mds
+from services.modality.coactivation import coactivation
+from services.modality.scores import energies, energy_mds
 from training.towers.embed import EmbeddingSet
 from training.towers.retrieval import gender_score, ranks, recall
 

@@ -24,8 +24,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from services.dictionaries import Dictionary, Modality, load_dictionary
-from services.modality import ModalitySettings, label_agreement, score_pairs, split_half_agreement
-from services.monosemanticity import (
+from services.modality.labels import label_agreement
+from services.modality.monosemanticity import (
     emb_sim,
     embedding_features,
     mean_over_features,
@@ -33,8 +33,9 @@ from services.monosemanticity import (
     top_samples,
     win_rate,
 )
-from services.naming import Names, name_features
-from services.tables import Label, ModalityTable
+from services.modality.naming import Names, name_features
+from services.modality.table import ModalitySettings, score_pairs, split_half_agreement
+from services.modality.tables import Label, ModalityTable
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.corpus.names import spoken
 from training.dictionaries import DEFAULT_DIR, RECIPES

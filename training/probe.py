@@ -2,7 +2,7 @@
 
 ``python -m training.probe FOLDER`` writes ``FOLDER/probe.safetensors`` for a folder with ``open_clip_config.json`` and
 weights. The service's towers are code of its own around open_clip's, so this is a second opinion; a bundle whose two
-opinions differ is not served (`services.probe`).
+opinions differ is not served (`services.bundle.selfcheck`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from services.bundle.selfcheck import Probe, record_probe, write_probe
 from services.encoding.quiet_open_clip import whole_open_clip
-from services.probe import Probe, record_probe, write_probe
 
 PROBE_FILE = "probe.safetensors"
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.defense import DefenseCalibration
 from services.encoding.clip import build_clip
 from services.encoding.images import ImagePreprocess, decode_image

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from services.bundle import refresh_manifest
-from services.label_reasons import label_reason
-from services.tables import Cards, ModalityTable, read_thumbnails
+from services.bundle.load import refresh_manifest
+from services.modality.label_reasons import label_reason
+from services.modality.tables import Cards, ModalityTable, read_thumbnails
 from training.bias import plots as bias_plots
 from training.bias import tables as bias_tables
 from training.build_bundle import WORK

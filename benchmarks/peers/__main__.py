@@ -31,7 +31,7 @@ from benchmarks.peers.servers import Contender, contenders
 from benchmarks.peers.weights import TOLERANCE, difference, write_transformers
 from benchmarks.pictures import write_pictures
 from benchmarks.samples import jpegs, vit_b_32
-from deployments.settings import Settings
+from deployments.operations.settings import Settings
 
 OUT = environments.ROOT / "out" / "bench"
 CHECKED = 4

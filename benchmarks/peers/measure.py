@@ -16,7 +16,7 @@ import torch
 from benchmarks.ceilings import image_flops, matmul_flops
 from benchmarks.peers.environments import ROOT
 from benchmarks.peers.servers import Contender, Running, started
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.encoding.clip import ClipConfig, build_clip
 from services.encoding.images import ImagePreprocess, load_pixels
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.peers.environments import HERE, WHERE, python
 from benchmarks.peers.traffic import MODEL
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.support.ports import free_port
 from tests.support.service import descendants, start_service
 

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.encoding.clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, ClipConfig, build_clip
 
 # Measured for these weights: 8e-8, some units in the last of float32's 24 bits.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from deployments.access.tls import ServerCertificate
 from deployments.access.tokens import TokensInvalid, TokenStore
-from deployments.settings import Settings
+from deployments.operations.settings import Settings
 
 
 class AccessInvalid(ValueError):

@@ -12,15 +12,15 @@ from typing import Any, cast
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from deployments import logs
-from deployments.process import (
+from deployments.cluster.replicas import EncoderReplica, GeneratorReplica
+from deployments.encoder.tasks import EncoderFault, EncoderInfo
+from deployments.operations import logs
+from deployments.operations.process import (
     confine_to_loopback,
     end_with_ray,
 )
-from deployments.replicas import EncoderReplica, GeneratorReplica
-from deployments.served import Served, load_served, read_served
-from deployments.settings import Settings
-from deployments.work import EncoderFault, EncoderInfo
+from deployments.operations.served import Served, load_served, read_served
+from deployments.operations.settings import Settings
 
 log = logging.getLogger("monofacet")
 
@@ -53,10 +53,10 @@ class GatewayReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, served: Sequence[Served], encoders: Sequence[Any], generators: Sequence[Any]
     ) -> None:
-        from deployments.bundle_models import BundleModels
+        from deployments.cluster.bundle_models import BundleModels
+        from deployments.cluster.watch import RayReplicas, Watch
         from deployments.gateway.catalogue import Catalogue
         from deployments.gateway.server import GatewayServer
-        from deployments.watch import RayReplicas, Watch
 
         confine_to_loopback(settings)
         end_with_ray(settings)
@@ -265,7 +265,7 @@ def from_config(arguments: dict[str, Any]) -> serve.Application:
     unknown = sorted(set(arguments) - set(Settings.model_fields))
     if unknown:
         raise ValueError(f"no such settings: {', '.join(unknown)}")
-    from services.bundle import Bundle
+    from services.bundle.load import Bundle
 
     settings = Settings(**arguments)
     # Each replica checks them again where it runs; here a bundle that cannot be served is told to whoever asks for it.

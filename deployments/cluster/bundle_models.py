@@ -9,15 +9,15 @@ from contextlib import aclosing
 from typing import Any
 
 from deployments.batching import DeadlineExpired
+from deployments.cluster.handles import ModelHandle
+from deployments.encoder.tasks import EncoderFault, EncoderInfo, Reply, ScoreRequest, Work
 from deployments.gateway.bundles import Backend
 from deployments.gateway.errors import EncoderUnavailable
 from deployments.gateway.server import GatewayServer
-from deployments.generation_work import Events, GenerateWork, GeneratorInfo
-from deployments.handles import ModelHandle
-from deployments.served import Served
-from deployments.work import EncoderFault, EncoderInfo, Reply, ScoreRequest, Work
+from deployments.generator.events import Events, GenerateWork, GeneratorInfo
+from deployments.operations.served import Served
 from services.errors import InvalidInput
-from services.tables import ModalityTable
+from services.modality.tables import ModalityTable
 
 log = logging.getLogger("monofacet")
 

@@ -13,8 +13,8 @@ from ray import exceptions as ray_errors
 from ray.serve import exceptions as serve_errors
 
 from deployments.batching import DeadlineExpired
+from deployments.encoder.tasks import EncoderFault, ReplicaFaulty
 from deployments.gateway.errors import EncoderUnavailable
-from deployments.work import EncoderFault, ReplicaFaulty
 
 log = logging.getLogger("monofacet.gateway")
 

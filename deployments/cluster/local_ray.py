@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from deployments.environment import ENVIRONMENT, ONE_MACHINE, PRIVATE, REPLICA_ENVIRONMENT
+from deployments.operations.environment import ENVIRONMENT, ONE_MACHINE, PRIVATE, REPLICA_ENVIRONMENT
 from services.absent import without
 
 # Controller, gateway, encoder and generator: Ray starts a worker for each CPU that it is told of before they ask.

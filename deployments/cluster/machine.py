@@ -12,11 +12,11 @@ from typing import Any
 
 import typer
 
-from deployments.local_ray import make_private, start_ray, stop_forwarding, watch_ray
-from deployments.logs import Collector, configure
-from deployments.scratch import Scratch
-from deployments.settings import Settings, joined
-from deployments.supervisor import TRY_AGAIN, Link
+from deployments.cluster.local_ray import make_private, start_ray, stop_forwarding, watch_ray
+from deployments.cluster.scratch import Scratch
+from deployments.cluster.supervisor import TRY_AGAIN, Link
+from deployments.operations.logs import Collector, configure
+from deployments.operations.settings import Settings, joined
 
 # Seconds after which the start says what it waits for, again and again.
 _STILL_S = 10.0
@@ -112,7 +112,7 @@ def run(settings: Settings, scratch: Scratch, link: Link, began: float) -> int:
 
 def _verified(settings: Settings) -> list[str]:
     """Check every hash of the bundles before anything is loaded from them; return their ids."""
-    from services.bundle import Bundle
+    from services.bundle.load import Bundle
     from services.errors import BundleError
 
     ids = []
@@ -135,7 +135,7 @@ def _serve(settings: Settings, progress: Progress) -> tuple[Any, tuple[int, int]
     from ray import serve as ray_serve
     from ray.serve.schema import LoggingConfig
 
-    from deployments.app import APP_NAME, build
+    from deployments.cluster.app import APP_NAME, build
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -164,7 +164,7 @@ def _stop(settings: Settings, gateway: Any) -> None:
     """Finish the calls; whatever goes wrong on the way, the process that watches ends all that is left."""
     from ray import serve as ray_serve
 
-    from deployments.app import APP_NAME
+    from deployments.cluster.app import APP_NAME
 
     try:
         finished = gateway.drain.remote().result(timeout_s=settings.linger_s + settings.drain_s + 10)

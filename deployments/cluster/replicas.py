@@ -11,23 +11,23 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from deployments import logs
 from deployments.batching import BatcherClosed, QueueFull
+from deployments.encoder.tasks import EncoderFault, EncoderInfo, ReplicaFaulty, Reply, ScoreRequest, Work
 from deployments.gateway.errors import EncoderUnavailable
-from deployments.generation_work import Events, Failed, GenerateWork, GeneratorInfo
-from deployments.process import (
+from deployments.generator.events import Events, Failed, GenerateWork, GeneratorInfo
+from deployments.operations import logs
+from deployments.operations.process import (
     computing_thread,
     confine_to_loopback,
     end_with_ray,
     give_back_memory,
     keep_libraries_quiet,
 )
-from deployments.pulse import take_pulse
-from deployments.served import load_served
-from deployments.settings import Settings
-from deployments.work import EncoderFault, EncoderInfo, ReplicaFaulty, Reply, ScoreRequest, Work
+from deployments.operations.pulse import take_pulse
+from deployments.operations.served import load_served
+from deployments.operations.settings import Settings
 from services.errors import InvalidInput
-from services.tables import ModalityTable
+from services.modality.tables import ModalityTable
 
 log = logging.getLogger("monofacet")
 
@@ -65,21 +65,21 @@ class EncoderReplica:
             self._fault = EncoderFault(f"{type(error).__name__}: {error}".splitlines()[0])
 
     async def encode(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
-        """See `deployments.encoder.Encoder.encode`; raises ReplicaFaulty without one."""
+        """See `deployments.encoder.encoder.Encoder.encode`; raises ReplicaFaulty without one."""
         if self._encoder is None:
             raise ReplicaFaulty
         reply: Reply = await self._encoder.encode(works, remaining_s)
         return reply
 
     async def score(self, request: ScoreRequest) -> ModalityTable | InvalidInput:
-        """See `deployments.encoder.Encoder.score`; raises ReplicaFaulty without one."""
+        """See `deployments.encoder.encoder.Encoder.score`; raises ReplicaFaulty without one."""
         if self._encoder is None:
             raise ReplicaFaulty
         answer: ModalityTable | InvalidInput = await self._encoder.score(request)
         return answer
 
     def info(self) -> EncoderInfo | EncoderFault:
-        """See `deployments.encoder.Encoder.info`; or why there is no encoder."""
+        """See `deployments.encoder.encoder.Encoder.info`; or why there is no encoder."""
         if self._encoder is None:
             return self._fault
         info: EncoderInfo = self._encoder.info()
@@ -109,8 +109,8 @@ def _warm_encoder(settings: Settings) -> Any:
     with ThreadPoolExecutor(1) as beside:
         # Hashing leaves the interpreter to the imports, which take longer.
         verified = beside.submit(load_served, settings)
-        from deployments.encoder import Encoder
-        from deployments.model import TowerModel, load_dictionaries
+        from deployments.encoder.encoder import Encoder
+        from deployments.encoder.model import TowerModel, load_dictionaries
 
     def warm() -> Encoder:
         bundle = verified.result()
@@ -149,7 +149,7 @@ class GeneratorReplica:
             # In a thread that gives way to the encoder's, without which nothing is served.
             with computing_thread(min(19, self._settings.compute_niceness + _LATER)) as thread:
                 model = thread.submit(_warm_pipeline, self._settings).result()
-            from deployments.generator import Generator
+            from deployments.generator.generator import Generator
 
             return Generator(self._settings, model), model.info()
         except Exception as error:
@@ -157,7 +157,7 @@ class GeneratorReplica:
             return EncoderFault(f"{type(error).__name__}: {error}".splitlines()[0])
 
     async def generate(self, work: GenerateWork, remaining_s: float | None) -> AsyncIterator[Events]:
-        """See `deployments.generator.Generator.generate`; what it raises comes as a last event."""
+        """See `deployments.generator.generator.Generator.generate`; what it raises comes as a last event."""
         began = time.monotonic()
         loaded = await asyncio.wrap_future(self._loading)
         if isinstance(loaded, EncoderFault):
@@ -208,8 +208,8 @@ def _warm_pipeline(settings: Settings) -> Any:
     # Imported here: nobody but this replica pays for diffusers.
     with ThreadPoolExecutor(1) as beside:
         verified = beside.submit(load_served, settings)
-        from deployments.generator import PipelineModel
-        from services.lean import import_pipelines, no_compiler
+        from deployments.generator.generator import PipelineModel
+        from services.encoding.import_trimming import import_pipelines, no_compiler
 
         with no_compiler():
             import_pipelines()

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from deployments.logs import SOCKET_VARIABLE
+from deployments.operations.logs import SOCKET_VARIABLE
 
 PREFIX = "mf-"
 # Held by the living owner. A folder without it is none of ours.

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from deployments.handles import ModelHandle
-from deployments.metrics import Metrics
-from deployments.pulse import LATE_S, Pulse
+from deployments.cluster.handles import ModelHandle
+from deployments.operations.metrics import Metrics
+from deployments.operations.pulse import LATE_S, Pulse
 
 log = logging.getLogger("monofacet.gateway")
 

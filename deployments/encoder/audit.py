@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deployments.audit_request import AuditRequest
 from deployments.batching import DeadlineExpired
+from deployments.encoder.audit_request import AuditRequest
 from services.bias.ablation import Mode, Side
 from services.bias.audit import Audit, AuditSettings, audit
 from services.bias.cases import Cases

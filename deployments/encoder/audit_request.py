@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deployments.work import Features
+from deployments.encoder.tasks import Features
 from services.bias.leace import Leace
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class AuditRequest:
     remaining_s
         Seconds until the caller's deadline; None for none.
     caller
-        As in `deployments.work.Work`.
+        As in `deployments.encoder.tasks.Work`.
     """
 
     dictionary: str

@@ -19,13 +19,13 @@ from typing import Any, Protocol, TypeVar
 from numpy.typing import NDArray
 
 from deployments.batching import BatcherClosed, DeadlineExpired, GreedyBatcher, QueueFull
-from deployments.process import give_way
-from deployments.settings import Settings
-from deployments.work import TravelsAlone, Work
+from deployments.encoder.tasks import TravelsAlone, Work
+from deployments.operations.process import give_way
+from deployments.operations.settings import Settings
 from services.check import Check
 from services.encoding.formats.picture import Picture
 from services.errors import InvalidInput
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 log = logging.getLogger("monofacet.encoder")
 

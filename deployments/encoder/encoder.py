@@ -22,20 +22,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deployments.audit import run_audit, until
-from deployments.audit_request import AuditRequest
-from deployments.batching import BatcherClosed, DeadlineExpired, GreedyBatcher, QueueFull
-from deployments.decoding import Decoded, Decoder, Decoding, EncoderFailed, Failed, Prepared
-from deployments.process import give_way
-from deployments.pulse import Activity
-from deployments.settings import Settings
-from deployments.work import BatchRecord, Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work
+from deployments.batching import BatcherClosed, BatchRecord, DeadlineExpired, GreedyBatcher, QueueFull
+from deployments.encoder.audit import run_audit, until
+from deployments.encoder.audit_request import AuditRequest
+from deployments.encoder.decoding import Decoded, Decoder, Decoding, EncoderFailed, Failed, Prepared
+from deployments.encoder.tasks import Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work
+from deployments.operations.process import give_way
+from deployments.operations.pulse import Activity
+from deployments.operations.settings import Settings
 from services.bias.audit import Audit
 from services.check import Check
 from services.dictionaries.base import Dictionary, Modality, SparseRow
 from services.errors import InvalidInput
-from services.modality import ModalitySettings, score_pairs, stack_rows
-from services.tables import ModalityTable
+from services.modality.scores import stack_rows
+from services.modality.table import ModalitySettings, score_pairs
+from services.modality.tables import ModalityTable
 
 log = logging.getLogger("monofacet.encoder")
 

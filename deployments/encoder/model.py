@@ -11,19 +11,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deployments.settings import Settings
-from deployments.work import EncoderInfo
-from services.bundle import Bundle
+from deployments.encoder.tasks import EncoderInfo
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
+from services.bundle.selfcheck import check_bundle
+from services.bundle.towers import choose_towers, load_towers
 from services.check import Check, nothing
 from services.defense.smoothing import noise, smooth
 from services.dictionaries.base import Dictionary
-from services.encoding.choice import choose_towers
 from services.encoding.formats.picture import Picture
 from services.encoding.images import ImagePreprocess, decode_picture, open_image
-from services.encoding.load import load_towers
 from services.encoding.texts import TextLimits, Tokeniser
 from services.encoding.towers import Towers
-from services.probe import check_bundle
 from services.weights import open_weights
 
 log = logging.getLogger("monofacet.encoder")
@@ -48,7 +47,7 @@ def tuned_towers(bundle: Bundle, settings: Settings) -> tuple[Towers, int]:
 
 
 class TowerModel:
-    """The towers of a bundle with their preprocessing; implements `deployments.encoder.Model`.
+    """The towers of a bundle with their preprocessing; implements `deployments.encoder.encoder.Model`.
 
     Parameters
     ----------

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from deployments.batching import BatchRecord
 from services.errors import InvalidInput
 
 
@@ -106,14 +107,6 @@ class Encoded:
     twin: Encoded | None = None
     failed: Mapping[int, InvalidInput] = field(default_factory=dict)
     decode_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class BatchRecord:
-    """One forward that the encoder ran: its items and its seconds."""
-
-    items: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

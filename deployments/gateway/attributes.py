@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from monofacet.v1 import imaging_service_pb2 as pb
 
+from deployments.encoder.tasks import Features
 from deployments.gateway.messages import sparse
-from deployments.work import Features
 from services.imaging.dose import Attribute, Attributes, Share
 
 

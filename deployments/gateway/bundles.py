@@ -7,13 +7,13 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from deployments.encoder.tasks import EncoderInfo
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.encoder_client import Send
 from deployments.gateway.errors import UnknownModel
 from deployments.gateway.interceptors.chain import current_call
 from deployments.gateway.servicers.imaging import Stream
 from deployments.gateway.servicers.modality import Score
-from deployments.work import EncoderInfo
 from services.errors import InvalidInput
 
 # Of a name that nobody knows, so many characters are repeated to its caller.

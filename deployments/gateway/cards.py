@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from monofacet.v1 import common_pb2
 from monofacet.v1 import modality_service_pb2 as pb
 
-from services.label_reasons import DELTA, label_reason
-from services.tables import Label, ModalityTable
+from services.modality.label_reasons import DELTA, label_reason
+from services.modality.tables import Label, ModalityTable
 
 _PREFIX = "MODALITY_LABEL_"
 # In the order of the contract's enum.

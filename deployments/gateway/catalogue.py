@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.errors import UnknownDictionary
 from services.imaging.dose import Attributes
-from services.tables import Cards, ModalityTable
+from services.modality.tables import Cards, ModalityTable
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from deployments.batching import DeadlineExpired, GreedyBatcher, QueueFull
-from deployments.gateway.backlog import Backlog
+from deployments.encoder.tasks import Encoded, Reply, TravelsAlone, Work
+from deployments.gateway.admission.backlog import Backlog
 from deployments.gateway.errors import EncoderUnavailable
 from deployments.gateway.interceptors.chain import current_caller
-from deployments.metrics import Metrics
-from deployments.settings import Settings
-from deployments.work import Encoded, Reply, TravelsAlone, Work
+from deployments.operations.metrics import Metrics
+from deployments.operations.settings import Settings
 
 Send = Callable[[list[Work], list[float | None]], Awaitable[Reply]]
 DEPLOYMENT = "encoder"

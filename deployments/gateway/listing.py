@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from deployments.gateway.cards import label_name
 from services.errors import InvalidInput
-from services.tables import ModalityTable
+from services.modality.tables import ModalityTable
 
 _ORDER_PREFIX = "FEATURE_ORDER_"
 

@@ -10,7 +10,7 @@ from google.protobuf import duration_pb2
 from monofacet.v1 import common_pb2
 from numpy.typing import NDArray
 
-from deployments.work import Features
+from deployments.encoder.tasks import Features
 from services.errors import InvalidInput
 
 _ITEM = re.compile(r"\[(\d+)\](?:\.(.*))?")

@@ -11,8 +11,8 @@ from google.protobuf import json_format
 from monofacet.v1 import imaging_service_pb2 as pb
 from numpy.typing import NDArray
 
-from deployments.generation_work import GenerateWork
-from services.manifest import DiffusionEntry
+from deployments.generator.events import GenerateWork
+from services.bundle.manifest import DiffusionEntry
 
 REQUEST_CHUNK = "monofacet.request"
 BUNDLE_CHUNK = "monofacet.bundle"

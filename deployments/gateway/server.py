@@ -28,10 +28,11 @@ from monofacet.v1 import (
 from deployments.access.check import open_certificate, open_tokens
 from deployments.access.scopes import check_scopes, methods_of
 from deployments.batching import QueueFull
+from deployments.encoder.tasks import EncoderInfo
+from deployments.gateway.admission.client_streams import ClientStreams
 from deployments.gateway.bundles import Backend, Bundles, Routed
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.client_streams import ClientStreams
-from deployments.gateway.decoders import Decoders
+from deployments.gateway.compute.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient, Send
 from deployments.gateway.health import Health
 from deployments.gateway.interceptors.access import Access, TokenLimits
@@ -54,11 +55,10 @@ from deployments.gateway.servicers.imaging import ImagingServicer, Stream
 from deployments.gateway.servicers.modality import ModalityServicer, Score
 from deployments.gateway.servicers.model import ModelServicer
 from deployments.gateway.transport import options
-from deployments.generation_work import GeneratorInfo
-from deployments.metrics import Metrics
-from deployments.served import deployment_of
-from deployments.settings import MIB, Settings, joined
-from deployments.work import EncoderInfo
+from deployments.generator.events import GeneratorInfo
+from deployments.operations.metrics import Metrics
+from deployments.operations.served import deployment_of
+from deployments.operations.settings import MIB, Settings, joined
 
 log = logging.getLogger("monofacet.gateway")
 

@@ -8,7 +8,7 @@ from typing import Literal
 from monofacet.v1 import common_pb2
 from monofacet.v1 import imaging_service_pb2 as pb
 
-from deployments.generation_work import GenerateWork
+from deployments.generator.events import GenerateWork
 from services.errors import InvalidInput
 from services.imaging.edits import (
     AttributeEdit,
@@ -21,7 +21,7 @@ from services.imaging.edits import (
     SetQuantile,
     Steering,
 )
-from services.tables import Label
+from services.modality.tables import Label
 
 _PATHS: dict[int, Path | None] = {
     pb.STEERING_PATH_UNSPECIFIED: None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deployments.settings import Settings
+from deployments.operations.settings import Settings
 
 # Calls that have arrived and that nobody has looked at yet: seconds of them at the rate at which they are refused.
 _PENDING = 10_000

@@ -22,11 +22,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
-from deployments.generation_work import Event, Failed, Finished, GenerateWork, Preview, Progress, Size
-from deployments.pulse import Activity
+from deployments.batching import BatcherClosed, BatchRecord, DeadlineExpired, QueueFull
+from deployments.generator.events import Event, Failed, Finished, GenerateWork, Preview, Progress, Size
+from deployments.operations.pulse import Activity
 from deployments.shares import Shares
-from deployments.work import BatchRecord
 from services.errors import GenerationFailed, MonofacetError
 
 log = logging.getLogger("monofacet.generator")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from deployments.work import BatchRecord
+from deployments.batching import BatchRecord
 from services.imaging.edits import ImageRequest
 
 

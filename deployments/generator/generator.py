@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployments.batching import DeadlineExpired
-from deployments.generation import Engine, GenerationModel
-from deployments.generation_work import Event, Events, Failed, Finished, GenerateWork, GeneratorInfo, Size
-from deployments.pulse import Activity
-from deployments.settings import Settings
-from services.bundle import Bundle
+from deployments.generator.engine import Engine, GenerationModel
+from deployments.generator.events import Event, Events, Failed, Finished, GenerateWork, GeneratorInfo, Size
+from deployments.operations.pulse import Activity
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
 from services.encoding.texts import TextLimits
 from services.imaging.denoiser import Sample
 from services.imaging.edits import ImageRequest, Steering
@@ -24,7 +24,7 @@ from services.imaging.generator import Imaging
 
 
 class PipelineModel:
-    """A bundle's pipeline; implements `deployments.generation.GenerationModel`.
+    """A bundle's pipeline; implements `deployments.generator.engine.GenerationModel`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Writes what the Helm chart holds of the code: `python -m deployments.chart`.
+"""Writes what the Helm chart holds of the code: `python -m deployments.operations.chart`.
 
 Alert rules and the dashboard from the metrics table, the environment of Ray's processes, and the schema of the
 settings. A test compares the files with what this module makes.
@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from deployments.environment import ENVIRONMENT, REPLICA_ENVIRONMENT
-from deployments.monitoring.dashboard import dashboard
-from deployments.monitoring.rules import rules
-from deployments.settings import Settings
+from deployments.operations.environment import ENVIRONMENT, REPLICA_ENVIRONMENT
+from deployments.operations.monitoring.dashboard import dashboard
+from deployments.operations.monitoring.rules import rules
+from deployments.operations.settings import Settings
 
-CHART = Path(__file__).resolve().parents[1] / "helm" / "monofacet"
+CHART = Path(__file__).resolve().parents[2] / "helm" / "monofacet"
 RULES = CHART / "files" / "rules.yaml"
 # Settings that follow from other values of the chart, or that make no sense on a cluster.
 OWN = frozenset(
@@ -46,7 +46,7 @@ OWN = frozenset(
     }
 )
 _OWN_PREFIXES = ("encoder_", "generator")
-_HEADER = "# Made by `python -m deployments.chart`; do not edit.\n"
+_HEADER = "# Made by `python -m deployments.operations.chart`; do not edit.\n"
 
 
 def owned(name: str) -> bool:
@@ -64,7 +64,7 @@ def settings_schema() -> dict[str, Any]:
         value.pop("default", None)
     return {
         "type": "object",
-        "description": "Settings of the server by their names in deployments/settings.py.",
+        "description": "Settings of the server by their names in deployments/operations/settings.py.",
         "additionalProperties": False,
         "properties": properties,
     }

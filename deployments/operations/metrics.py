@@ -2,7 +2,7 @@
 
 Only the gateway observes: replicas return their timings with their answers, so one port tells everything
 and no multi-process mode is needed. The alert rules and the dashboard are generated from the same rows
-(`deployments.monitoring`), so no name or label can drift.
+(`deployments.operations.monitoring`), so no name or label can drift.
 """
 
 from __future__ import annotations

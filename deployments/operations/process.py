@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, cast
 
-from deployments.settings import Settings
+from deployments.operations.settings import Settings
 
 # Linux: a signal to this process once the thread that started it has ended.
 _PR_SET_PDEATHSIG = 1

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deployments.settings import Settings
+from deployments.operations.settings import Settings
+from services.bundle.manifest import MANIFEST_NAME, Manifest, manifest_sha256, parse_manifest
 from services.errors import BundleError, BundleFileError
-from services.manifest import MANIFEST_NAME, Manifest, manifest_sha256, parse_manifest
 
 if TYPE_CHECKING:
-    from services.bundle import Bundle
+    from services.bundle.load import Bundle
 
 
 class WrongBundle(BundleError):
@@ -94,7 +94,7 @@ def load_served(settings: Settings) -> Bundle:
     BundleError
         When a file is not what the manifest says, or when another bundle lies there now.
     """
-    from services.bundle import Bundle
+    from services.bundle.load import Bundle
 
     bundle = Bundle.load(settings.bundle)
     _check_id(f"{bundle.manifest.name}@{bundle.sha256}", settings)

@@ -23,7 +23,7 @@ from services.encoding.images import MAX_PIXELS, ImageLimits
 from services.encoding.machine import usable_cores
 
 MIB = 1024 * 1024
-EMBEDDED_BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "emoji"
+EMBEDDED_BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "emoji"
 
 Backend = Literal["auto", "torch", "openvino"]
 # What Kubernetes sets MONOFACET_PORT to in every pod beside a Service named monofacet.

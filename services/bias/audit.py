@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from services.bias.ablation import Side, kept
 from services.bias.cases import MAN, MIN_CLUSTERS, UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_scores, probability, unit
+from services.bias.linear_probe import probe_scores
 from services.bias.measures import (
     Change,
     Floats,
@@ -33,10 +34,9 @@ from services.bias.measures import (
 )
 from services.bias.null_tests import THRESHOLD_FREE, NullTest, null_tests
 from services.bias.plan import Plan, neighbours_kept
-from services.bias.probe import probe_scores
 from services.check import Check, nothing
 from services.errors import NotEnoughItems
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 LEVEL = 0.05
 CURVE_POINTS = 101

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from services.bias.association import Association
 from services.bias.leace import Leace
 from services.errors import ManifestError
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from services.weights import load_weights
 
 CONFIG_KEYS = {"tower_fingerprint", "prompts", "thresholds", "dictionaries", "figures"}

@@ -23,7 +23,7 @@ from services.bias.measures import (
 from services.bias.null import feature_strata, matched_sets, p_value, scorer
 from services.bias.plan import Plan
 from services.check import Check
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from services.modality.scores import firing_rates
 
 # Items that the null is taken on, drawn at random from more: a random set costs the time of these.

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from services.bias.ablation import Ablator, FeatureAblation, Mode, Side
 from services.bias.cases import Cases
 from services.check import Check, nothing
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 # Items that neighbours are looked for among, drawn at random from more: the time grows with their square.
 NEIGHBOUR_ITEMS = 2_000

@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
+from services.bundle.manifest import MANIFEST_NAME, manifest_sha256, parse_manifest
+from services.bundle.selfcheck import check_bundle
+from services.bundle.verification import verify_files, verify_towers
 from services.dictionaries import Dictionary
 from services.encoding.clip import build_clip
 from services.encoding.images import ImagePreprocess
 from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
 from services.errors import BundleFileError, ManifestError, MonofacetError
-from services.manifest import MANIFEST_NAME, manifest_sha256, parse_manifest
-from services.modalities import Modality
-from services.probe import check_bundle
-from services.verification import verify_files, verify_towers
+from services.modality.modalities import Modality
 from services.weights import open_weights
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from services.bundle import DICTIONARIES, Bundle, refresh_manifest
+from services.bundle.load import DICTIONARIES, Bundle, refresh_manifest
+from services.bundle.selfcheck import read_probe
 from services.dictionaries.base import Dictionary
 from services.encoding.towers import Embeddings
 from services.errors import ManifestError
-from services.modalities import Modality
-from services.probe import read_probe
+from services.modality.modalities import Modality
 
 # It becomes the stem of two files.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

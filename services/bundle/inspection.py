@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from services.bundle import Bundle
-from services.manifest import Manifest
-from services.modalities import Modality
-from services.tables import Label
+from services.bundle.load import Bundle
+from services.bundle.manifest import Manifest
+from services.modality.modalities import Modality
+from services.modality.tables import Label
 from services.weights import open_weights
 
 # Sections of a manifest that `diff` compares value by value; files and dictionaries it compares by themselves.

@@ -15,10 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services.dictionary_file import read_dictionary_json
-from services.encoding.clip import ClipConfig, read_clip_config, tower_fingerprint
-from services.errors import BundleFileError, UnknownDictionary
-from services.manifest import (
+from services.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
     CalibrationEntry,
@@ -34,9 +31,12 @@ from services.manifest import (
     manifest_sha256,
     parse_manifest,
 )
+from services.bundle.verification import bundle_files, file_sha256, verify_files, verify_towers
+from services.dictionary_file import read_dictionary_json
+from services.encoding.clip import ClipConfig, read_clip_config, tower_fingerprint
+from services.errors import BundleFileError, UnknownDictionary
+from services.modality.tables import Cards, ModalityTable, read_thumbnails
 from services.strict_json import parse_dataclass
-from services.tables import Cards, ModalityTable, read_thumbnails
-from services.verification import bundle_files, file_sha256, verify_files, verify_towers
 
 if TYPE_CHECKING:
     from services.dictionaries import Dictionary
@@ -256,7 +256,7 @@ def write_manifest(
     ``cards/<name>.parquet`` with ``cards/images.parquet``, ``samples/samples.json`` (a list of `Sample`, with
     paths relative to the bundle), ``<section>/<section>.json`` with its safetensors for each calibration,
     ``diffusion/monofacet.json`` (a `DiffusionEntry`), ``steering/<name>.safetensors`` and
-    ``clip/probe.safetensors`` (see `services.probe`).
+    ``clip/probe.safetensors`` (see `services.bundle.selfcheck`).
 
     Returns
     -------

@@ -211,7 +211,8 @@ class Manifest:
     steering : mapping of str to str
         Dictionary name to the path of its activation quantiles.
     probe : str or None
-        Path of what the towers answered when the bundle was made (see `services.probe`); None in a bundle without.
+        Path of what the towers answered when the bundle was made (see `services.bundle.selfcheck`); None in a bundle
+        without.
     attributes : CalibrationEntry or None
         Doses and attribute directions (see `services.imaging.dose`); None in a bundle without.
     """

@@ -21,7 +21,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from PIL import Image
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.encoding.towers import Embeddings
 from services.errors import BundleFileError, ProbeMismatch, TextTooLong
 from services.weights import open_weights

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path, PurePosixPath
 
+from services.bundle.manifest import MANIFEST_NAME, Manifest, calibrations
 from services.dictionary_file import read_dictionary_json
 from services.encoding.clip import read_clip_config, tower_fingerprint
 from services.errors import BundleFileError, ManifestError, TowerMismatch, UnsafeWeights
-from services.manifest import MANIFEST_NAME, Manifest, calibrations
 
 # Formats that run code when read, or hide such a format: refused wherever they lie in the bundle.
 UNSAFE_SUFFIXES = frozenset(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from services.dictionary_file import KINDS, read_dictionary_json
 from services.errors import ManifestError
-from services.modalities import Modality as Modality
+from services.modality.modalities import Modality as Modality
 from services.weights import load_weights, misfit
 
 

@@ -1,4 +1,4 @@
-"""Choosing a backend and loading a bundle's towers on it."""
+"""Choosing a backend, and putting a model on it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from services.bundle import Bundle
-from services.encoding.clip import ClipConfig, build_clip
-from services.encoding.machine import usable_cores
+from services.encoding.clip import ClipConfig
 from services.encoding.torch_backend import TorchTowers, best_precision
 from services.encoding.towers import Towers
 from services.errors import UnsupportedModel
@@ -28,46 +26,6 @@ def choose_backend(device: str = "cpu") -> str:
 def choose_device() -> str:
     """Return "cuda" where PyTorch sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load_towers(
-    bundle: Bundle,
-    backend: str = "auto",
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    precision: str = "auto",
-) -> Towers:
-    """Load a bundle's towers.
-
-    Parameters
-    ----------
-    bundle : Bundle
-        Verified.
-    backend : {"auto", "torch", "openvino"}
-        See `choose_backend`.
-    device : str
-        "auto", "cpu", "cuda" or "cuda:<i>"; openvino runs on the CPU only.
-    threads : int or None
-        Threads of one forward; None takes all the CPUs this process may use.
-    precision : {"auto", "f32", "bf16", "f16"}
-        "auto" is bf16 where the processor has it natively (a GPU, or a CPU under openvino), else f32. f16 is for
-        torch on a GPU.
-
-    Raises
-    ------
-    UnsupportedModel
-        Where backend, device and precision do not go together.
-    """
-    device = resolve_device(backend, device)
-    return build_towers(
-        build_clip(bundle.clip_config, bundle.clip_weights),
-        bundle.clip_config,
-        choose_backend(device) if backend == "auto" else backend,
-        device=device,
-        threads=threads or usable_cores(),
-        precision=precision,
-    )
 
 
 def resolve_device(backend: str, device: str) -> str:
@@ -103,7 +61,7 @@ def build_towers(
     backend : {"torch", "openvino"}
         See `choose_backend`.
     device, threads, precision
-        As `load_towers`, the device resolved.
+        As `services.bundle.towers.load_towers`, the device resolved.
     converted : Converted or None
         As `OpenVINOTowers`.
 

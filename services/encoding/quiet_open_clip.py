@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from services.absent import without
-from services.lean import hollow, home_of, no_compiler, small_torchvision
+from services.encoding.import_trimming import hollow, home_of, no_compiler, small_torchvision
 
 _PACKAGE = "services.encoding.served_open_clip"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from services.tables import Label
+from services.modality.tables import Label
 
 Path = Literal["embedding", "prompt"]
 Guidance = Literal["conditional", "contrastive"]

@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.encoding.clip import build_clip
 from services.encoding.images import DEFAULT_LIMITS, ImageLimits, ImagePreprocess, decode_image
 from services.encoding.texts import DEFAULT_TEXT_LIMITS, TextLimits, Tokeniser
 from services.encoding.torch_backend import TorchTowers
 from services.imaging.edits import FromReference
 from services.imaging.steering import Embedding
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 # A reference comes again with every strength, a prompt with every seed; an embedding is a few kilobytes.
 REMEMBERED = 256

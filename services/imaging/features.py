@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.dictionaries.base import Dictionary
 from services.errors import UnknownDictionary
 from services.imaging.dose import Attributes
 from services.imaging.spaces import feature_space
 from services.imaging.steering import FeatureSpace
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 
 class Features:

@@ -10,7 +10,8 @@ import PIL.Image
 import torch
 from numpy.typing import NDArray
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
+from services.bundle.manifest import DiffusionEntry
 from services.encoding.images import DEFAULT_LIMITS, ImageLimits
 from services.encoding.machine import usable_cores
 from services.encoding.texts import DEFAULT_TEXT_LIMITS, TextLimits
@@ -25,7 +26,6 @@ from services.imaging.pictures import Decoder
 from services.imaging.pipeline import Parts, load_parts
 from services.imaging.reference import pipeline_folder
 from services.imaging.steering import Embedding, Steered
-from services.manifest import DiffusionEntry
 
 __all__ = ["GeneratedImage", "ImageRequest", "Imaging"]
 

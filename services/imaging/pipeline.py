@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
+from services.bundle.manifest import DiffusionEntry
 from services.encoding.clip import build_clip
 from services.errors import ManifestError, UnsafeWeights, UnsupportedModel
 from services.imaging.folder import check_configs, read_json, weights_variant
-from services.manifest import DiffusionEntry
 from services.weights import load_weights
 
 STABLE_DIFFUSION = "StableDiffusionPipeline"

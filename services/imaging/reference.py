@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from services.bundle.manifest import DiffusionEntry
+from services.bundle.verification import file_sha256
 from services.errors import BundleFileError, ManifestError
-from services.manifest import DiffusionEntry
 from services.strict_json import canonical_json
-from services.verification import file_sha256
 
 HUB = "hf-hub:"
 READABLE = (".json", ".txt", ".safetensors")

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.imaging.statistics import ActivationStatistics
 from services.imaging.steering import FeatureSpace
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 
 def feature_space(bundle: Bundle, name: str, rows: Callable[[Modality], NDArray[np.float32]]) -> FeatureSpace:

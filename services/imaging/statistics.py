@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from services.errors import BundleFileError, InvalidInput
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from services.weights import open_weights
 
 # Twentieths: the ends of an empirical distribution of a sparse feature are known no better.

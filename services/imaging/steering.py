@@ -30,8 +30,8 @@ from services.imaging.edits import (
     Steering,
 )
 from services.imaging.statistics import ActivationStatistics
-from services.modalities import Modality
-from services.tables import Label, ModalityTable
+from services.modality.modalities import Modality
+from services.modality.tables import Label, ModalityTable
 
 # Under this share of what went in, only the rounding of float32 embeddings and rows is left.
 ROUNDING = 1e-6

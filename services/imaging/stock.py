@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.encoding.clip import build_clip
 from services.errors import InvalidInput, NoPipeline
 from services.imaging.folder import read_json

@@ -1,47 +1,5 @@
-"""Which modality a feature is about: scores, intervals, significance and labels.
+"""Which modality a feature is about: scores, intervals, significance, labels and names, and the tables of them.
 
-`score_pairs` does all of it for activations over image-text pairs; the other functions are its parts, one
-equation each.
+`services.modality.table.score_pairs` does all of it for activations over image-text pairs; the other functions are
+its parts, one equation each. Nothing is imported here: the gateway reads the tables and must not load scipy.
 """
-
-from services.modality.coactivation import benjamini_hochberg, coactivation, permutation_p_values
-from services.modality.labels import (
-    Agreement,
-    cohen_kappa,
-    label_agreement,
-    label_features,
-    paper_labels,
-)
-from services.modality.scores import (
-    Activations,
-    bootstrap_mds,
-    energies,
-    energy_mds,
-    firing_rates,
-    paper_mds,
-    stack_rows,
-)
-from services.modality.table import ModalitySettings, score_pairs, split_half_agreement
-from services.tables import Label
-
-__all__ = [
-    "Activations",
-    "Agreement",
-    "Label",
-    "ModalitySettings",
-    "benjamini_hochberg",
-    "bootstrap_mds",
-    "coactivation",
-    "cohen_kappa",
-    "energies",
-    "energy_mds",
-    "firing_rates",
-    "label_agreement",
-    "label_features",
-    "paper_labels",
-    "paper_mds",
-    "permutation_p_values",
-    "score_pairs",
-    "split_half_agreement",
-    "stack_rows",
-]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from services.tables import Label
+from services.modality.tables import Label
 
 
 def energy_share(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from services.tables import Label
+from services.modality.tables import Label
 
 # Half the width of the band around one half that counts as both, where nobody says otherwise.
 DELTA = 0.25
@@ -17,7 +17,7 @@ def label_reason(row: Mapping[str, Any], delta: float = DELTA) -> str:
     Parameters
     ----------
     row : mapping
-        Of `services.tables.ModalityTable.row`.
+        Of `services.modality.tables.ModalityTable.row`.
     delta : float
         With which the table was made.
 

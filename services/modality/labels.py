@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from services.modality.scores import Floats
-from services.tables import Label
+from services.modality.tables import Label
 
 # The interval covers the truth at least 93 times in 100 from 4 units on (tests/services/test_modality_numbers.py
 # simulates it), but with fewer than 10 one more unit would move the score by a tenth or more. A feature with energy on

@@ -21,7 +21,7 @@ from services.modality.scores import (
     firing_rates,
     paper_mds,
 )
-from services.tables import ModalityTable
+from services.modality.tables import ModalityTable
 
 MIN_PAIRS = 2
 

@@ -16,7 +16,7 @@ from benchmarks.peers.measure import SCENARIOS
 from benchmarks.peers.report import plot, summary, table
 from benchmarks.peers.servers import Contender
 from benchmarks.peers.weights import TOLERANCE, difference, transformers_state, write_transformers
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 
 
 def test_the_layout_of_transformers_holds_the_same_model(tiny: Bundle, tmp_path: Path) -> None:

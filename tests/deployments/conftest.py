@@ -14,13 +14,13 @@ from grpc import aio
 from monofacet._status import error_from_rpc
 from monofacet.v1 import feature_service_pb2_grpc, modality_service_pb2_grpc, model_service_pb2_grpc
 
-from deployments.encoder import Encoder
+from deployments.encoder.encoder import Encoder
+from deployments.encoder.tasks import ScoreRequest
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.server import GatewayServer
-from deployments.settings import Settings
-from deployments.work import ScoreRequest
-from services.bundle import Bundle
-from services.tables import ModalityTable
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
+from services.modality.tables import ModalityTable
 from tests.deployments.debug import DebugDictionary, DebugModel
 from tests.support.waiting import PATIENCE_S
 

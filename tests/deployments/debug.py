@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deployments.work import EncoderInfo
+from deployments.encoder.tasks import EncoderInfo
 from services.check import Check
 from services.dictionaries.base import SparseRow, sparse_rows
 from services.encoding.formats.picture import Picture

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deployments.generation_work import GenerateWork, Size
+from deployments.generator.events import GenerateWork, Size
 from services.errors import GenerationFailed, InvalidInput, MonofacetError
 from tests.support.waiting import PATIENCE_S
 

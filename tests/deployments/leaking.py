@@ -24,11 +24,11 @@ from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import feature_service_pb2_grpc
 
-from deployments.encoder import Encoder
+from deployments.encoder.encoder import Encoder
 from deployments.gateway import server as gateway_server
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.interceptors.chain import Call
-from deployments.settings import Settings
+from deployments.operations.settings import Settings
 from tests.deployments.debug import DebugDictionary, DebugModel
 from tests.support.tiny_bundle import make_tiny_bundle
 

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from deployments import handles
-from deployments.app import GatewayReplica
 from deployments.batching import DeadlineExpired
-from deployments.bundle_models import BundleModels
+from deployments.cluster import handles
+from deployments.cluster.app import GatewayReplica
+from deployments.cluster.bundle_models import BundleModels
+from deployments.cluster.handles import ModelHandle
+from deployments.cluster.replicas import EncoderReplica
+from deployments.encoder.tasks import EncoderFault, ReplicaFaulty, Reply
 from deployments.gateway.errors import EncoderUnavailable
-from deployments.handles import ModelHandle
-from deployments.metrics import Metrics
-from deployments.replicas import EncoderReplica
-from deployments.settings import Settings
-from deployments.work import EncoderFault, ReplicaFaulty, Reply
+from deployments.operations.metrics import Metrics
+from deployments.operations.settings import Settings
 from services.errors import InvalidInput
 
 
@@ -293,8 +293,8 @@ async def test_on_a_cluster_a_replica_without_a_model_does_not_start(monkeypatch
     def fail(settings: Settings) -> Any:
         raise MemoryError("no memory")
 
-    monkeypatch.setattr("deployments.replicas._warm_encoder", fail)
-    monkeypatch.setattr("deployments.replicas.logs.configure", lambda *_: None)
+    monkeypatch.setattr("deployments.cluster.replicas._warm_encoder", fail)
+    monkeypatch.setattr("deployments.cluster.replicas.logs.configure", lambda *_: None)
     cold = EncoderReplica(Settings(loopback_only=False))
     # Serve asks before it says that the deployment is healthy, and KubeRay before it deletes the cluster before.
     with pytest.raises(ReplicaFaulty, match="MemoryError: no memory"):
@@ -323,7 +323,7 @@ async def answered(value: Any) -> Any:
 async def test_a_gateway_goes_on_asking_encoders_that_could_not_be_warmed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("deployments.app._AGAIN_S", 0.01)
+    monkeypatch.setattr("deployments.cluster.app._AGAIN_S", 0.01)
     served = asyncio.Event()
 
     class Server:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from deployments.batching import GreedyBatcher, QueueFull
-from deployments.gateway.backlog import Backlog
+from deployments.gateway.admission.backlog import Backlog
 
 
 def admit(

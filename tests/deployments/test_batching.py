@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from deployments.batching import BatcherClosed, DeadlineExpired, GreedyBatcher, QueueFull
-from deployments.encoder import Encoder
-from deployments.settings import Settings
+from deployments.encoder.encoder import Encoder
+from deployments.operations.settings import Settings
 from tests.deployments.debug import DebugModel as TowerlessModel
 
 

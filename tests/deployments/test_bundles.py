@@ -20,19 +20,19 @@ from monofacet.v1 import model_service_pb2 as models
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from deployments.app import build, from_config
-from deployments.encoder import Encoder
+from deployments.cluster.app import build, from_config
+from deployments.encoder.encoder import Encoder
+from deployments.encoder.model import TowerModel
+from deployments.encoder.tasks import ScoreRequest
 from deployments.gateway.bundles import Backend
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.server import DESCRIPTORS, GatewayServer
-from deployments.model import TowerModel
-from deployments.served import NamesClash, read_served
-from deployments.settings import Settings
-from deployments.work import ScoreRequest
-from services.bundle import CLIP_CONFIG, PROBE, Bundle, refresh_manifest
+from deployments.operations.served import NamesClash, read_served
+from deployments.operations.settings import Settings
+from services.bundle.load import CLIP_CONFIG, PROBE, Bundle, refresh_manifest
+from services.bundle.selfcheck import write_probe
 from services.errors import ProbeMismatch
-from services.probe import write_probe
-from services.tables import ModalityTable
+from services.modality.tables import ModalityTable
 from tests.deployments.conftest import array, error_details
 from tests.deployments.debug import DebugDictionary, DebugModel
 from tests.support.tiny_bundle import make_tiny_bundle

@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from deployments.batching import DeadlineExpired
-from deployments.decoding import Decoding, Prepared
-from deployments.settings import Settings
-from deployments.work import TravelsAlone, Work
+from deployments.encoder.decoding import Decoding, Prepared
+from deployments.encoder.tasks import TravelsAlone, Work
+from deployments.operations.settings import Settings
 from services.check import Check
 from services.encoding.formats.picture import Picture
 from services.errors import CorruptImage

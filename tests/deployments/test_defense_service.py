@@ -15,7 +15,7 @@ from monofacet.v1 import common_pb2, feature_service_pb2
 from monofacet.v1 import defense_service_pb2 as pb
 from PIL import Image
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.deployments.conftest import array, error_details, field_reasons
 from tests.support.gateway import Open, Served, serve_here
 from tests.support.tiny_bundle import draw

@@ -7,10 +7,10 @@ import asyncio
 import numpy as np
 import pytest
 
+from deployments.encoder.tasks import Encoded, Reply, TravelsAlone, Work
 from deployments.gateway.encoder_client import EncoderClient
-from deployments.metrics import Metrics
-from deployments.settings import Settings
-from deployments.work import Encoded, Reply, TravelsAlone, Work
+from deployments.operations.metrics import Metrics
+from deployments.operations.settings import Settings
 
 
 class Encoders:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from deployments import logs
 from deployments.batching import BatcherClosed, GreedyBatcher
-from deployments.encoder import Encoder, EncoderFailed
-from deployments.settings import Settings
-from deployments.work import Encoded, Reply, ScoreRequest, Work
+from deployments.encoder.encoder import Encoder, EncoderFailed
+from deployments.encoder.tasks import Encoded, Reply, ScoreRequest, Work
+from deployments.operations import logs
+from deployments.operations.settings import Settings
 from tests.deployments.debug import DebugModel
 
 # None may hang; a busy machine may be slow.

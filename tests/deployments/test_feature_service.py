@@ -13,7 +13,7 @@ from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import model_service_pb2 as model_pb
 
-from deployments.gateway.item_stream import Chunks, StreamItem, Window
+from deployments.gateway.admission.item_stream import Chunks, StreamItem, Window
 from tests.deployments.conftest import Open, array, error_details, field_reasons, status_details
 from tests.support.waiting import PATIENCE_S, until
 

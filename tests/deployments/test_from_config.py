@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
-from deployments.app import GatewayReplica, from_config, placed, scaled
-from services.bundle import Bundle
+from deployments.cluster.app import GatewayReplica, from_config, placed, scaled
+from services.bundle.load import Bundle
 from services.errors import BundleError
 from tests.support.waiting import PATIENCE_S
 
@@ -48,7 +48,7 @@ def test_what_is_not_asked_for_is_not_reserved() -> None:
 async def test_a_gateway_drains_once_the_file_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.app._DRAIN_POLL_S", 0.01)
+    monkeypatch.setattr("deployments.cluster.app._DRAIN_POLL_S", 0.01)
     drained = asyncio.Event()
 
     class Server:

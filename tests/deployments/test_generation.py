@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
-from deployments.generation import Engine
-from deployments.generation_work import Event, Failed, Finished, GenerateWork, Preview, Progress
-from deployments.generator import Generator, PipelineModel
-from deployments.settings import Settings
+from deployments.generator.engine import Engine
+from deployments.generator.events import Event, Failed, Finished, GenerateWork, Preview, Progress
+from deployments.generator.generator import Generator, PipelineModel
+from deployments.operations.settings import Settings
 from services.errors import GenerationFailed, InvalidInput
 from services.imaging.edits import ImageRequest
 from services.imaging.generator import Imaging

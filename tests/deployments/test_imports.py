@@ -14,7 +14,10 @@ HEAVY = ("torch", "open_clip", "transformers", "diffusers", "scipy")
 
 @pytest.mark.parametrize(
     "modules",
-    ["deployments.serve, services.bundle, deployments.app", "deployments.gateway.server, services.bundle"],
+    [
+        "deployments.serve, services.bundle.load, deployments.cluster.app",
+        "deployments.gateway.server, services.bundle.load",
+    ],
     ids=["command", "gateway"],
 )
 def test_only_the_encoder_imports_torch(modules: str) -> None:
@@ -42,7 +45,7 @@ from pathlib import Path
 import torch
 from services.encoding.clip import build_clip, read_clip_config
 from services.encoding.openvino_backend import OpenVINOTowers
-from deployments.encoder import Encoder
+from deployments.encoder.encoder import Encoder
 path = Path(sys.argv[1])
 config = read_clip_config(path)
 towers = OpenVINOTowers(build_clip(config, None), config, threads=1, precision="f32")
@@ -73,7 +76,7 @@ def test_an_encoder_imports_no_compiler_and_leaves_the_libraries_whole(tmp_path:
 
 PIPELINES = """
 import sys, torch
-from services.lean import import_pipelines, no_compiler
+from services.encoding.import_trimming import import_pipelines, no_compiler
 with no_compiler():
     import_pipelines()
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -102,8 +105,8 @@ def test_a_generator_imports_no_compiler_and_leaves_torch_whole() -> None:
 
 WARM = """
 import sys
-from deployments.replicas import _warm_pipeline
-from deployments.settings import Settings
+from deployments.cluster.replicas import _warm_pipeline
+from deployments.operations.settings import Settings
 print(_warm_pipeline(Settings(threads=1)).info().device, [m for m in sys.argv[1].split() if m in sys.modules])
 """
 

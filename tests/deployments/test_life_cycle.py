@@ -29,8 +29,8 @@ from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.interceptors.chain import Call
 from deployments.gateway.interceptors.requests import peer_of
 from deployments.gateway.server import SERVICES, GatewayServer
-from deployments.settings import Settings
-from services.bundle import Bundle
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
 from tests.deployments.conftest import Open, error_details
 from tests.deployments.debug import DebugModel
 
@@ -219,7 +219,7 @@ def test_every_line_of_the_log_has_the_form_that_was_asked_for(form: str) -> Non
 def test_lines_of_the_replicas_reach_the_commands_standard_error(tmp_path: Path) -> None:
     script = (
         "import pathlib, subprocess, sys\n"
-        "from deployments.logs import Collector\n"
+        "from deployments.operations.logs import Collector\n"
         f"with Collector(pathlib.Path({str(tmp_path)!r})):\n"
         f"    subprocess.run([sys.executable, '-c', {LOGGING.format(form='json')!r}], check=True,"
         " stderr=subprocess.DEVNULL)\n"

@@ -16,9 +16,15 @@ import ray
 from ray._private import ray_constants
 from ray._private.node import Node
 
-from deployments import local_ray
-from deployments.environment import ENVIRONMENT, ONE_MACHINE, PRIVATE, REPLICA_ENVIRONMENT
-from deployments.local_ray import dead_children, fewer_processes, make_private, stop_forwarding, watch_ray
+from deployments.cluster import local_ray
+from deployments.cluster.local_ray import (
+    dead_children,
+    fewer_processes,
+    make_private,
+    stop_forwarding,
+    watch_ray,
+)
+from deployments.operations.environment import ENVIRONMENT, ONE_MACHINE, PRIVATE, REPLICA_ENVIRONMENT
 
 METHODS = ("start_monitor", "start_api_server")
 

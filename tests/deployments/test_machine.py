@@ -9,11 +9,11 @@ from typing import Any, cast
 
 import pytest
 
-from deployments import machine
-from deployments.scratch import LOCK, Scratch
-from deployments.settings import Settings
-from deployments.supervisor import TRY_AGAIN
-from services.bundle import Bundle
+from deployments.cluster import machine
+from deployments.cluster.scratch import LOCK, Scratch
+from deployments.cluster.supervisor import TRY_AGAIN
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
 
 
 @pytest.fixture

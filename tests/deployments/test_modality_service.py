@@ -16,8 +16,8 @@ from monofacet.v1 import model_service_pb2
 
 from deployments.access.scopes import Scope
 from deployments.access.tokens import new_token
-from services.bundle import Bundle
-from services.label_reasons import label_reason
+from services.bundle.load import Bundle
+from services.modality.label_reasons import label_reason
 from tests.deployments.conftest import Open, error_details
 
 CODE = grpc.StatusCode

@@ -21,7 +21,7 @@ from monofacet.v1 import (
     modality_service_pb2_grpc,
 )
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.support.gateway import Served, serve_here
 from tests.support.tiny_bias import with_bias
 from tests.support.tiny_bundle import draw

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from deployments.batching import QueueFull
-from deployments.gateway.backlog import Backlog
-from deployments.settings import Settings
+from deployments.gateway.admission.backlog import Backlog
+from deployments.operations.settings import Settings
 
 MAX_BATCH = 32
 

@@ -11,12 +11,12 @@ import typer
 from pydantic import ValidationError
 
 from deployments import serve
-from deployments.app import GatewayReplica
-from deployments.replicas import EncoderReplica, GeneratorReplica
-from deployments.served import WrongBundle, load_served, read_served
-from deployments.settings import Settings
-from deployments.work import EncoderFault
-from services.bundle import CLIP_WEIGHTS, Bundle
+from deployments.cluster.app import GatewayReplica
+from deployments.cluster.replicas import EncoderReplica, GeneratorReplica
+from deployments.encoder.tasks import EncoderFault
+from deployments.operations.served import WrongBundle, load_served, read_served
+from deployments.operations.settings import Settings
+from services.bundle.load import CLIP_WEIGHTS, Bundle
 from services.errors import BundleError, BundleFileError
 
 
@@ -60,8 +60,8 @@ def test_a_replica_refuses_another_whole_bundle_in_the_same_place(copy: Path) ->
 async def test_a_replica_that_starts_on_changed_weights_says_why_it_does_not_serve(
     copy: Path, replica: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployments.replicas.confine_to_loopback", lambda _: None)
-    monkeypatch.setattr("deployments.replicas.logs.configure", lambda *_: None)
+    monkeypatch.setattr("deployments.cluster.replicas.confine_to_loopback", lambda _: None)
+    monkeypatch.setattr("deployments.cluster.replicas.logs.configure", lambda *_: None)
     settings = settings_of(copy)
     change_weights(copy)
     made = replica(settings)
@@ -70,8 +70,8 @@ async def test_a_replica_that_starts_on_changed_weights_says_why_it_does_not_ser
 
 
 async def test_a_gateway_reads_no_tables_that_changed(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.app.confine_to_loopback", lambda _: None)
-    monkeypatch.setattr("deployments.app.logs.configure", lambda *_: None)
+    monkeypatch.setattr("deployments.cluster.app.confine_to_loopback", lambda _: None)
+    monkeypatch.setattr("deployments.cluster.app.logs.configure", lambda *_: None)
     served = read_served(Settings(bundle=copy))
     change_weights(copy)
     with pytest.raises(BundleError):

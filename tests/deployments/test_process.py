@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deployments.process import computing_thread, give_way
+from deployments.operations.process import computing_thread, give_way
 
 
 def niceness() -> int:
@@ -48,7 +48,8 @@ def test_no_niceness_changes_nothing() -> None:
 PARENT = """
 import subprocess, sys
 child = (
-    "import os, time; from deployments.process import end_with_ray; from deployments.settings import Settings; "
+    "import os, time; from deployments.operations.process import end_with_ray; "
+    "from deployments.operations.settings import Settings; "
     "end_with_ray(Settings(loopback_only=%s)); print(os.getpid(), flush=True); time.sleep(600)"
 )
 subprocess.run([sys.executable, "-c", child % sys.argv[1]])

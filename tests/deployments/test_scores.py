@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from deployments.batching import DeadlineExpired
-from deployments.encoder import Encoder
-from deployments.settings import Settings
-from deployments.work import ScoreRequest
+from deployments.encoder.encoder import Encoder
+from deployments.encoder.tasks import ScoreRequest
+from deployments.operations.settings import Settings
 from tests.deployments.debug import DebugDictionary, DebugModel
 
 
@@ -28,7 +28,7 @@ async def test_a_deadline_counts_from_the_requests_arrival(
     encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[Any] = []
-    monkeypatch.setattr("deployments.encoder.score_pairs", lambda *_: computed.append(1))
+    monkeypatch.setattr("deployments.encoder.encoder.score_pairs", lambda *_: computed.append(1))
     busy = threading.Event()
     encoder._score_thread.submit(busy.wait)
     scoring = asyncio.ensure_future(encoder.score(ScoreRequest("debug", (), (), (), remaining_s=0.05)))
@@ -52,7 +52,7 @@ async def test_what_is_computed_for_a_caller_who_has_gone_ends(
         finally:
             ended.set()
 
-    monkeypatch.setattr("deployments.encoder.score_pairs", endless)
+    monkeypatch.setattr("deployments.encoder.encoder.score_pairs", endless)
     scoring = asyncio.ensure_future(encoder.score(ScoreRequest("debug", (), (), ())))
     assert await asyncio.to_thread(begun.wait, 10)
     scoring.cancel()

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from deployments import scratch
-from deployments.logs import SOCKET_VARIABLE
-from deployments.scratch import LOCK, NoScratch, Scratch, marked, places, sweep
+from deployments.cluster import scratch
+from deployments.cluster.scratch import LOCK, NoScratch, Scratch, marked, places, sweep
+from deployments.operations.logs import SOCKET_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 OWNER = """
 import os, sys
-from deployments.scratch import Scratch
+from deployments.cluster.scratch import Scratch
 made = Scratch.make({"TMPDIR": sys.argv[1]})
 print(made.path, flush=True)
 sys.stdin.read()
@@ -35,7 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 def owner(place: Path) -> tuple[subprocess.Popen[str], Path]:
     """Start a process that owns a folder; it ends when its standard input does."""
-    code = f"import deployments.scratch as s; s._LONGEST = 200\n{OWNER}"
+    code = f"import deployments.cluster.scratch as s; s._LONGEST = 200\n{OWNER}"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(place)],
         stdin=subprocess.PIPE,

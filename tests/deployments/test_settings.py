@@ -7,7 +7,7 @@ import pickle
 import pytest
 from pydantic import ValidationError
 
-from deployments.settings import Settings, joined, service_links
+from deployments.operations.settings import Settings, joined, service_links
 from services.encoding.images import MAX_PIXELS
 
 

@@ -11,8 +11,8 @@ import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RequestCancelledError
 
+from deployments.cluster.handles import ModelHandle
 from deployments.gateway.errors import EncoderUnavailable
-from deployments.handles import ModelHandle
 
 
 class Response:

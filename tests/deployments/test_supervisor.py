@@ -14,14 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deployments.supervisor import Signals, descendants
+from deployments.cluster.supervisor import Signals, descendants
 
 ROOT = Path(__file__).parents[2]
 # A server in the place of the real one: it starts a process that leaves its group, and one whose parent dies.
 SERVER = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from deployments.supervisor import TRY_AGAIN, Signals, supervise
+from deployments.cluster.supervisor import TRY_AGAIN, Signals, supervise
 
 folder, phase = Path(sys.argv[1]), sys.argv[2]
 signals = Signals()

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from deployments import watch
-from deployments.encoder import Encoder, EncoderFailed
-from deployments.metrics import Metrics
-from deployments.pulse import LATE_S, Activity, Pulse, take_pulse
-from deployments.settings import Settings
-from deployments.watch import END_S, END_STUCK_S, Watch
+from deployments.cluster import watch
+from deployments.cluster.watch import END_S, END_STUCK_S, Watch
+from deployments.encoder.encoder import Encoder, EncoderFailed
+from deployments.operations.metrics import Metrics
+from deployments.operations.pulse import LATE_S, Activity, Pulse, take_pulse
+from deployments.operations.settings import Settings
 from tests.deployments.debug import DebugModel
 
 WELL = Pulse(1.0, 1000, 7)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from benchmarks.readme import BEGIN, ELSEWHERE, END, KEPT, README, ROOT, Row, block, collect, put_into, rows
-from deployments.settings import EMBEDDED_BUNDLE
+from deployments.operations.settings import EMBEDDED_BUNDLE
 
 VALUES = json.loads(KEPT.read_text())
 STALE = "run `make figures`"

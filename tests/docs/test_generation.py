@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from benchmarks.generation_page import KEPT, block, collect, put_into
 from deployments.bundle_command import commands
-from deployments.settings import EMBEDDED_BUNDLE
-from services.bundle import Bundle
+from deployments.operations.settings import EMBEDDED_BUNDLE
+from services.bundle.load import Bundle
 from services.imaging.edits import ImageRequest
 from services.imaging.generator import Imaging
 from tests.support.tiny_bundle import make_tiny_bundle

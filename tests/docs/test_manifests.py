@@ -4,7 +4,7 @@ import json
 import re
 
 from benchmarks.readme import README
-from services.manifest import DiffusionEntry
+from services.bundle.manifest import DiffusionEntry
 from services.strict_json import parse_dataclass
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.steering_page import KEPT, PAGE, block, collect
-from deployments.settings import EMBEDDED_BUNDLE
+from deployments.operations.settings import EMBEDDED_BUNDLE
 from tests.support.tiny_attributes import make_attributes
 
 FIGURE = {"value": 0.25, "low": -0.125, "high": 0.5}

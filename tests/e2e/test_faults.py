@@ -21,7 +21,7 @@ from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import feature_service_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.support.service import Service, descendants, start_service
 
 pytestmark = pytest.mark.timeout(900)

@@ -27,7 +27,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.helm.chart import PLAIN, Values, of_kind, pods
 from tests.support.ports import free_port
 from tests.support.service import descendants

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from monofacet import Ablation, Client, SteeringEdit
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.support.own_pairs import from_cards, from_corpus
 from tests.support.own_pipeline import write_own_pipeline
 from tests.support.service import Service, start_service

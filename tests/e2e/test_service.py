@@ -24,10 +24,10 @@ from monofacet.v1 import (
 )
 from PIL import Image
 
+from deployments.encoder.model import TowerModel
 from deployments.gateway.server import SERVICES
-from deployments.model import TowerModel
-from deployments.settings import Settings
-from services.bundle import Bundle
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
 from tests.support.service import Service, metric
 from tests.support.tiny_bundle import CAPTIONS
 from tests.support.waiting import PATIENCE_S

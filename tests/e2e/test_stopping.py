@@ -27,7 +27,7 @@ from monofacet.v1 import feature_service_pb2_grpc
 
 from deployments.access.scopes import Scope
 from deployments.access.tokens import new_token
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.support.certificates import Authority
 from tests.support.service import START_TIMEOUT_S, STOP_TIMEOUT_S, Service, start_service
 from tests.support.waiting import PATIENCE_S

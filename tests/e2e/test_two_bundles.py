@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from services.bundle import Bundle
-from services.encoding.load import load_towers
+from services.bundle.load import Bundle
+from services.bundle.towers import load_towers
 from services.encoding.texts import Tokeniser
 from tests.support.service import start_service
 from tests.support.tiny_bundle import make_tiny_bundle

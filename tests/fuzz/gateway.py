@@ -20,7 +20,7 @@ from grpc import aio
 from monofacet._async.core import Ending
 from monofacet.v1 import feature_service_pb2
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.fuzz.messages import Case
 from tests.support.gateway import serve_here
 from tests.support.tiny_bias import with_bias

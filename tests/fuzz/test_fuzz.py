@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deployments.access.scopes import methods_of
 from deployments.gateway.server import DESCRIPTORS
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.fuzz.gateway import CODE, calibrated, fuzz, fuzzed_gateway, send
 from tests.fuzz.messages import Case, Maker
 

@@ -14,7 +14,7 @@ import jsonschema
 import kubernetes_validate
 import yaml
 
-from deployments.chart import CHART
+from deployments.operations.chart import CHART
 
 CRDS = Path(__file__).parent / "crds"
 RELEASE, NAMESPACE = "demo", "prod"

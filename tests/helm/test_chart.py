@@ -16,10 +16,10 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.app import build, from_config
-from deployments.chart import CHART, RULES
-from deployments.environment import ENVIRONMENT, ONE_MACHINE, REPLICA_ENVIRONMENT
-from deployments.settings import Settings
+from deployments.cluster.app import build, from_config
+from deployments.operations.chart import CHART, RULES
+from deployments.operations.environment import ENVIRONMENT, ONE_MACHINE, REPLICA_ENVIRONMENT
+from deployments.operations.settings import Settings
 from tests.helm.chart import (
     FILES,
     NAMESPACE,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from monofacet.testing import run_server
 
-from deployments.settings import Settings, is_loopback
+from deployments.operations.settings import Settings, is_loopback
 from tests.helm.chart import PLAIN, Manifest, of_kind, pods
 
 ROOT = Path(__file__).parents[2]

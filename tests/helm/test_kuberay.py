@@ -29,7 +29,7 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.chart import CHART
+from deployments.operations.chart import CHART
 from tests.helm.chart import FILES, KUBERAY, NAMESPACE, PLAIN, Manifest, Values, of_kind, pods
 from tests.helm.test_chart import MATRIX
 from tests.helm.test_image import stages

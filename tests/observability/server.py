@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from deployments.chart import RULES
+from deployments.operations.chart import RULES
 from tests.observability.tools import tool
 from tests.support.ports import free_port
 from tests.support.waiting import PATIENCE_S, eventually

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from prometheus_client import Histogram
 
-from deployments import metrics as m
-from deployments.chart import CHART, RULES, generated
-from deployments.monitoring.dashboard import WIDTH, dashboard
-from deployments.monitoring.promql import calls, rate, select
-from deployments.monitoring.rules import alerts, failures, streaming_methods
+from deployments.operations import metrics as m
+from deployments.operations.chart import CHART, RULES, generated
+from deployments.operations.monitoring.dashboard import WIDTH, dashboard
+from deployments.operations.monitoring.promql import calls, rate, select
+from deployments.operations.monitoring.rules import alerts, failures, streaming_methods
 from tests.observability.tools import tool
 
 RULE_TESTS = Path(__file__).with_name("rules_test.yaml")

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 
 from benchmarks.pictures import write_pictures
-from deployments import metrics as m
-from deployments.monitoring.dashboard import dashboard
-from deployments.monitoring.promql import quantile
-from deployments.monitoring.rules import INTERVAL_S, rules
-from services.bundle import Bundle
+from deployments.operations import metrics as m
+from deployments.operations.monitoring.dashboard import dashboard
+from deployments.operations.monitoring.promql import quantile
+from deployments.operations.monitoring.rules import INTERVAL_S, rules
+from services.bundle.load import Bundle
 from tests.observability.server import JOB, Prometheus, running_prometheus
 from tests.support.service import Service, metric
 from tests.support.waiting import PATIENCE_S, eventually

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 
 
 @pytest.fixture

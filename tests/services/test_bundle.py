@@ -12,7 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle, refresh_manifest, write_manifest
+from services.bundle.load import CLIP_CONFIG, CLIP_WEIGHTS, Bundle, refresh_manifest, write_manifest
+from services.bundle.manifest import MANIFEST_NAME, Licence, parse_manifest
+from services.bundle.verification import UNSAFE_SUFFIXES
 from services.dictionaries import Modality
 from services.encoding.clip import tower_fingerprint
 from services.errors import (
@@ -24,9 +26,7 @@ from services.errors import (
     UnknownFeature,
     UnsafeWeights,
 )
-from services.manifest import MANIFEST_NAME, Licence, parse_manifest
-from services.tables import MODALITY_COLUMNS, Cards, ModalityTable, read_thumbnails
-from services.verification import UNSAFE_SUFFIXES
+from services.modality.tables import MODALITY_COLUMNS, Cards, ModalityTable, read_thumbnails
 from tests.support.tiny_bias import with_bias
 from tests.support.tiny_bundle import CAPTIONS, EMBED_DIM, N_FEATURES, make_tiny_bundle
 

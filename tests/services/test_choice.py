@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from deployments.settings import Settings
-from services.bundle import Bundle
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
+from services.bundle.towers import choose_towers, load_towers
 from services.encoding import machine
-from services.encoding.choice import MARGIN, Candidate, candidates, choose, choose_towers
-from services.encoding.load import load_towers
+from services.encoding.choice import MARGIN, Candidate, candidates, choose
 from services.encoding.machine import (
     cores_of,
     cpu_quota,

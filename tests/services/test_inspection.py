@@ -15,13 +15,13 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from deployments.bundle_command import commands as group
-from services.bundle import Bundle, refresh_manifest
-from services.bundle_checks import run_checks
-from services.bundle_edit import add_dictionary
+from services.bundle.checks import run_checks
+from services.bundle.edit import add_dictionary
+from services.bundle.inspection import diff_bundles, inspect_bundle, match_rows
+from services.bundle.load import Bundle, refresh_manifest
 from services.dictionaries import SAE, Modality, SAEPair
 from services.encoding.clip import build_clip
 from services.errors import ManifestError
-from services.inspection import diff_bundles, inspect_bundle, match_rows
 from tests.support.tiny_pipeline import add_tiny_pipeline
 
 Run = Callable[..., Result]
@@ -262,8 +262,8 @@ def test_a_dictionary_that_does_not_fit_leaves_the_bundle_as_it_was(copied: Path
 
 
 def test_a_probe_tells_how_much_a_dictionary_keeps(tiny: Bundle, copied: Path) -> None:
-    from services.bundle import CLIP_CONFIG, PROBE
-    from services.probe import write_probe
+    from services.bundle.load import CLIP_CONFIG, PROBE
+    from services.bundle.selfcheck import write_probe
     from training.probe import probe_of_folder
 
     write_probe(copied / PROBE, probe_of_folder((copied / CLIP_CONFIG).parent))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from services.label_reasons import label_reason
+from services.modality.label_reasons import label_reason
 
 ROW = {
     "label": "IMAGE",

@@ -10,17 +10,11 @@ from scipy.sparse import csr_array
 from sklearn.metrics import f1_score
 
 from services.errors import NotEnoughPairs
-from services.modality import (
-    ModalitySettings,
-    coactivation,
-    energies,
-    energy_mds,
-    paper_labels,
-    paper_mds,
-    score_pairs,
-    split_half_agreement,
-)
-from services.tables import Label
+from services.modality.coactivation import coactivation
+from services.modality.labels import paper_labels
+from services.modality.scores import energies, energy_mds, paper_mds
+from services.modality.table import ModalitySettings, score_pairs, split_half_agreement
+from services.modality.tables import Label
 
 FAST = ModalitySettings(resamples=300, shuffles=300)
 N_PAIRS = 3000

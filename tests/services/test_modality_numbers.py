@@ -13,25 +13,22 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 from services.dictionaries.base import SparseRow
-from services.energy import energy_share
-from services.modality import (
-    Label,
-    benjamini_hochberg,
+from services.modality import scores
+from services.modality.coactivation import benjamini_hochberg, coactivation, permutation_p_values, standardise
+from services.modality.energy import energy_share
+from services.modality.labels import MIN_UNITS, cohen_kappa, label_agreement, label_features
+from services.modality.scores import (
+    active_units,
     bootstrap_mds,
-    coactivation,
-    cohen_kappa,
     energies,
     energy_mds,
+    expanded_tails,
     firing_rates,
-    label_agreement,
-    label_features,
     paper_mds,
-    scores,
+    resampling_weights,
     stack_rows,
 )
-from services.modality.coactivation import permutation_p_values, standardise
-from services.modality.labels import MIN_UNITS
-from services.modality.scores import active_units, expanded_tails, resampling_weights
+from services.modality.tables import Label
 
 LABELS = np.array([label.value for label in Label])
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from services.monosemanticity import (
+from services.modality.monosemanticity import (
     emb_sim,
     embedding_features,
     mean_over_features,

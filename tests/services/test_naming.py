@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from services.naming import (
+from services.modality.naming import (
     MIN_UNITS,
     Phrases,
     areas,

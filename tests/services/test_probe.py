@@ -13,15 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, PROBE, Bundle, refresh_manifest
+from services.bundle.load import CLIP_CONFIG, CLIP_WEIGHTS, PROBE, Bundle, refresh_manifest
+from services.bundle.manifest import manifest_sha256
+from services.bundle.selfcheck import check_bundle, read_probe, write_probe
+from services.bundle.towers import load_towers
 from services.encoding.clip import build_clip, read_clip_config
 from services.encoding.images import ImagePreprocess
-from services.encoding.load import load_towers
 from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
 from services.errors import BundleFileError, ProbeMismatch
-from services.manifest import manifest_sha256
-from services.probe import check_bundle, read_probe, write_probe
 from training.build.assemble import copy_towers
 from training.probe import PROBE_FILE, probe_of_folder
 from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE

@@ -15,7 +15,7 @@ import torch
 from services.dictionaries import NCL, SAE, Dictionary, Modality, SAEPair
 from services.dictionaries.saelens import CONFIG, WEIGHTS, read_saelens, write_saelens
 from services.errors import UnsupportedModel
-from services.modality import ModalitySettings, score_pairs
+from services.modality.table import ModalitySettings, score_pairs
 
 D, N, K = 12, 40, 5
 

@@ -20,8 +20,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.bundle.towers import load_towers
 from services.encoding.clip import build_clip, read_clip_config
-from services.encoding.load import choose_backend, load_towers
+from services.encoding.load import choose_backend
 from services.encoding.openvino_backend import OpenVINOTowers, best_precision
 from services.encoding.quiet_openvino import ov
 from services.encoding.texts import Tokeniser

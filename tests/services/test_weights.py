@@ -13,7 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from services.bundle import CLIP_CONFIG, Bundle
+from services.bundle.load import CLIP_CONFIG, Bundle
+from services.bundle.selfcheck import read_probe
 from services.dictionaries import load_dictionary
 from services.dictionaries.saelens import CONFIG, WEIGHTS, read_saelens
 from services.encoding.clip import (
@@ -27,7 +28,6 @@ from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
 from services.errors import BundleError, BundleFileError, ManifestError, UnsupportedModel
 from services.imaging.statistics import ActivationStatistics
-from services.probe import read_probe
 from services.weights import load_weights, misfit, open_weights
 
 HEADER = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()

@@ -17,12 +17,12 @@ from monofacet.v1 import (
     model_service_pb2_grpc,
 )
 
-from deployments.encoder import Encoder
+from deployments.encoder.encoder import Encoder
+from deployments.encoder.model import TowerModel, load_dictionaries
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.server import GatewayServer
-from deployments.model import TowerModel, load_dictionaries
-from deployments.settings import Settings
-from services.bundle import Bundle
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
 
 
 class Counting:

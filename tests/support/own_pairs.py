@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 
 COLUMNS = ("path", "caption", "gender", "profession", "label")
 WOMEN, MEN = frozenset({"woman", "women", "girl"}), frozenset({"man", "men", "boy"})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle
+from services.bundle.load import CLIP_CONFIG, CLIP_WEIGHTS, Bundle
 from services.encoding.clip import build_clip, read_clip_config
 from tests.support.tiny_pipeline import make_scheduler, make_unet, make_vae, unclip_parts
 

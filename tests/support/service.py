@@ -15,7 +15,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.supervisor import descendants
+from deployments.cluster.supervisor import descendants
 
 # Ray and three Python processes that import torch, on a machine that may be busy with something else.
 START_TIMEOUT_S = 420.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from services.bundle import Bundle, refresh_manifest
+from services.bundle.load import Bundle, refresh_manifest
 from services.imaging.dose import (
     Attribute,
     AttributeEntry,

@@ -13,8 +13,8 @@ import numpy as np
 from services.bias.association import Association
 from services.bias.calibration import BiasCalibration, DictionaryCalibration, ModalityCalibration
 from services.bias.leace import Leace
-from services.bundle import BIAS, Bundle, refresh_manifest
-from services.modalities import Modality
+from services.bundle.load import BIAS, Bundle, refresh_manifest
+from services.modality.modalities import Modality
 
 THRESHOLDS = {Modality.IMAGE: 0.05, Modality.TEXT: -0.02}
 

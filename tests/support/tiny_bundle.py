@@ -11,14 +11,14 @@ import safetensors.torch
 import torch
 from PIL import Image, ImageDraw
 
-from services.bundle import CARD_IMAGES, CLIP_CONFIG, CLIP_WEIGHTS, SAMPLES, Bundle, write_manifest
+from services.bundle.load import CARD_IMAGES, CLIP_CONFIG, CLIP_WEIGHTS, SAMPLES, Bundle, write_manifest
+from services.bundle.manifest import Licence
 from services.dictionaries import NCL, SAE, Dictionary, Modality, Neurons, SAEPair
 from services.encoding.clip import build_clip, read_clip_config, tower_fingerprint
 from services.encoding.images import ImagePreprocess
 from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
-from services.manifest import Licence
-from services.tables import Label, ModalityTable, write_cards, write_thumbnails
+from services.modality.tables import Label, ModalityTable, write_cards, write_thumbnails
 
 EMBED_DIM = 16
 N_FEATURES = 64

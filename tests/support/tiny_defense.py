@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from services.bundle import DEFENSE, Bundle, refresh_manifest
+from services.bundle.load import DEFENSE, Bundle, refresh_manifest
 from services.defense import DefenseCalibration, Detector, FeatureStatistics, FilterChoice, FilterMode
 from services.defense.scores import ONE_LOOK, TWO_LOOKS
 

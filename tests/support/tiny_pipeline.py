@@ -10,10 +10,10 @@ import open_clip.tokenizer
 import safetensors.torch
 import torch
 
-from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle, refresh_manifest
+from services.bundle.load import CLIP_CONFIG, CLIP_WEIGHTS, Bundle, refresh_manifest
 from services.encoding.clip import build_clip, read_clip_config
 from services.imaging.statistics import ActivationStatistics
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from tests.support.tiny_bundle import CAPTIONS, EMBED_DIM, MODEL, draw
 
 Kind = Literal["unclip", "sd1", "sd2", "ip-adapter"]

@@ -10,9 +10,9 @@ import pytest
 from services.bias.audit import AuditSettings
 from services.bias.cases import MAN, UNGENDERED, WOMAN
 from services.bias.gender import gender_direction
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.errors import NotEnoughItems
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from training import bias_study
 from training.bias import tables
 from training.bias.data import agreed, codes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.errors import BundleFileError
 from training.build.assemble import MARKER, NEW, OLD, in_place_of
 from training.build.errors import BuildError

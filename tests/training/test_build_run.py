@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle
-from services.manifest import NAME
+from services.bundle.load import CLIP_CONFIG, CLIP_WEIGHTS, Bundle
+from services.bundle.manifest import NAME
 from training.build.bad_rows import check_bad_share
 from training.build.embed import fitting, read_images, store_key
 from training.build.errors import BuildError

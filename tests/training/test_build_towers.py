@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import EntryNotFoundError
 
-from services.bundle import CLIP_CONFIG, CLIP_WEIGHTS, Bundle
+from services.bundle.load import CLIP_CONFIG, CLIP_WEIGHTS, Bundle
 from training.build.assemble import check_replaceable
 from training.build.errors import BuildError
 from training.build.pipeline import pipeline_entry

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from training.defense.attacks import apgd, ascend, checkpoints, feature_matching, pgd, untargeted
 from training.defense.corruptions import HARMLESS, typographic
 from training.defense.victim import Victim, to_images, to_pixels

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from services.bundle import Bundle, refresh_manifest
+from services.bundle.load import Bundle, refresh_manifest
 from services.encoding.images import ImagePreprocess, decode_image
 from training.defense.sample import LEVELS, attack_samples, write_attacked
 from training.defense.victim import Victim, to_images

@@ -14,10 +14,10 @@ from sklearn.metrics import roc_auc_score
 from typer import Typer
 from typer.testing import CliRunner
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.defense import DefenseCalibration, FilterChoice, FilterMode
 from services.defense.smoothing import noise
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from training import redteam as redteam_module
 from training.defense.adaptive import Defended, adaptive, evasion, loud, straight_through
 from training.defense.attacks import random_start

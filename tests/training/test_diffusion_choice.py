@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from services.bundle.manifest import DiffusionEntry
 from services.imaging.pipeline import load_parts
-from services.manifest import DiffusionEntry
 from services.strict_json import parse_dataclass
 from tests.services.imaging.conftest import Load, load_kind  # noqa: F401
 from training.bundle_all import steps

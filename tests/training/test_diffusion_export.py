@@ -14,9 +14,9 @@ import torch
 from diffusers import StableUnCLIPImg2ImgPipeline
 from safetensors.torch import save_file
 
+from services.bundle.manifest import DiffusionEntry
 from services.encoding.clip import build_clip
 from services.imaging.pipeline import load_parts
-from services.manifest import DiffusionEntry
 from services.strict_json import parse_dataclass
 from tests.services.imaging.test_text_encoder import CONTEXT, clip_config
 from tests.training.test_diffusion import SMALL, conditions

@@ -16,7 +16,7 @@ import torch
 from services.bias.cases import MAN, UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_direction
 from services.dictionaries import Dictionary, sparse_rows
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from services.modality.scores import stack_rows
 from training.dictionary_table import load_columns
 from training.towers.embed import EmbeddingSet

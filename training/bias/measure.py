@@ -9,10 +9,10 @@ import numpy as np
 
 from services.bias.cases import UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_scores, probability
+from services.bias.linear_probe import probe_scores
 from services.bias.measures import Labels, best_threshold, restored_scale, threshold_figures, weighted_auc
 from services.bias.plan import Plan
-from services.bias.probe import probe_scores
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from training.bias.data import ERAS, StudyData, codes
 from training.towers.retrieval import ranks, recall
 

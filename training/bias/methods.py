@@ -14,8 +14,8 @@ from services.bias.gender import unit
 from services.bias.leace import Leace
 from services.bias.plan import Plan
 from services.dictionaries import Dictionary
-from services.modalities import Modality
-from services.tables import Label
+from services.modality.modalities import Modality
+from services.modality.tables import Label
 from training.bias.counterparts import SUBSPACES
 
 LABELS = (Label.IMAGE, Label.TEXT, Label.CROSS)

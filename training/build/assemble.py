@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from services.bundle import (
+from services.bundle.load import (
     CARDS,
     CLIP_CONFIG,
     CLIP_WEIGHTS,
@@ -20,12 +20,12 @@ from services.bundle import (
     STEERING,
     Bundle,
 )
+from services.bundle.manifest import MANIFEST_NAME
+from services.bundle.selfcheck import check_probe, read_probe, write_probe
 from services.encoding.clip import build_clip, read_clip_config
 from services.encoding.images import ImagePreprocess
 from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
-from services.manifest import MANIFEST_NAME
-from services.probe import check_probe, read_probe, write_probe
 from training.build.errors import BuildError
 from training.probe import PROBE_FILE, probe_of_folder
 from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE

@@ -10,8 +10,8 @@ from monofacet._tables import COLUMNS, help_text
 from rich.console import Console
 from rich.markup import escape
 
+from services.bundle.manifest import NAME, NAME_RULE
 from services.encoding.machine import usable_cores
-from services.manifest import NAME, NAME_RULE
 from training.build.settings import KINDS, BuildSettings
 
 DEFAULTS = BuildSettings(Path(), Path(), "")

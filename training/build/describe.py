@@ -16,7 +16,7 @@ from services.encoding.clip import ClipConfig
 from services.encoding.images import ImagePreprocess, decode_image
 from services.errors import ImageError
 from services.imaging.statistics import ActivationStatistics
-from services.tables import write_cards, write_thumbnails
+from services.modality.tables import write_cards, write_thumbnails
 from training.build.assemble import without_nan
 from training.build.dictionaries import features, training_pairs
 from training.build.selection import Selection, select

@@ -14,12 +14,12 @@ from typing import Any
 
 from PIL import Image
 
-from services.bundle import BIAS, DEFENSE, DICTIONARIES, SAMPLES, Bundle, write_manifest
+from services.bundle.load import BIAS, DEFENSE, DICTIONARIES, SAMPLES, Bundle, write_manifest
+from services.bundle.manifest import Licence
 from services.dictionaries import Neurons
 from services.encoding.clip import read_clip_config
 from services.encoding.images import decode_image
 from services.errors import ImageError
-from services.manifest import Licence
 from training.build.assemble import QUANTILES, TABLES, copy_folders, copy_towers, in_place_of, without_nan
 from training.build.embed import read_images
 from training.build.pipeline import add_pipeline, check_steerable

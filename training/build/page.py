@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-from services.tables import Cards, ModalityTable, read_thumbnails
+from services.modality.tables import Cards, ModalityTable, read_thumbnails
 from training.report import bias_section, environment, feature_cards, read_json
 from training.report_plots import label_bars, mds_histograms
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from services.bundle import DIFFUSION, Bundle
+from services.bundle.load import DIFFUSION, Bundle
+from services.bundle.manifest import DiffusionEntry
 from services.errors import MonofacetError
 from services.imaging.conditioning import Conditioner
 from services.imaging.embedder import Embedder
@@ -16,7 +17,6 @@ from services.imaging.features import Features
 from services.imaging.folder import adapters
 from services.imaging.pipeline import STABLE_DIFFUSION, STABLE_UNCLIP, load_parts
 from services.imaging.reference import HUB, READABLE, folder_sha256, pipeline_folder
-from services.manifest import DiffusionEntry
 from services.strict_json import parse_dataclass
 from training.build.errors import BuildError
 from training.build.settings import BuildSettings

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.imaging.reference import folder_sha256
 from training.build import finish
 from training.build.assemble import check_replaceable

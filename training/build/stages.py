@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from services.bundle.verification import file_sha256
 from services.strict_json import canonical_json
-from services.verification import file_sha256
 
 # Of the code: raised when a stage's results change, so that old ones are made again.
 VERSION = 2

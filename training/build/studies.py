@@ -14,7 +14,7 @@ from services.bias.audit import AuditSettings
 from services.bias.calibration import BiasCalibration
 from services.bias.cases import MIN_CLUSTERS
 from services.bias.gender import gender_direction
-from services.bundle import BIAS, DEFENSE, Bundle
+from services.bundle.load import BIAS, DEFENSE, Bundle
 from services.defense import DefenseCalibration
 from services.encoding.images import ImagePreprocess, decode_image
 from services.errors import ImageError, NotEnoughItems

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from services.bundle.towers import load_towers
 from services.defense import DefenseCalibration
 from services.defense.features import moved_features
 from services.defense.scores import TWO_LOOKS
-from services.encoding.load import load_towers
 from training.defense import baselines as others
 from training.defense.adaptive import Defended, adaptive, evasion
 from training.defense.calibrate import Seen, Setting, answered, attack_pairs, detectors_from

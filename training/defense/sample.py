@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from services.bundle import Bundle, refresh_manifest
+from services.bundle.load import Bundle, refresh_manifest
+from services.bundle.manifest import Sample
 from services.encoding.images import ImagePreprocess, decode_image
-from services.manifest import Sample
 from training.build_bundle import DEFAULT_OUT
 from training.defense.attacks import pgd, untargeted
 from training.defense.victim import Victim, to_images, to_pixels

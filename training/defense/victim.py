@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.encoding.clip import build_clip
 
 # From images in [0, 1], shape (B, 3, H, W), to unit embeddings, shape (B, d), keeping gradients.

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from monofacet.v1 import bias_service_pb2 as pb
 
-from deployments.audit_request import AuditRequest
-from deployments.gateway.ablations import Resolved
+from deployments.encoder.audit_request import AuditRequest
+from deployments.encoder.tasks import Encoded, Features
+from deployments.gateway.compute.ablation import Resolved
 from deployments.gateway.interceptors.chain import current_caller
 from deployments.gateway.messages import timings
-from deployments.work import Encoded, Features
 from services.bias.calibration import BiasCalibration
 from services.bias.cases import MAN, UNGENDERED, WOMAN
 from services.errors import InvalidInput

@@ -10,8 +10,8 @@ from functools import partial
 
 from monofacet.v1 import modality_service_pb2 as pb
 
+from deployments.encoder.tasks import Encoded, Features, ScoreRequest
 from deployments.gateway.interceptors.chain import current_caller
-from deployments.work import Encoded, Features, ScoreRequest
 from services.errors import InvalidInput
 
 _ITEM = re.compile(r"\[(\d+)\]\.(.*)")

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from deployments.gateway.cards import label_name
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.decoders import Decoders
+from deployments.gateway.compute.decoders import Decoders
 from services.bias.ablation import Mode, Side
 from services.bias.calibration import BiasCalibration
 from services.bias.plan import Plan
 from services.errors import InvalidInput, NotCalibrated, UnknownFeature
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 MODES = {
     pb.ABLATION_MODE_UNSPECIFIED: Mode.ZERO,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from services.bundle import Bundle
-from services.modalities import Modality
+from services.bundle.load import Bundle
+from services.modality.modalities import Modality
 from services.weights import open_weights
 
 

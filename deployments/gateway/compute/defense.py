@@ -10,9 +10,9 @@ from monofacet.v1 import common_pb2
 from monofacet.v1 import defense_service_pb2 as pb
 from numpy.typing import NDArray
 
+from deployments.encoder.tasks import Features
 from deployments.gateway.cards import label_value
-from deployments.gateway.decoders import Decoder
-from deployments.work import Features
+from deployments.gateway.compute.decoders import Decoder
 from services.defense import (
     DefenseCalibration,
     FilterChoice,
@@ -23,7 +23,7 @@ from services.defense import (
     screen,
 )
 from services.defense.labels import zero_shot
-from services.tables import ModalityTable
+from services.modality.tables import ModalityTable
 
 MODES: dict[pb.FilterMode.ValueType, FilterMode | None] = {
     pb.FILTER_MODE_UNSPECIFIED: None,

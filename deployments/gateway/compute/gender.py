@@ -8,13 +8,13 @@ import numpy as np
 from monofacet.v1 import bias_service_pb2 as pb
 from numpy.typing import NDArray
 
-from deployments.gateway.ablations import Resolved
-from deployments.work import Encoded
+from deployments.encoder.tasks import Encoded
+from deployments.gateway.compute.ablation import Resolved
 from services.bias.ablation import FeatureAblation, kept
 from services.bias.activations import Stacked
 from services.bias.calibration import BiasCalibration
 from services.bias.gender import gender_scores, probability
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 
 def modality_of(item: bytes | str) -> Modality:

@@ -6,10 +6,10 @@ import numpy as np
 from monofacet.v1 import common_pb2
 from monofacet.v1 import modality_service_pb2 as pb
 
+from deployments.encoder.tasks import Features
 from deployments.gateway.cards import LABELS, label_value
-from deployments.work import Features
-from services.energy import energy_share
-from services.tables import ModalityTable
+from services.modality.energy import energy_share
+from services.modality.tables import ModalityTable
 
 
 def classify(features: Features, table: ModalityTable, top: int) -> pb.ModalityClassification:

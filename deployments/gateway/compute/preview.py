@@ -10,17 +10,17 @@ import numpy as np
 from monofacet.v1 import common_pb2
 from numpy.typing import NDArray
 
+from deployments.encoder.tasks import Features, Work
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.decoders import Decoders
+from deployments.gateway.compute.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.messages import check_texts, items_of
-from deployments.settings import Settings
-from deployments.work import Features, Work
+from deployments.operations.settings import Settings
 from services.errors import InvalidInput
 from services.imaging.edits import FromReference, Steering
 from services.imaging.spaces import feature_space
 from services.imaging.steering import Embedding, FeatureSpace, Steered, steer
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 # Captions that neighbours are sought among: enough to place an embedding, few enough to encode in a second or two.
 MAX_CAPTIONS = 2_000

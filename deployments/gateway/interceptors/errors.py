@@ -11,7 +11,7 @@ from grpc import aio
 from deployments.gateway.errors import STATUS_DETAILS_KEY, answer_for, describe, reason_of
 from deployments.gateway.interceptors.chain import Call, Layer
 from deployments.gateway.interceptors.requests import REQUEST_ID
-from deployments.metrics import Metrics
+from deployments.operations.metrics import Metrics
 
 
 def errors_layer(metrics: Metrics, retry_after_s: float) -> Layer:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from deployments.gateway.interceptors.chain import Call, Layer
-from deployments.metrics import Metrics
+from deployments.operations.metrics import Metrics
 
 # OpenMetrics allows 128 characters of names and values together.
 _EXEMPLAR_LENGTH = 128 - len("request_id")

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import bias_service_pb2_grpc
 
-from deployments.audit_request import AuditRequest
-from deployments.gateway.ablations import Ablations
-from deployments.gateway.audits import AuditItems, audit_settings
+from deployments.encoder.audit_request import AuditRequest
+from deployments.encoder.tasks import Encoded, Work
+from deployments.gateway.admission.audits import AuditItems, audit_settings
+from deployments.gateway.admission.client_streams import ClientStreams
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.client_streams import ClientStreams
-from deployments.gateway.decoders import Decoders
+from deployments.gateway.compute.ablation import Ablations
+from deployments.gateway.compute.decoders import Decoders
+from deployments.gateway.compute.gender import classify_gender
 from deployments.gateway.encoder_client import EncoderClient
-from deployments.gateway.gender import classify_gender
 from deployments.gateway.interceptors.validation import validate
 from deployments.gateway.messages import check_texts, items_of, relocated, timings
-from deployments.metrics import Metrics
-from deployments.settings import Settings
-from deployments.work import Encoded, Work
+from deployments.operations.metrics import Metrics
+from deployments.operations.settings import Settings
 from services.errors import InvalidInput, Violation
 
 if TYPE_CHECKING:

@@ -10,11 +10,10 @@ from monofacet.v1 import defense_service_pb2 as pb
 from monofacet.v1 import defense_service_pb2_grpc
 
 from deployments.batching import GreedyBatcher
+from deployments.encoder.tasks import Encoded, Work
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.decoders import Decoders
-from deployments.gateway.encoder_client import EncoderClient
-from deployments.gateway.messages import check_texts, relocated, tensor, timings
-from deployments.gateway.screening import (
+from deployments.gateway.compute.decoders import Decoders
+from deployments.gateway.compute.defense import (
     MODES,
     FeatureLabels,
     LabelTexts,
@@ -26,14 +25,15 @@ from deployments.gateway.screening import (
     mode_value,
     verdict_name,
 )
-from deployments.metrics import Metrics
-from deployments.settings import Settings
-from deployments.work import Encoded, Work
-from services.bundle import Bundle
+from deployments.gateway.encoder_client import EncoderClient
+from deployments.gateway.messages import check_texts, relocated, tensor, timings
+from deployments.operations.metrics import Metrics
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
 from services.defense import DefenseCalibration, FilterChoice
 from services.defense.screen import choose
 from services.errors import InvalidInput, NotCalibrated
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 _FILTER = "monofacet.v1.DefenseService/FilterAdversarial"
 _DEFAULT_FEATURES = 20

@@ -11,15 +11,15 @@ from typing import Any
 from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import feature_service_pb2_grpc
 
+from deployments.encoder.tasks import Encoded, Work
+from deployments.gateway.admission.item_stream import Chunks, StreamItem, Window
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.errors import describe, reason_of
 from deployments.gateway.interceptors.validation import validate
-from deployments.gateway.item_stream import Chunks, StreamItem, Window
 from deployments.gateway.messages import check_texts, items_of, relocated, sparse, tensor, timings
-from deployments.metrics import Metrics
-from deployments.settings import Settings
-from deployments.work import Encoded, Work
+from deployments.operations.metrics import Metrics
+from deployments.operations.settings import Settings
 from services.errors import InvalidInput
 
 _ENCODE = "monofacet.v1.FeatureService/Encode"

@@ -15,21 +15,21 @@ from monofacet.v1 import imaging_service_pb2_grpc
 
 from deployments.gateway.attributes import attribute
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.decoders import Decoders
+from deployments.gateway.compute.decoders import Decoders
+from deployments.gateway.compute.preview import SteeringPreviews, strongest
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.errors import describe
 from deployments.gateway.interceptors.chain import current_caller
 from deployments.gateway.messages import check_named_texts, sparse, tensor, timings
 from deployments.gateway.pictures import picture, request_of_image
-from deployments.gateway.previews import SteeringPreviews, strongest
 from deployments.gateway.steering import steering_of, texts_of, work_of
-from deployments.generation_work import Event, Events, Failed, Finished, GenerateWork, Preview, Progress
-from deployments.metrics import Metrics
-from deployments.settings import Settings
+from deployments.generator.events import Event, Events, Failed, Finished, GenerateWork, Preview, Progress
+from deployments.operations.metrics import Metrics
+from deployments.operations.settings import Settings
+from services.bundle.manifest import DiffusionEntry
 from services.errors import NoPipeline, UnknownAttribute
-from services.manifest import DiffusionEntry
 
-# Calls a method of the generator that answers in a stream: `deployments.handles.ModelHandle.stream`.
+# Calls a method of the generator that answers in a stream: `deployments.cluster.handles.ModelHandle.stream`.
 Stream = Callable[..., AsyncIterator[Any]]
 
 DEPLOYMENT = "generator"

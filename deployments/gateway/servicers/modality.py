@@ -10,20 +10,20 @@ from typing import Any
 from monofacet.v1 import modality_service_pb2 as pb
 from monofacet.v1 import modality_service_pb2_grpc
 
+from deployments.encoder.tasks import ScoreRequest, Work
+from deployments.gateway.admission.client_streams import ClientStreams
+from deployments.gateway.admission.pairs import PairScores, score_settings
 from deployments.gateway.cards import card, cards
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.classify import classify
-from deployments.gateway.client_streams import ClientStreams
+from deployments.gateway.compute.modality import classify
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.interceptors.validation import validate
 from deployments.gateway.listing import matching, ordered, page_start, page_token
 from deployments.gateway.messages import check_texts, items_of, relocated, timings
-from deployments.gateway.pairs import PairScores, score_settings
-from deployments.metrics import Metrics
-from deployments.settings import Settings
-from deployments.work import ScoreRequest, Work
+from deployments.operations.metrics import Metrics
+from deployments.operations.settings import Settings
 from services.errors import InvalidInput
-from services.tables import ModalityTable
+from services.modality.tables import ModalityTable
 
 Score = Callable[[ScoreRequest], Awaitable[ModalityTable]]
 

@@ -9,14 +9,14 @@ from typing import Any
 from monofacet.v1 import model_service_pb2 as pb
 from monofacet.v1 import model_service_pb2_grpc
 
-from deployments.gateway.ablations import recommended
+from deployments.encoder.tasks import EncoderInfo
 from deployments.gateway.bundles import Backend, Bundles
 from deployments.gateway.catalogue import Catalogue
+from deployments.gateway.compute.ablation import recommended
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.gateway.messages import duration, timings
-from deployments.generation_work import GeneratorInfo
-from deployments.settings import Settings
-from deployments.work import EncoderInfo
+from deployments.generator.events import GeneratorInfo
+from deployments.operations.settings import Settings
 
 
 def server_version() -> str:

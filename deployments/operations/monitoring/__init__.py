@@ -1,1 +1,1 @@
-"""Alert rules and the dashboard, made from the rows of `deployments.metrics`."""
+"""Alert rules and the dashboard, made from the rows of `deployments.operations.metrics`."""

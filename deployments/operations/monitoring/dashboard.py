@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deployments import metrics as m
-from deployments.monitoring.promql import calls, increase, mean, quantile, rate, select
-from deployments.monitoring.rules import AVAILABILITY, FAILED, OVERLOAD, unary
+from deployments.operations import metrics as m
+from deployments.operations.monitoring.promql import calls, increase, mean, quantile, rate, select
+from deployments.operations.monitoring.rules import AVAILABILITY, FAILED, OVERLOAD, unary
 
 # Grafana fills them in: the release, and a window of at least four scrapes.
 OURS = '=~"$job"'

@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client import Counter, Histogram
 
-from deployments.metrics import Row
+from deployments.operations.metrics import Row
 
 # A label that Prometheus adds to each target; every release has its own.
 JOB = "job"

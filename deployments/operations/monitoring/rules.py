@@ -13,10 +13,10 @@ from typing import Any
 
 from monofacet import v1
 
-from deployments import metrics as m
-from deployments.monitoring.promql import calls, increase, quantile, rate, select
-from deployments.pulse import LATE_S
-from deployments.settings import Settings
+from deployments.operations import metrics as m
+from deployments.operations.monitoring.promql import calls, increase, quantile, rate, select
+from deployments.operations.pulse import LATE_S
+from deployments.operations.settings import Settings
 
 # Of the calls that a caller had a right to have answered, how many are.
 AVAILABILITY = 0.999
@@ -47,7 +47,7 @@ GENERATOR_STALLED_S = 120
 FAILED = '=~"INTERNAL|UNKNOWN|DATA_LOSS|UNAVAILABLE|DEADLINE_EXCEEDED"'
 # Overload, as opposed to one caller over its own limits.
 OVERLOAD = '=~"QUEUE_FULL|TOO_MANY_CALLS"'
-# With several bundles each has a generator of its own: `deployments.served.deployment_of`.
+# With several bundles each has a generator of its own: `deployments.operations.served.deployment_of`.
 _GENERATOR, _GENERATOR_NOT = '=~"generator(-.*)?"', '!~"generator(-.*)?"'
 ERROR_RATIO = "monofacet:error_ratio:rate"
 

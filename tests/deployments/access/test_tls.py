@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from deployments.access import files
 from deployments.access.check import AccessInvalid, open_certificate
 from deployments.access.tls import CertificateInvalid, ServerCertificate
-from deployments.settings import Settings
+from deployments.operations.settings import Settings
 from tests.deployments.conftest import Open
 from tests.support.certificates import Authority
 from tests.support.waiting import PATIENCE_S

@@ -8,7 +8,7 @@ import grpc
 import pytest
 from monofacet.v1 import common_pb2
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.support.gateway import Open, serve_here
 from tests.support.tiny_bias import with_bias
 

@@ -13,8 +13,8 @@ from grpc import aio
 from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import common_pb2
 
-from deployments.gateway.audits import AuditItems
-from deployments.work import Encoded, Features
+from deployments.encoder.tasks import Encoded, Features
+from deployments.gateway.admission.audits import AuditItems
 from tests.deployments.bias.conftest import CODE, words
 from tests.deployments.conftest import error_details, field_reasons
 from tests.support.gateway import Open

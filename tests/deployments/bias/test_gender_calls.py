@@ -15,15 +15,15 @@ from grpc import aio
 from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import common_pb2, feature_service_pb2, model_service_pb2
 
-from deployments.gateway.ablations import ABLATION_NAME
-from deployments.gateway.decoders import read_decoders
-from deployments.settings import EMBEDDED_BUNDLE
+from deployments.gateway.compute.ablation import ABLATION_NAME
+from deployments.gateway.compute.decoders import read_decoders
+from deployments.operations.settings import EMBEDDED_BUNDLE
 from services.bias.ablation import FeatureAblation, Mode, Side
 from services.bias.activations import Stacked
 from services.bias.calibration import BiasCalibration
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.dictionaries import sparse_rows
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from tests.deployments.bias.conftest import CODE, words
 from tests.deployments.conftest import array, error_details
 from tests.support.gateway import Open

@@ -13,15 +13,15 @@ from grpc import aio
 from monofacet.v1 import common_pb2, imaging_service_pb2_grpc
 from monofacet.v1 import imaging_service_pb2 as pb
 
-from deployments.encoder import Encoder
+from deployments.encoder.encoder import Encoder
+from deployments.encoder.model import TowerModel, load_dictionaries
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.server import GatewayServer
-from deployments.generation_work import Events, Failed, GeneratorInfo
-from deployments.generator import Generator
-from deployments.model import TowerModel, load_dictionaries
-from deployments.settings import Settings
-from services.bundle import Bundle
-from services.manifest import DiffusionEntry
+from deployments.generator.events import Events, Failed, GeneratorInfo
+from deployments.generator.generator import Generator
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
+from services.bundle.manifest import DiffusionEntry
 from tests.deployments.debug_generation import DebugPipeline
 
 ENTRY = DiffusionEntry("StableUnCLIPImg2ImgPipeline", "embedding", "f" * 64, 64, 64, 4, 3.0)

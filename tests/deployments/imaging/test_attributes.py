@@ -13,7 +13,7 @@ import pytest
 from grpc import aio
 from monofacet.v1 import imaging_service_pb2 as pb
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.deployments.conftest import error_details
 from tests.deployments.imaging.conftest import Open, preview
 from tests.support.tiny_attributes import MEASURES, add_attributes

@@ -12,14 +12,14 @@ from grpc import aio
 from monofacet.v1 import common_pb2
 from monofacet.v1 import imaging_service_pb2 as pb
 
-from deployments.gateway import previews
+from deployments.encoder.tasks import Encoded, Reply, Work
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.decoders import Decoders
+from deployments.gateway.compute import preview as previews
+from deployments.gateway.compute.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient
-from deployments.metrics import Metrics
-from deployments.settings import Settings
-from deployments.work import Encoded, Reply, Work
-from services.bundle import Bundle
+from deployments.operations.metrics import Metrics
+from deployments.operations.settings import Settings
+from services.bundle.load import Bundle
 from tests.deployments.conftest import error_details
 from tests.deployments.imaging.conftest import Open, preview
 
@@ -29,7 +29,7 @@ async def test_a_preview_is_what_the_steering_maths_says(
 ) -> None:
     import torch
 
-    from services.modalities import Modality
+    from services.modality.modalities import Modality
 
     model, dictionaries = encoder_parts
     async with open_gateway(pipeline=False) as gateway:

@@ -17,7 +17,7 @@ from monofacet import Client
 from monofacet.cli import app
 from typer.testing import CliRunner
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.imaging.statistics import ActivationStatistics
 from tests.support.service import Service
 

@@ -10,10 +10,10 @@ import psutil
 import pytest
 from monofacet import Client, GeneratedImage, SteeringEdit
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.imaging.edits import Edit, ImageRequest, SetQuantile, Steering
 from services.imaging.generator import Imaging
-from services.tables import Label
+from services.modality.tables import Label
 from tests.support.service import Service
 
 EDIT = SteeringEdit("image", quantile=0.8)

@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from services.bias.ablation import Side
 from services.bias.audit import AuditSettings
 from services.bias.cases import MAN, UNGENDERED, WOMAN, Cases
-from services.modalities import Modality
+from services.modality.modalities import Modality
 
 D, N_FEATURES = 128, 120
 WOMAN_FEATURE, MAN_FEATURE, STEREOTYPE, CONSTANT = 0, 1, (2, 6), (3, 4, 5)

@@ -26,6 +26,7 @@ from services.bias.calibration import BiasCalibration, DictionaryCalibration, Mo
 from services.bias.cases import MAN, UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_direction, gender_scores, probability
 from services.bias.leace import Leace
+from services.bias.linear_probe import PENALTIES, cluster_folds, probe_scores
 from services.bias.measures import (
     Estimate,
     Labels,
@@ -36,9 +37,8 @@ from services.bias.measures import (
 )
 from services.bias.null import feature_strata, matched_sets, p_value, scorer
 from services.bias.plan import Plan, neighbours_kept
-from services.bias.probe import PENALTIES, cluster_folds, probe_scores
 from services.errors import ManifestError
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from tests.services.bias.planted import make_world
 
 SEEDS = st.integers(0, 2**32 - 1)

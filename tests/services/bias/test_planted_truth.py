@@ -20,7 +20,7 @@ from services.bias.gender import gender_scores
 from services.bias.leace import Leace
 from services.bias.plan import Plan
 from services.errors import NotEnoughItems
-from services.modalities import Modality
+from services.modality.modalities import Modality
 from tests.services.bias.planted import (
     CONSTANT,
     MAN_FEATURE,

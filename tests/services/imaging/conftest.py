@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.imaging.generator import ImageRequest, Imaging
 from tests.support.tiny_pipeline import Kind, add_tiny_pipeline
 

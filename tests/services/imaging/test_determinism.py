@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.errors import GenerationFailed
 from services.imaging.denoiser import Sample
 from services.imaging.edits import Edit, FromReference, Scale, SetQuantile, Steering
 from services.imaging.generator import ImageRequest, Imaging
 from services.imaging.invariance import bucket, rows_agree
 from services.imaging.pictures import Decoder
-from services.tables import Label
+from services.modality.tables import Label
 from tests.services.imaging.conftest import Load
 
 

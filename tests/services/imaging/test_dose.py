@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.bundle import Bundle, refresh_manifest
+from services.bundle.load import Bundle, refresh_manifest
 from services.errors import BundleError, InvalidInput, SteeringUnsupported, UnknownAttribute
 from services.imaging.dose import MAX_GAIN, MAX_OVERSHOOT, whitening_of
 from services.imaging.edits import AttributeEdit, Edit, FromReference, Scale, SetQuantile, Steering
 from services.imaging.steering import dosed, edited, steer, turned
-from services.modalities import Modality
-from services.tables import Label
+from services.modality.modalities import Modality
+from services.modality.tables import Label
 from tests.services.imaging.test_steering import REFERENCE, ROWS, SPACE, D, Z, embedding, refer
 from tests.support.tiny_attributes import add_attributes, make_attributes
 from tests.support.tiny_bundle import make_tiny_bundle

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from services.errors import UnknownDictionary
 from services.imaging.features import Features
 

@@ -13,10 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 
+from services.bundle.manifest import DiffusionEntry
 from services.errors import BundleError, BundleFileError, UnsafeWeights, UnsupportedModel
 from services.imaging.folder import adapters, check_configs, weights_variant
 from services.imaging.pipeline import load_parts
-from services.manifest import DiffusionEntry
 from tests.services.imaging.conftest import Load
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 605247071\n"

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from services.bundle import Bundle, refresh_manifest
+from services.bundle.load import Bundle, refresh_manifest
+from services.bundle.manifest import MANIFEST_NAME, parse_manifest
 from services.encoding.texts import TextLimits
 from services.errors import (
     BundleFileError,
@@ -28,8 +29,7 @@ from services.imaging.edits import AttributeEdit, Edit, FromReference, Scale, Se
 from services.imaging.generator import ImageRequest, Imaging
 from services.imaging.pipeline import load_parts
 from services.imaging.reference import folder_sha256, pipeline_folder
-from services.manifest import MANIFEST_NAME, parse_manifest
-from services.tables import Label
+from services.modality.tables import Label
 from tests.services.imaging.conftest import Load
 from tests.support.tiny_attributes import make_attributes
 from tests.support.tiny_pipeline import add_tiny_pipeline

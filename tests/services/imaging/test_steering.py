@@ -18,8 +18,8 @@ from services.imaging.edits import Edit, FromReference, Scale, SetQuantile, Stee
 from services.imaging.prompt_path import hidden_change, steered_hidden_states
 from services.imaging.statistics import ENOUGH, PROBABILITIES, ActivationStatistics
 from services.imaging.steering import Embedding, FeatureSpace, edited, rescaled, steer
-from services.modalities import Modality
-from services.tables import Label, ModalityTable
+from services.modality.modalities import Modality
+from services.modality.tables import Label, ModalityTable
 
 N, D = 12, 6
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from services.bundle import Bundle, refresh_manifest
+from services.bundle.load import Bundle, refresh_manifest
 from services.errors import InvalidInput, ManifestError, NoPipeline
 from services.imaging.generator import ImageRequest, Imaging
 from services.imaging.pipeline import load_parts

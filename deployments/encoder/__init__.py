@@ -1,0 +1,1 @@
+"""The encoder: decoding, towers and dictionaries behind one batcher."""

@@ -1,0 +1,1 @@
+"""A bundle on disk: its manifest, loading, checking, editing and comparing it."""
