@@ -24,6 +24,7 @@ from tests.support.tiny_bias import with_bias  # noqa: E402
 from tests.support.tiny_bundle import make_tiny_bundle  # noqa: E402
 from tests.support.tiny_defense import with_defense  # noqa: E402
 from tests.support.tiny_pipeline import add_tiny_pipeline  # noqa: E402
+from tests.support.waiting import CALL_S
 
 # What `nohup` starts ignores SIGHUP, and so would every server of a test.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -99,7 +100,7 @@ def running_service(served: Bundle, tmp_path_factory: pytest.TempPathFactory) ->
         environment={"MONOFACET_PRECISION": "f32"},
     )
     try:
-        with Client(service.target) as client:
+        with Client(service.target, timeout=CALL_S) as client:
             # The generator is warmed after the rest is ready; what a test measures must not contain that.
             client.generate("red circle", seeds=1, timeout=START_TIMEOUT_S)
         yield service

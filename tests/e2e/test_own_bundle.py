@@ -19,6 +19,7 @@ from services.bundle.load import Bundle
 from tests.support.own_pairs import from_cards, from_corpus
 from tests.support.own_pipeline import write_own_pipeline
 from tests.support.service import Service, start_service
+from tests.support.waiting import CALL_S
 
 # `OWN_PICTURES=2000 pytest tests/e2e/test_own_bundle.py` does it at length, on openmoji's drawings in `work/corpus` and
 # with every size as a user gets it; without, in a minute, on pictures that the embedded bundle ships.
@@ -109,7 +110,7 @@ def service(bundles: tuple[Bundle, Bundle], tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def client(service: Service) -> Iterator[Client]:
-    with Client(service.target) as client:
+    with Client(service.target, timeout=CALL_S) as client:
         yield client
 
 

@@ -13,6 +13,8 @@ import pytest
 from monofacet import Client
 from monofacet.testing import run_server
 
+from tests.support.waiting import CALL_S
+
 NodeEncode = Callable[[str, Path, str], Any]
 TEXT = "ein roter Kreis 🔴"
 
@@ -28,7 +30,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compare(target: str, picture: Path, node_encode: NodeEncode) -> None:
     foreign = node_encode(target, picture, TEXT)
-    with Client(target) as client:
+    with Client(target, timeout=CALL_S) as client:
         ours = client.encode([picture, TEXT], dictionary="")
     assert foreign["bundle"] == ours.bundle
     assert foreign["shape"] == list(ours.embeddings.shape)

@@ -26,7 +26,7 @@ from deployments.operations.monitoring.rules import INTERVAL_S, rules
 from services.bundle.load import Bundle
 from tests.observability.server import JOB, Prometheus, running_prometheus
 from tests.support.service import Service, metric
-from tests.support.waiting import PATIENCE_S, eventually
+from tests.support.waiting import CALL_S, PATIENCE_S, eventually
 
 ROOT = Path(__file__).parents[2]
 CALLERS = 4
@@ -57,7 +57,7 @@ def bucket_counts(service: Service) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 def call_everything(target: str, image: bytes) -> None:
     """Call what the load generator does not, with one refusal, so that every panel has something to show."""
-    with monofacet.Client(target) as client:
+    with monofacet.Client(target, timeout=CALL_S) as client:
         client.encode([image, "a red heart"], dictionary="")
         client.classify_modality([image])
         with pytest.raises(monofacet.MonofacetError):

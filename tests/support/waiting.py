@@ -9,6 +9,8 @@ from typing import Any
 
 # What takes milliseconds on idle cores. pytest's own timeout, in pyproject.toml, is longer than a few of these.
 PATIENCE_S = 120.0
+# For a call of a client whose deadline is not what the test is about: clients give up after a minute by themselves.
+CALL_S = 300.0
 
 
 def eventually(condition: Callable[[], Any], what: str = "", patience_s: float = PATIENCE_S) -> None:

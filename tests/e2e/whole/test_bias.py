@@ -9,6 +9,7 @@ import pytest
 from monofacet import Ablation, AuditSettings, LabelledItem
 
 from tests.support.service import Service
+from tests.support.waiting import CALL_S
 
 GENDERS = ("woman", "man", None)
 
@@ -25,7 +26,7 @@ def test_every_kind_of_ablation_is_answered(service: Service) -> None:
         Ablation(features=[1, 2], mode="project"),
         Ablation(mode="leace"),
     ]
-    with monofacet.Client(service.target) as client:
+    with monofacet.Client(service.target, timeout=CALL_S) as client:
         for ablation in ablations:
             result = client.classify_gender(["a cook", "a pilot"], ablation=ablation)
             assert all(item.after is not None for item in result.classifications)
@@ -37,7 +38,7 @@ def test_an_audit_names_what_it_left_out_and_says_what_it_did(service: Service) 
     settings = AuditSettings(
         [Ablation(top_gender_features=4), Ablation(mode="leace")], skip_bad_items=True, null_sets=100
     )
-    with monofacet.Client(service.target) as client:
+    with monofacet.Client(service.target, timeout=CALL_S) as client:
         result = client.audit_gender([*people(60), broken], settings)
     assert (result.women, result.men, result.ungendered) == (20, 20, 20)
     assert [(item.index, item.id) for item in result.skipped_items] == [(60, "broken")]
@@ -46,7 +47,7 @@ def test_an_audit_names_what_it_left_out_and_says_what_it_did(service: Service) 
 
 def test_a_deadline_ends_an_audit_and_the_next_one_is_answered(service: Service) -> None:
     long = AuditSettings(bootstrap_samples=10_000, null_sets=10_000)
-    with monofacet.Client(service.target) as client:
+    with monofacet.Client(service.target, timeout=CALL_S) as client:
         with pytest.raises(monofacet.DeadlineError):
             client.audit_gender(people(300), long, timeout=3)
         # The client alone would hear of it in time; that the one place is free again shows that the server felt it.

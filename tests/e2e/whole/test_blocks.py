@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from services.bundle.load import Bundle
 from services.imaging.statistics import ActivationStatistics
 from tests.support.service import Service
+from tests.support.waiting import CALL_S
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = ("README.md", "docs/quickstart.md", "docs/from-feature-to-picture.md")
@@ -72,7 +73,7 @@ def excused(block: Block) -> bool:
 def feature(service: Service, bundle: Bundle) -> int:
     """A feature with quantiles, as a reader would choose one that was ever active."""
     statistics = ActivationStatistics.read(bundle.path / bundle.manifest.steering["sae"])
-    with Client(service.target) as client:
+    with Client(service.target, timeout=CALL_S) as client:
         cards = list(client.features(labels=["cross"]))
     return next(card.feature for card in cards if statistics.active[card.feature])
 

@@ -15,13 +15,14 @@ from services.imaging.edits import Edit, ImageRequest, SetQuantile, Steering
 from services.imaging.generator import Imaging
 from services.modality.tables import Label
 from tests.support.service import Service
+from tests.support.waiting import CALL_S
 
 EDIT = SteeringEdit("image", quantile=0.8)
 
 
 @pytest.fixture(scope="module")
 def client(service: Service) -> Iterator[Client]:
-    with Client(service.target) as client:
+    with Client(service.target, timeout=CALL_S) as client:
         yield client
 
 
