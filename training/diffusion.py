@@ -148,23 +148,34 @@ class DiffusionTrainer:
 
     def loss(self, latents: Tensor, states: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Return the mean squared error of v at times drawn evenly over the schedule."""
+        noisy, times, velocity = self.noised(latents, generator)
+        return F.mse_loss(self.predict(noisy, times, states, labels), velocity)
+
+    def noised(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Return latents at times drawn evenly over the schedule, those times, and v."""
         n, latents = len(latents), latents.float()
         # Stratified: the loss depends on the time more than on anything else.
         offsets = torch.rand(n, generator=generator, device=self.device)
         times = ((torch.arange(n, device=self.device) + offsets) / n * 1000).long()
         noise = torch.randn(latents.shape, generator=generator, device=self.device)
         noisy = self.schedule.add_noise(latents, noise, times).contiguous(memory_format=torch.channels_last)
+        return noisy, times, self.schedule.get_velocity(latents, noise, times)
+
+    def predict(self, noisy: Tensor, times: Tensor, states: Tensor, labels: Tensor) -> Tensor:
+        """Return the UNet's v, float32."""
         with mixed(self.device, self.precision):
-            found = self.unet(noisy, times, states, class_labels=labels).sample
-        return F.mse_loss(found.float(), self.schedule.get_velocity(latents, noise, times))
+            return self.unet(noisy, times, states, class_labels=labels).sample.float()
+
+    def batch_loss(self, index: Tensor) -> Tensor:
+        """Return the loss of the drawings of `index`."""
+        states, labels = self.conditioning(self.conditions, index, self.generator)
+        return self.loss(self.latents[index], states, labels, self.generator)
 
     def train_step(self) -> float:
         """Take one optimiser step and return the loss."""
         s = self.settings
         self.unet.train()
-        index = torch.multinomial(self.weights, s.batch, generator=self.generator)
-        states, labels = self.conditioning(self.conditions, index, self.generator)
-        loss = self.loss(self.latents[index], states, labels, self.generator)
+        loss = self.batch_loss(torch.multinomial(self.weights, s.batch, generator=self.generator))
         self.unet.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
