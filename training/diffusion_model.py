@@ -110,11 +110,15 @@ def build_unet(
 
 
 def build_optimisers(unet: UNet2DConditionModel, settings: DiffusionSettings) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices and convolutions within, AdamW for all else: ends, norms, biases."""
+    """Return Muon for the matrices and convolutions within, AdamW for all else: ends, norms, biases.
+
+    Parameters that need no gradient are left out.
+    """
     ends = ("conv_in", "conv_out", "class_embedding", "time_embedding.linear_1")
-    inner = [p for name, p in unet.named_parameters() if p.ndim > 1 and not name.startswith(ends)]
+    trained = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
+    inner = [p for name, p in trained if p.ndim > 1 and not name.startswith(ends)]
     known = {id(p) for p in inner}
-    rest = [p for p in unet.parameters() if id(p) not in known]
+    rest = [p for _, p in trained if id(p) not in known]
     decays = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     return [Muon(inner, **decays), torch.optim.AdamW(rest, betas=(0.9, 0.99), **decays)]
 

@@ -7,8 +7,9 @@ model that was trained for hours on one pair of towers needs minutes on the next
 1. What reads the towers is fitted in closed form: the cross-attention's keys and values, and the first layer of the
    class embedding, by least squares from the new towers' outputs to the old ones'; then the whole class embedding is
    trained to give what the teacher's gives for the same drawing or caption.
-2. The UNet learns to predict what the teacher predicts for the same noisy drawing. The teacher's v has not the noise
-   that the data's has, so that a step teaches more.
+2. The layers that tell the UNet what to draw (`CONDITIONING`) learn to have it predict what the teacher predicts for
+   the same noisy drawing; how things are drawn stays as it is. The teacher's v has not the noise that the data's has,
+   so that a step teaches more.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from torch import Tensor
 from training.compute import pick_device, pick_precision
 from training.diffusion import DiffusionTrainer, add_paths
 from training.diffusion_data import DiffusionData
-from training.diffusion_model import DiffusionSettings
+from training.diffusion_model import DiffusionSettings, build_optimisers
 from training.drawings import Drawings
 
-# Of a batch of 64; a fifth of the rate of training from nothing.
-DEFAULTS = DiffusionSettings(steps=2000, batch=64, lr=5e-4, decay=0.6, average=0.998)
+DEFAULTS = DiffusionSettings(steps=1000, batch=64, lr=1e-3, decay=0.8, average=0.99)
+# Cross-attention, the class embedding, and what scales and shifts every block by it.
+CONDITIONING = ("attn2.", "class_embedding.", "time_emb_proj.")
 
 
 def least_squares(
@@ -70,6 +72,9 @@ class TransferTrainer(DiffusionTrainer):
         if not (self.conditions.captions == teacher.conditions.captions).all():
             raise ValueError("the two sets of embeddings are not of the same captions")
         self.teacher = teacher
+        for name, parameter in self.unet.named_parameters():
+            parameter.requires_grad_(any(part in name for part in CONDITIONING))
+        self.optimisers = build_optimisers(self.unet, settings)
 
     def batch_loss(self, index: Tensor) -> Tensor:
         """Return the mean squared difference to the teacher's v for the drawings of `index`."""

@@ -11,7 +11,7 @@ score was silenced.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -22,10 +22,12 @@ from services.bias.cases import MAN, MIN_CLUSTERS, UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_scores, probability, unit
 from services.bias.linear_probe import probe_scores
 from services.bias.measures import (
+    OVER_PROFESSIONS,
     Change,
     Floats,
     Labels,
     best_threshold,
+    by_chance,
     changes,
     resample_weights,
     restored_scale,
@@ -230,6 +232,14 @@ def audit_scores(
     for found in (raw_changes, recalibrated_changes):
         for name, genders in SHARES.items():
             found[name] = found[name].of_share(cases.clusters(*genders))
+    cuts = (float(thresholds[0][0]), float(thresholds[1][0]))
+    for found, (cut_before, cut_after) in ((raw_changes, (0.0, 0.0)), (recalibrated_changes, cuts)):
+        chance = by_chance(before, labels, cut_before, settings.seed)
+        chance_after = by_chance(after_scores, labels, cut_after, settings.seed)
+        for name in OVER_PROFESSIONS:
+            found[name] = replace(
+                found[name], before_by_chance=chance[name], after_by_chance=chance_after[name]
+            )
     tests, ratio = nulls()
     probe = _probe(cases, after, settings, check)
     return Audit(
@@ -238,8 +248,8 @@ def audit_scores(
         auc=auc_change,
         raw=raw_changes,
         recalibrated=recalibrated_changes,
-        threshold_before=float(thresholds[0][0]),
-        threshold_after=float(thresholds[1][0]),
+        threshold_before=cuts[0],
+        threshold_after=cuts[1],
         professions=_professions(cases, before, after_scores, names, codes, settings, check),
         curve=threshold_curve(before, after_scores, labels),
         nulls=tests,

@@ -7,7 +7,7 @@ weights and returns one number a row, so that a difference between two classifie
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -21,6 +21,14 @@ from services.intervals import exact_end
 Floats = NDArray[np.float64]
 # Weights of so many items are held at once, over all resamples of a block: 8 MB an array.
 BLOCK_ITEMS = 1_000_000
+# The largest minus the smallest of many groups, and the worst of them, are far apart by chance alone.
+OVER_PROFESSIONS = (
+    "worst_group_accuracy",
+    "equal_opportunity_gap",
+    "equalized_odds_gap",
+    "demographic_parity_gap",
+)
+PERMUTATIONS = 200
 
 
 @dataclass(frozen=True)
@@ -57,11 +65,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Change:
-    """A figure before and after, and the paired difference, after minus before."""
+    """A figure before and after, and the paired difference, after minus before.
+
+    Attributes
+    ----------
+    before_by_chance, after_by_chance : float
+        Of a figure over professions, its mean where professions are dealt anew (`by_chance`); NaN for others.
+    """
 
     before: Estimate
     after: Estimate
     difference: Estimate
+    before_by_chance: float = float("nan")
+    after_by_chance: float = float("nan")
 
     @classmethod
     def of(cls, before: Floats, after: Floats) -> Change:
@@ -70,12 +86,15 @@ class Change:
 
     def of_share(self, units: int) -> Change:
         """Return the change of a share of independent units, the figures themselves with exact intervals at 0 and 1."""
-        return Change(self.before.of_share(units), self.after.of_share(units), self.difference)
+        return replace(self, before=self.before.of_share(units), after=self.after.of_share(units))
 
     def without_intervals(self) -> Change:
         """Return the figures alone, for items of too few clusters to draw from."""
         nan = float("nan")
-        return Change(*(Estimate(e.value, nan, nan) for e in (self.before, self.after, self.difference)))
+        before, after, difference = (
+            Estimate(e.value, nan, nan) for e in (self.before, self.after, self.difference)
+        )
+        return replace(self, before=before, after=after, difference=difference)
 
 
 @dataclass(frozen=True)
@@ -226,15 +245,52 @@ def threshold_figures(
     return {name: value * valid for name, value in figures.items()}
 
 
+def by_chance(scores: Floats, labels: Labels, threshold: float, seed: int) -> dict[str, float]:
+    """Return each of OVER_PROFESSIONS as its mean where professions are dealt anew among the items of each gender.
+
+    What the figure comes to where no profession differs from another: a gap over many small professions is large, and
+    its bootstrap interval does not reach 0 (permutation null; `PERMUTATIONS` times).
+
+    Parameters
+    ----------
+    scores : float64 array, shape (N,)
+        s of each item.
+    labels : Labels
+        Of the items.
+    threshold : float
+        A score above it is called a woman.
+    seed : int
+        Of the permutations.
+    """
+    sides = [np.flatnonzero(side & (labels.group >= 0)) for side in (labels.woman, labels.man)]
+    is_called = (scores[np.concatenate(sides)] > threshold).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    called = np.zeros((PERMUTATIONS, 2 * labels.groups))
+    for row in called:
+        women, men = (rng.permutation(labels.group[side]) for side in sides)
+        row += np.bincount(np.concatenate([women, labels.groups + men]), is_called, len(row))
+    # Each profession keeps its number of women and of men.
+    total = np.broadcast_to(np.asarray(labels.cells().sum(axis=0), np.float64).ravel(), called.shape)
+    worst = np.full(
+        PERMUTATIONS, min((scores[labels.woman] > threshold).mean(), (scores[labels.man] <= threshold).mean())
+    )
+    figures = _over_professions(called, total, labels, worst)
+    return {name: np.nan if np.isnan(threshold) else float(rows.mean()) for name, rows in figures.items()}
+
+
 def _group_figures(
     woman_called: Floats, labels: Labels, weights: Floats, worst_gender: Floats
 ) -> dict[str, Floats]:
-    """Figures over professions: Fairlearn's differences with profession as the sensitive feature."""
     cells = labels.cells()
-    size = np.asarray(cells.sum(axis=0)).ravel()
+    return _over_professions((cells.T @ woman_called.T).T, (cells.T @ weights.T).T, labels, worst_gender)
+
+
+def _over_professions(
+    called: Floats, total: Floats, labels: Labels, worst_gender: Floats
+) -> dict[str, Floats]:
+    """Fairlearn's differences with profession as the sensitive feature, of numbers by profession and gender."""
+    size = np.asarray(labels.cells().sum(axis=0)).ravel()
     counts_enough = size >= labels.min_group
-    total = (cells.T @ weights.T).T
-    called = (cells.T @ woman_called.T).T
     share = _divide(called, total)
     women, men = share[:, : labels.groups], 1 - share[:, labels.groups :]
     enough_women, enough_men = counts_enough[: labels.groups], counts_enough[labels.groups :]

@@ -220,9 +220,13 @@ def profession(found: Profession) -> pb.ProfessionAudit:
 
 def change(value: Change) -> pb.Change:
     """Return a change as a message."""
-    return pb.Change(
+    message = pb.Change(
         before=estimate(value.before), after=estimate(value.after), difference=estimate(value.difference)
     )
+    for name in ("before_by_chance", "after_by_chance"):
+        if not math.isnan(number := getattr(value, name)):
+            setattr(message, name, number)
+    return message
 
 
 def estimate(value: Estimate) -> pb.Estimate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,9 +29,11 @@ from services.bias.gender import gender_direction, gender_scores, probability
 from services.bias.leace import Leace
 from services.bias.linear_probe import PENALTIES, cluster_folds, probe_scores
 from services.bias.measures import (
+    OVER_PROFESSIONS,
     Estimate,
     Labels,
     best_threshold,
+    by_chance,
     resample_weights,
     threshold_figures,
     weighted_auc,
@@ -88,6 +91,31 @@ def test_gaps_over_professions_are_fairlearns(seed: int) -> None:
     assert figures["equal_opportunity_gap"][0] == pytest.approx(equal_opportunity_difference(**arguments))
     assert figures["equalized_odds_gap"][0] == pytest.approx(equalized_odds_difference(**arguments))
     assert figures["demographic_parity_gap"][0] == pytest.approx(demographic_parity_difference(**arguments))
+
+
+def test_a_gap_by_chance_is_its_mean_over_professions_dealt_anew() -> None:
+    rng = np.random.default_rng(0)
+    labels = random_labels(rng)
+    # Of profession 0 everybody is called a woman: a gap that is none of chance's.
+    scores = np.where(labels.group == 0, 1.0, rng.normal(size=len(labels.gender)))
+    found = by_chance(scores, labels, 0.1, seed=0)
+    dealt = []
+    for _ in range(1000):
+        group = labels.group.copy()
+        for gender in (WOMAN, MAN):
+            side = np.flatnonzero((labels.gender == gender) & (group >= 0))
+            group[side] = group[rng.permutation(side)]
+        figures = threshold_figures(
+            scores, replace(labels, group=group), np.ones((1, len(scores))), np.array([0.1]), 1.0
+        )
+        dealt.append([figures[name][0] for name in OVER_PROFESSIONS])
+    mean, spread = np.mean(dealt, axis=0), np.std(dealt, axis=0)
+    # 5 standard errors of a mean over 200 permutations, and the brute force's own.
+    for name, expected, deviation in zip(OVER_PROFESSIONS, mean, spread, strict=True):
+        assert found[name] == pytest.approx(expected, abs=5 * deviation * (1 / 200 + 1 / 1000) ** 0.5)
+    own = threshold_figures(scores, labels, np.ones((1, len(scores))), np.array([0.1]), 1.0)
+    assert own["equal_opportunity_gap"][0] > found["equal_opportunity_gap"] + 0.2
+    assert np.isnan(by_chance(scores, labels, float("nan"), seed=0)["equal_opportunity_gap"])
 
 
 def test_the_worst_group_is_the_smallest_accuracy_of_any_group_that_is_large_enough() -> None:

@@ -239,7 +239,7 @@ def test_random_sets_have_uniform_p_values(world: World) -> None:
         tests, _ = null_tests(cases, world.direction, world.sides, plan, settings, lambda: None)
         for test in tests:
             found.setdefault(test.measure, []).append(test.p)
-    # AUC and accuracy take few values, and sets that do the same make their p-values larger than uniform: never smaller.
+    # AUC and accuracy take few values: sets that do the same make their p-values larger than uniform, never smaller.
     assert kstest(found["skew"], "uniform").pvalue > 0.01
     for p in found.values():
         assert kstest(p, "uniform", alternative="greater").pvalue > 0.01

@@ -189,7 +189,13 @@ def _measures(message: bias_service_pb2.GenderMeasures) -> types.GenderMeasures:
 
 
 def _change(message: bias_service_pb2.Change) -> types.Change:
-    return types.Change(_estimate(message.before), _estimate(message.after), _estimate(message.difference))
+    return types.Change(
+        _estimate(message.before),
+        _estimate(message.after),
+        _estimate(message.difference),
+        message.before_by_chance if message.HasField("before_by_chance") else None,
+        message.after_by_chance if message.HasField("after_by_chance") else None,
+    )
 
 
 def _estimate(message: bias_service_pb2.Estimate) -> types.Estimate:

@@ -198,11 +198,20 @@ class Estimate(Brief):
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Change(Brief):
-    """A figure before and after an ablation, and the paired difference, after minus before."""
+    """A figure before and after an ablation, and the paired difference, after minus before.
+
+    Attributes
+    ----------
+    before_by_chance, after_by_chance
+        Of a figure over professions, its mean where professions are dealt anew among the items of each gender: the
+        largest of many gaps is large by chance alone. None for other figures.
+    """
 
     before: Estimate
     after: Estimate
     difference: Estimate
+    before_by_chance: float | None = None
+    after_by_chance: float | None = None
 
 
 @dataclass(frozen=True, slots=True, repr=False)

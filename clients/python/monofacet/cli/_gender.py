@@ -433,7 +433,15 @@ def _cells(change: Change) -> list[str]:
     shown = "" if difference.value is None else f"{difference.value:+.3f}"
     if difference.low is not None and difference.high is not None:
         shown += f" [{difference.low:+.3f}, {difference.high:+.3f}]"
-    return [_number(change.before.value), _number(change.after.value), escape(shown)]
+    return [
+        _number(change.before.value) + _by_chance(change.before_by_chance),
+        _number(change.after.value) + _by_chance(change.after_by_chance),
+        escape(shown),
+    ]
+
+
+def _by_chance(value: float | None) -> str:
+    return "" if value is None else f" (chance {value:.3f})"
 
 
 def _estimate(estimate: Estimate) -> str:

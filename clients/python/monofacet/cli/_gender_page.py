@@ -290,8 +290,13 @@ def _cells(change: Change) -> list[str]:
     shown = "" if difference.value is None else f"{difference.value:+.3f}"
     if difference.low is not None and difference.high is not None:
         shown += f" [{difference.low:+.3f}, {difference.high:+.3f}]"
-    return [_figure(change.before), _figure(change.after), shown]
+    return [
+        _figure(change.before, change.before_by_chance),
+        _figure(change.after, change.after_by_chance),
+        shown,
+    ]
 
 
-def _figure(estimate: Estimate) -> str:
-    return "" if estimate.value is None else f"{estimate.value:.3f}"
+def _figure(estimate: Estimate, by_chance: float | None) -> str:
+    chance = "" if by_chance is None else f" (chance {by_chance:.3f})"
+    return "" if estimate.value is None else f"{estimate.value:.3f}{chance}"

@@ -628,6 +628,14 @@ class Change(_message.Message):
     BEFORE_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
     DIFFERENCE_FIELD_NUMBER: _builtins.int
+    BEFORE_BY_CHANCE_FIELD_NUMBER: _builtins.int
+    AFTER_BY_CHANCE_FIELD_NUMBER: _builtins.int
+    before_by_chance: _builtins.float
+    """Of a figure over professions, its mean where professions are dealt anew among the items of each gender, as encoded:
+    the largest of many gaps is large by chance alone. Unset for other figures.
+    """
+    after_by_chance: _builtins.float
+    """The same after the ablation."""
     @_builtins.property
     def before(self) -> Global___Estimate:
         """As encoded."""
@@ -646,12 +654,21 @@ class Change(_message.Message):
         before: Global___Estimate | None = ...,
         after: Global___Estimate | None = ...,
         difference: Global___Estimate | None = ...,
+        before_by_chance: _builtins.float | None = ...,
+        after_by_chance: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "difference", b"difference"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_by_chance", b"_after_by_chance", "_before_by_chance", b"_before_by_chance", "after", b"after", "after_by_chance", b"after_by_chance", "before", b"before", "before_by_chance", b"before_by_chance", "difference", b"difference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "difference", b"difference"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_by_chance", b"_after_by_chance", "_before_by_chance", b"_before_by_chance", "after", b"after", "after_by_chance", b"after_by_chance", "before", b"before", "before_by_chance", b"before_by_chance", "difference", b"difference"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__after_by_chance: _TypeAlias = _typing.Literal["after_by_chance"]  # noqa: Y015
+    _WhichOneofArgType__after_by_chance: _TypeAlias = _typing.Literal["_after_by_chance", b"_after_by_chance"]  # noqa: Y015
+    _WhichOneofReturnType__before_by_chance: _TypeAlias = _typing.Literal["before_by_chance"]  # noqa: Y015
+    _WhichOneofArgType__before_by_chance: _TypeAlias = _typing.Literal["_before_by_chance", b"_before_by_chance"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__after_by_chance) -> _WhichOneofReturnType__after_by_chance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__before_by_chance) -> _WhichOneofReturnType__before_by_chance | None: ...
 
 Global___Change: _TypeAlias = Change  # noqa: Y015
 
