@@ -71,7 +71,7 @@ class Measured:
     setting : Setting
         How the pictures were made.
     found : np.ndarray
-        Whether the judge picks each picture's caption, float64 [n].
+        Whether the judge picks each picture's caption, bool [n].
     kid : float
         Kernel inception distance to real drawings, times 1,000.
     """
@@ -91,8 +91,9 @@ def not_worse(found: Sequence[np.ndarray]) -> np.ndarray:
 
     By the 95% paired bootstrap interval of the difference of means.
     """
-    best = found[int(np.argmax([row.mean() for row in found]))]
-    return np.array([bootstrap_mean(row - best).high >= 0 for row in found])
+    rows = np.asarray(found, float)
+    best = rows[rows.mean(1).argmax()]
+    return np.array([bootstrap_mean(row - best).high >= 0 for row in rows])
 
 
 def pick(stage: Sequence[Measured], fewest: bool) -> Setting:

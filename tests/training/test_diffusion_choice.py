@@ -33,7 +33,7 @@ N = 200
 
 def found(share: float, seed: int = 0) -> np.ndarray:
     """Return judgements of which `share` are right; those of a larger share contain those of a smaller one."""
-    return (np.random.default_rng(seed).permutation(N) < share * N).astype(float)
+    return np.random.default_rng(seed).permutation(N) < share * N
 
 
 def test_a_setting_is_worse_only_where_its_paired_interval_says_so() -> None:
