@@ -262,8 +262,13 @@ class DiffusionTrainer:
         torch.save(state, part)
         part.replace(self.folder / "checkpoint.pt")
 
-    def resume(self) -> None:
+    def resume(self, train: bool = True) -> None:
         """Go on from the last checkpoint, also where the image tower was tuned since: its space is the text's.
+
+        Parameters
+        ----------
+        train : bool
+            Whether training goes on; else the optimisers may be of other parameters.
 
         Raises
         ------
@@ -277,8 +282,9 @@ class DiffusionTrainer:
         self.equaliser = state["equaliser"]
         self.unet.load_state_dict(state["unet"])
         self.average = state["average"]
-        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(kept)
+        if train:
+            for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(kept)
         self.generator.set_state(state["generator"].cpu())
         self.step = state["step"]
 

@@ -107,7 +107,7 @@ def main() -> None:
     stored = json.loads((arguments.out / "settings.json").read_text())
     settings = DiffusionSettings(**{**stored, "channels": tuple(stored["channels"])})
     trainer = load_trainer(arguments, settings)
-    trainer.resume()
+    trainer.resume(train=False)
     bundle = Bundle.load(arguments.bundle, verify=False)
     fingerprint = trainer.conditions.fingerprint
     if bundle.manifest.clip.fingerprint != fingerprint:
