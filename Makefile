@@ -71,7 +71,7 @@ clip: corpus  ## Train the towers (an hour or two on one core with AMX; resumes 
 	$(BIN)/python -m training.towers.train --out work/clip
 
 bundle: corpus  ## From trained towers (work/clip) to bundles/emoji: dictionaries, modality, cards, report
-	$(BIN)/python -m training.bundle_all --test
+	$(BIN)/python -m training.build.embedded_steps --test
 
 clean:  ## Remove what was made, but not what was trained
 	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache

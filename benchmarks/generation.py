@@ -2,13 +2,13 @@
 
 `python -m benchmarks.generation [--bundle bundles/emoji] [--captions 400]`
 
-The captions are of validation drawings, which nothing was trained on, without those that `training.diffusion_choice`
-chose settings by. The judge (`python -m training.judge`) picks the right caption among 100 for a generated picture, for
-the validation drawing itself, and for that drawing through the autoencoder, which bounds what the generator can reach.
-Then the same for professions, genders and skin tones that the generator never saw together; the kernel inception
-distance to real drawings; and how near the nearest training drawing is, beside how near it is to drawings that were
-held out. All is judged at the corpus's 64 px, which is what the judge was trained on.
-Writes one table, out/bench/generation.json and two sheets of pictures.
+The captions are of validation drawings, which nothing was trained on, without those that `training.diffusion.choose`
+chose settings by. The judge (`python -m training.judging.train`) picks the right caption among 100 for a generated
+picture, for the validation drawing itself, and for that drawing through the autoencoder, which bounds what the
+generator can reach. Then the same for professions, genders and skin tones that the generator never saw together; the
+kernel inception distance to real drawings; and how near the nearest training drawing is, beside how near it is to
+drawings that were held out. All is judged at the corpus's 64 px, which is what the judge was trained on. Writes one
+table, out/bench/generation.json and two sheets of pictures.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from services.encoding.machine import usable_cores
 from services.imaging.edits import ImageRequest
 from services.imaging.generator import Imaging
 from training.corpus.build import DEFAULT_DIR
-from training.diffusion import SHEET_PROMPTS
-from training.diffusion_choice import for_choosing
-from training.diffusion_data import held_out_combinations
-from training.drawings import Drawings, resized, to_pixels, to_tensor
-from training.judge import DEFAULT_OUT as JUDGE
-from training.judge import POOLED, Judge, pick_among, read_inputs
-from training.kid import kid
+from training.diffusion.choose import for_choosing
+from training.diffusion.data import held_out_combinations
+from training.diffusion.drawings import Drawings, resized, to_pixels, to_tensor
+from training.diffusion.train import SHEET_PROMPTS
+from training.judging.kid import kid
+from training.judging.train import DEFAULT_OUT as JUDGE
+from training.judging.train import POOLED, Judge, pick_among, read_inputs
 from training.towers.pairs import Corpus
 from training.towers.retrieval import bootstrap_mean
 
@@ -109,7 +109,7 @@ def following(
 def main(
     bundle: Annotated[Path, typer.Option(help="with a pipeline")] = Path("bundles/emoji"),
     corpus: Annotated[Path, typer.Option()] = DEFAULT_DIR,
-    judge: Annotated[Path, typer.Option(help="what training.judge wrote")] = JUDGE,
+    judge: Annotated[Path, typer.Option(help="what training.judging.train wrote")] = JUDGE,
     captions: Annotated[int, typer.Option(help="captions to follow, at most")] = 400,
     combined: Annotated[int, typer.Option(help="pictures of combinations never seen together")] = 200,
     batch: Annotated[int, typer.Option(help="pictures in a step")] = 16,

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.readme import UNET
 from deployments.operations.settings import EMBEDDED_BUNDLE
 from services.bundle.load import Bundle
-from training.diffusion_choice import RECORD
+from training.diffusion.choose import RECORD
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "benchmarks" / "generation_figures.json"

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from training.colour import Pixels, lab
-from training.judge import Backbone, as_batch
+from training.imaging.colour import Pixels, lab
+from training.judging.train import Backbone, as_batch
 
 Row = Float[np.ndarray, " n"]
 

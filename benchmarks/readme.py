@@ -212,25 +212,25 @@ def rows(v: Values) -> list[Row]:
             f"a classifier trained anew {change(v['bias_probe'])}, AUC {change(v['bias_auc'])}, skew of ungendered "
             f"professions {change(v['bias_skew'])}",
             f"as many random features: p {_p(v['bias_nulls'], 'auc'):.3f} (AUC)",
-            "`python -m training.bias_study --test`",
+            "`python -m training.bias.run --test`",
         ),
         lambda: Row(
             "PGD 4/255 found at 1% false positives, artist never seen",
             f"{percent(v['attacked_one'])} by one look, {percent(v['attacked_two'])} by two",
             f"clean drawings called adversarial: {percent(v['clean_one'])}, {percent(v['clean_two'])}",
-            "`python -m training.defense_study --test`",
+            "`python -m training.defense.run --test`",
         ),
         lambda: Row(
             "the same by the noise in the picture alone, without any feature (AUROC)",
             number(v["noise_alone"]),
             f"all scores {number(v['all_scores'])}: features add little",
-            "`python -m training.defense_study`",
+            "`python -m training.defense.run`",
         ),
         lambda: Row(
             "wrong and not found, of an attacker who knows the defence",
             f"{percent(v['evades_one'])} by one look, {percent(v['evades_two'])} by two",
             f"right without attack and defence {percent(v['undefended'])}",
-            "`python -m training.defense_study`",
+            "`python -m training.defense.run`",
         ),
         lambda: Row(
             "generated drawings whose caption a judge finds among 100",

@@ -54,11 +54,11 @@ from services.imaging.generator import Imaging
 from services.imaging.spaces import feature_space
 from services.imaging.steering import Embedding, FeatureSpace, Steered, dosed, steer
 from services.modality.tables import Label
-from training.attribute_study import draw, grey
-from training.colour import GROUND, lab
 from training.corpus.build import DEFAULT_DIR
-from training.judge import DEFAULT_OUT as JUDGE
-from training.judge import Judge
+from training.imaging.colour import GROUND, lab
+from training.imaging.study import draw, grey
+from training.judging.train import DEFAULT_OUT as JUDGE
+from training.judging.train import Judge
 from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
 from training.towers.embed import EmbeddingSet
 from training.towers.pairs import Corpus
@@ -294,7 +294,7 @@ def main(
     bundle: Annotated[Path, typer.Option(help="with a pipeline and attributes")] = Path("bundles/emoji"),
     corpus: Annotated[Path, typer.Option()] = DEFAULT_DIR,
     embeddings: Annotated[Path, typer.Option()] = EMBEDDINGS,
-    judge: Annotated[Path, typer.Option(help="what training.judge wrote")] = JUDGE,
+    judge: Annotated[Path, typer.Option(help="what training.judging.train wrote")] = JUDGE,
     dictionary: Annotated[str, typer.Option(help="empty: the bundle's default")] = "",
     pairs: Annotated[int, typer.Option()] = 60,
     features: Annotated[int, typer.Option(help="features of an edit, at most")] = 16,
@@ -309,7 +309,7 @@ def main(
     loaded = Bundle.load(bundle)
     known = loaded.attributes()
     if known is None:
-        raise typer.Exit("this bundle knows no doses: run python -m training.attribute_study")
+        raise typer.Exit("this bundle knows no doses: run python -m training.imaging.run")
     imaging = Imaging.load(loaded, device="cpu", threads=threads, max_batch=1)
     name = loaded.resolve(dictionary)
     coder = loaded.dictionary(name)

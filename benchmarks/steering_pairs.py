@@ -23,9 +23,9 @@ from services.encoding.machine import usable_cores
 from services.imaging.dose import Attributes
 from services.imaging.edits import AttributeEdit, Edit, ImageRequest, SetQuantile, Steering
 from services.imaging.generator import Imaging
-from training.attribute_study import FIRES, NAMED_AUC, draw
-from training.attributes import eligible
 from training.corpus.build import DEFAULT_DIR
+from training.imaging.attributes import eligible
+from training.imaging.study import FIRES, NAMED_AUC, draw
 from training.towers.pairs import Corpus
 
 PAIRS = 16
@@ -127,7 +127,7 @@ def main(
     loaded = Bundle.load(bundle)
     known = loaded.attributes()
     if known is None:
-        raise typer.Exit("this bundle knows no doses: run python -m training.attribute_study")
+        raise typer.Exit("this bundle knows no doses: run python -m training.imaging.run")
     imaging = Imaging.load(loaded, device="cpu", threads=threads, max_batch=1)
     print(reader_pairs(imaging, loaded, known, Corpus.load(corpus), out, seed))
 

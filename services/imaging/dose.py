@@ -8,7 +8,7 @@ dose of a change from e to e', both unnormalised, is
 over the embeddings that the generator was conditioned on; c scales W so that their root mean square length is 1.
 
 An attribute is a sparse change of activations, fitted between drawings of one concept that differ in it. Both come
-from ``attributes/`` of a bundle, which ``python -m training.attributes`` writes.
+from ``attributes/`` of a bundle, which ``python -m training.imaging.attributes`` writes.
 """
 
 from __future__ import annotations

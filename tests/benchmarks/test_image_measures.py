@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import wasserstein_distance
 
 from benchmarks.image_measures import Eye, colour_distance, lab, nearest, structure_distance
-from training.kid import kid
+from training.judging.kid import kid
 
 
 def pictures(count: int, seed: int) -> np.ndarray:

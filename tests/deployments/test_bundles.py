@@ -36,7 +36,7 @@ from services.modality.tables import ModalityTable
 from tests.deployments.conftest import array, error_details
 from tests.deployments.debug import DebugDictionary, DebugModel
 from tests.support.tiny_bundle import make_tiny_bundle
-from training.probe import probe_of_folder
+from training.build.selfcheck import probe_of_folder
 
 
 class Backwards(DebugModel):

@@ -67,7 +67,7 @@ def test_every_figure_of_the_readme_has_an_interval_something_beside_it_and_a_so
         (Row("recall", "65% [62, 68]", "pixels 37%", "`make nothing`"), "no source"),
         (Row("recall", "65% [62, 68]", "pixels 37%", "`python -m benchmarks.nothing`"), "no source"),
         (Row("recall", "65% [62, 68]", "pixels 37%", "`python -m benchmarks.generation`"), ""),
-        (Row("skew", "-0.10 [-0.20, +0.05]", "p 0.001", "`python -m training.bias_study --test`"), ""),
+        (Row("skew", "-0.10 [-0.20, +0.05]", "p 0.001", "`python -m training.bias.run --test`"), ""),
     ],
 )
 def test_a_figure_that_lacks_something_is_found(row: Row, what: str) -> None:

@@ -21,7 +21,7 @@ from services.imaging.edits import ImageRequest
 from services.imaging.generator import Imaging
 from tests.support.tiny_bundle import make_tiny_bundle
 from tests.support.tiny_pipeline import add_tiny_pipeline
-from training.diffusion_choice import RECORD
+from training.diffusion.choose import RECORD
 
 TEXT = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
 PAGE = " ".join(TEXT.split())

@@ -264,7 +264,7 @@ def test_a_dictionary_that_does_not_fit_leaves_the_bundle_as_it_was(copied: Path
 def test_a_probe_tells_how_much_a_dictionary_keeps(tiny: Bundle, copied: Path) -> None:
     from services.bundle.load import CLIP_CONFIG, PROBE
     from services.bundle.selfcheck import write_probe
-    from training.probe import probe_of_folder
+    from training.build.selfcheck import probe_of_folder
 
     write_probe(copied / PROBE, probe_of_folder((copied / CLIP_CONFIG).parent))
     refresh_manifest(copied)

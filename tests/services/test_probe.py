@@ -23,7 +23,7 @@ from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
 from services.errors import BundleFileError, ProbeMismatch
 from training.build.assemble import copy_towers
-from training.probe import PROBE_FILE, probe_of_folder
+from training.build.selfcheck import PROBE_FILE, probe_of_folder
 from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE
 
 Change = Callable[[dict[str, Any]], None]

@@ -12,11 +12,21 @@ import torch
 
 from services.dictionaries import SAE
 from services.imaging.dose import Attribute, AttributeEntry, Attributes, whitening_of
-from training.attribute_probes import classes
-from training.attribute_study import DOSES, Study, by_concept, parse
-from training.attributes import COLOURS, Pool, contrasts, differences, fit, joined, pursuit, without_words
-from training.bundle_all import steps
-from training.colour import NAMED, colour_shares
+from training.build.embedded_steps import steps
+from training.imaging.attributes import (
+    COLOURS,
+    Pool,
+    contrasts,
+    differences,
+    fit,
+    joined,
+    pursuit,
+    without_words,
+)
+from training.imaging.colour import NAMED, colour_shares
+from training.imaging.probes import classes
+from training.imaging.run import parse
+from training.imaging.study import DOSES, Study, by_concept
 
 D, N, CONCEPTS = 24, 96, 40
 
@@ -146,7 +156,7 @@ def test_the_study_is_part_of_the_whole_recipe_after_the_generator() -> None:
     values = {"work": Path("w"), "corpus": Path("c"), "clip": Path("t"), "out": Path("b"), "test": False}
     numbers = {"workers": 1, "seeds": 1, "views": 1, "fit_limit": 0, "effort": 1.0}
     names = [command[0] for command in steps(argparse.Namespace(**values, **numbers))]
-    assert names.index("training.attribute_study") > names.index("training.diffusion_export")
+    assert names.index("training.imaging.run") > names.index("training.diffusion.export")
 
 
 def planned_study(hits: dict[str, dict[float, float]], asked: list[tuple[str, float]]) -> Study:
@@ -225,7 +235,7 @@ def test_the_command_takes_what_the_recipe_gives_it() -> None:
     values = {"work": Path("w"), "corpus": Path("c"), "clip": Path("t"), "out": Path("b"), "test": False}
     numbers = {"workers": 1, "seeds": 1, "views": 1, "fit_limit": 0, "effort": 1.0}
     commands = {command[0]: command[1:] for command in steps(argparse.Namespace(**values, **numbers))}
-    asked = parse(commands["training.attribute_study"])
+    asked = parse(commands["training.imaging.run"])
     assert (asked.bundle, asked.corpus, asked.clip) == (Path("b"), Path("c"), Path("t"))
     assert asked.if_possible
     assert asked.keep.name.endswith(".json")

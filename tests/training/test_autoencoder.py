@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from training.autoencoder import AutoencoderSettings, AutoencoderTrainer, reconstruction_loss
 from training.compute import CPU
-from training.drawings import Drawings, resized, to_pixels, to_tensor
+from training.diffusion.autoencoder import AutoencoderSettings, AutoencoderTrainer, reconstruction_loss
+from training.diffusion.drawings import Drawings, resized, to_pixels, to_tensor
 
 SMALL = AutoencoderSettings(steps=60, batch=4, channels=(8, 8, 16, 16), latent=4)
 

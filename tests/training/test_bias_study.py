@@ -13,10 +13,11 @@ from services.bias.gender import gender_direction
 from services.bundle.load import Bundle
 from services.errors import NotEnoughItems
 from services.modality.modalities import Modality
-from training import bias_study
+from training.bias import choose as choosing
 from training.bias import tables
+from training.bias.choose import Choice, choose
 from training.bias.data import agreed, codes
-from training.bias_study import Choice, Study, choose
+from training.bias.study import Study
 from training.build import studies
 from training.build.selection import PEOPLE, Selection
 from training.build.settings import BuildSettings
@@ -175,7 +176,7 @@ def test_pairs_that_are_all_gendered_are_studied_and_the_record_says_what_chose(
     tiny: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Random captions are not retrieved, so that there is nothing to keep.
-    monkeypatch.setattr(bias_study, "KEEP", 0.0)
+    monkeypatch.setattr(choosing, "KEEP", 0.0)
     calibration, figures = calibrate_bias(tiny, selection(DISTINCT, GENDERS), PEOPLE_UNITS, SETTINGS)
     assert figures["chosen_by"] == calibration.figures["chosen_by"]
     assert figures["chosen_by"] == {"figure": "probe", "sides": ["image", "text"]}
@@ -183,8 +184,8 @@ def test_pairs_that_are_all_gendered_are_studied_and_the_record_says_what_chose(
     audited = {found["method"]: found for found in figures["candidates"]}
     assert set(audited) == {r["method"] for r in ablations}
     # Random towers know nothing, so that removing something comes to nothing much; all the same the rule holds.
-    strongest = max(bias_study.STRENGTH.index(found["verdict"]) for found in audited.values())
-    best = [r for r in ablations if bias_study.STRENGTH.index(audited[r["method"]]["verdict"]) == strongest]
+    strongest = max(choosing.STRENGTH.index(found["verdict"]) for found in audited.values())
+    best = [r for r in ablations if choosing.STRENGTH.index(audited[r["method"]]["verdict"]) == strongest]
     fewest = min(len(audited[r["method"]]["harms"]) for r in best)
     best = [r for r in best if len(audited[r["method"]]["harms"]) == fewest]
     nearest = min(best, key=lambda r: sum(abs(r[side]["probe"] - 0.5) for side in ("image", "text")))

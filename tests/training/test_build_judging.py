@@ -13,8 +13,8 @@ from training.build import judging
 from training.build.judging import judge_pairs
 from training.build.selection import Selection
 from training.build.settings import BuildSettings
-from training.judges import Judges
-from training.modality import monosemanticity
+from training.modality.judges import Judges
+from training.modality.score import monosemanticity
 from training.towers.embed import EmbeddingSet
 
 N, DIM = 120, 16

@@ -5,8 +5,8 @@ import scipy.sparse as sp
 from PIL import Image
 
 from services.dictionaries import Modality
-from training.build_bundle import pick_samples, without_nan
-from training.cards import PER_FEATURE, card_rows, thumbnail, top_distinct
+from training.build.embedded import pick_samples, without_nan
+from training.modality.cards import PER_FEATURE, card_rows, thumbnail, top_distinct
 
 
 def test_a_card_shows_each_concept_once_strongest_first():

@@ -11,9 +11,9 @@ from PIL import Image
 
 from services.bundle.load import Bundle, refresh_manifest
 from services.encoding.images import ImagePreprocess, decode_image
+from training.defense.redteam import embed_texts
 from training.defense.sample import LEVELS, attack_samples, write_attacked
 from training.defense.victim import Victim, to_images
-from training.redteam import embed_texts
 
 
 def test_the_attacked_sample_is_within_its_budget_and_nearer_to_its_target(

@@ -18,7 +18,7 @@ from services.bundle.load import Bundle
 from services.defense import DefenseCalibration, FilterChoice, FilterMode
 from services.defense.smoothing import noise
 from services.modality.modalities import Modality
-from training import redteam as redteam_module
+from training.defense import redteam as redteam_module
 from training.defense.adaptive import Defended, adaptive, evasion, loud, straight_through
 from training.defense.attacks import random_start
 from training.defense.baselines import counterattack, noise_averaging, pca, principal_directions
@@ -26,9 +26,10 @@ from training.defense.calibrate import answered
 from training.defense.data import Drawings, StudyData, split_by_concept
 from training.defense.measure import auroc, mean
 from training.defense.observe import Decoder, observe, scores
+from training.defense.redteam import ATTACKS, Subject, find_images, redteam
+from training.defense.run import run, write
+from training.defense.study import Study, StudySettings
 from training.defense.tables import BEGIN, END, markdown, put_into
-from training.defense_study import Study, StudySettings, write
-from training.redteam import ATTACKS, Subject, find_images, redteam
 
 
 def drawings(count: int, seed: int, side: int) -> torch.Tensor:
@@ -75,7 +76,7 @@ def studied(tiny: Bundle, data: StudyData, tmp_path_factory: pytest.TempPathFact
     shutil.copytree(tiny.path, folder)
     bundle = Bundle.load(folder)
     study = Study(bundle, data, StudySettings(images=6, steps=2, adaptive_images=4, clean_images=20))
-    calibration, figures = study.run(test=True)
+    calibration, figures = run(study, test=True)
     write(folder, calibration, figures, folder.parent / "work")
     return study, calibration, figures, folder
 

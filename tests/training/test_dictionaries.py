@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 from services.dictionaries import SAE, Modality, load_dictionary, match_features
 from services.dictionaries.pair import correlation_matrix
-from training import dictionaries
-from training.baselines import PCA, pca_for_fvu, random_dictionary
-from training.dictionary_table import choose_default, label_figures, meets
-from training.figures import EvaluationSet, kept
-from training.ncl import NCLSettings, train_ncl
-from training.sae import Pairs, SAESettings, SAETrainer, info_nce, same_rows, start_rows
+from training.dictionaries import train as dictionaries
+from training.dictionaries.baselines import PCA, pca_for_fvu, random_dictionary
+from training.dictionaries.choose import choose_default, label_figures, meets
+from training.dictionaries.metrics import EvaluationSet, kept
+from training.dictionaries.ncl import NCLSettings, train_ncl
+from training.dictionaries.sae import Pairs, SAESettings, SAETrainer, info_nce, same_rows, start_rows
 from training.towers.embed import EmbeddingSet, EmbeddingSettings, is_current, split_parts
 
 DIM, CONCEPTS, ACTIVE = 24, 40, 3

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from training import dictionary_grid
-from training.dictionary_grid import Cell, Grid, choose
+from training.dictionaries import grid as dictionary_grid
+from training.dictionaries.grid import Cell, Grid, choose
 from training.towers.embed import EmbeddingSet, EmbeddingSettings
 
 DIM, CONCEPTS = 16, 12

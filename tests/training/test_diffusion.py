@@ -11,9 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from training.compute import CPU
-from training.diffusion import DiffusionTrainer
-from training.diffusion_data import Conditions, DiffusionData, held_out_combinations
-from training.diffusion_model import DiffusionSettings
+from training.diffusion.data import Conditions, DiffusionData, held_out_combinations
+from training.diffusion.model import DiffusionSettings
+from training.diffusion.train import DiffusionTrainer
 
 D, WIDTH, CONTEXT, LATENT, TEMPLATES = 8, 16, 6, 4, 3
 SMALL = DiffusionSettings(steps=6, batch=4, channels=(16, 32), warm_up=2)

@@ -13,8 +13,8 @@ from services.bundle.manifest import DiffusionEntry
 from services.imaging.pipeline import load_parts
 from services.strict_json import parse_dataclass
 from tests.services.imaging.conftest import Load, load_kind  # noqa: F401
-from training.bundle_all import steps
-from training.diffusion_choice import (
+from training.build.embedded_steps import steps
+from training.diffusion.choose import (
     GUIDANCES,
     RECORD,
     SOLVERS,
@@ -103,6 +103,8 @@ def test_the_recipe_of_the_bundle_chooses_after_it_exported_and_with_a_judge() -
         views=1, fit_limit=0, effort=1.0, test=False,
     )  # fmt: skip
     names = [command[0] for command in steps(arguments)]
-    places = [names.index(f"training.{name}") for name in ("diffusion_export", "judge", "diffusion_choice")]
+    places = [
+        names.index(f"training.{name}") for name in ("diffusion.export", "judging.train", "diffusion.choose")
+    ]
     assert places == sorted(places)
-    assert names[-1] == "training.report"
+    assert names[-1] == "training.report.page"

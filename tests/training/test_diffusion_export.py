@@ -20,10 +20,10 @@ from services.imaging.pipeline import load_parts
 from services.strict_json import parse_dataclass
 from tests.services.imaging.test_text_encoder import CONTEXT, clip_config
 from tests.training.test_diffusion import SMALL, conditions
-from training.autoencoder import build_autoencoder
-from training.diffusion import DiffusionTrainer
-from training.diffusion_data import DiffusionData
-from training.diffusion_export import assemble_pipeline, trained_on, write_pipeline
+from training.diffusion.autoencoder import build_autoencoder
+from training.diffusion.data import DiffusionData
+from training.diffusion.export import assemble_pipeline, trained_on, write_pipeline
+from training.diffusion.train import DiffusionTrainer
 
 LATENT = 4
 

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from training.judge import POOLED, SENTENCE, THUMBNAIL, JudgeSettings, blur, figures, pick_among, train
+from training.judging.train import (
+    POOLED,
+    SENTENCE,
+    THUMBNAIL,
+    JudgeSettings,
+    blur,
+    figures,
+    pick_among,
+    train,
+)
 
 INPUTS = POOLED + 3 * THUMBNAIL**2
 SMALL = JudgeSettings(steps=60, batch=32, dim=16, hidden=32, dropout=0.0)

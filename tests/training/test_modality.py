@@ -9,8 +9,8 @@ import scipy.sparse as sp
 import torch
 
 from services.dictionaries import SAE, Dictionary, Modality, Neurons
-from training import modality
-from training.modality import activations
+from training.modality import score as modality
+from training.modality.score import activations
 
 D, N = 8, 64
 

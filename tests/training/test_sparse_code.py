@@ -1,6 +1,6 @@
 import torch
 
-from training.sparse_code import combine, select
+from training.dictionaries.sparse_code import combine, select
 
 BATCH, DIM, FEATURES, K = 7, 5, 30, 4
 

@@ -18,7 +18,7 @@ from services.bias.gender import gender_direction
 from services.dictionaries import Dictionary, sparse_rows
 from services.modality.modalities import Modality
 from services.modality.scores import stack_rows
-from training.dictionary_table import load_columns
+from training.dictionaries.choose import load_columns
 from training.towers.embed import EmbeddingSet
 
 GENDER = {"woman": WOMAN, "man": MAN, "": UNGENDERED}

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from training.report_plots import STYLE, to_svg
+from training.report.plots import STYLE, to_svg
 
 BEFORE, AFTER, NULL = "#0072B2", "#D55E00", "#999999"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.figure_table import FigureTable, as_markdown
+from training.report.tables import FigureTable, as_markdown
 
 PARTS = {
     "validation": "Held-out drawings of the training artists",
     "test": "openmoji, an artist never seen (reported only)",
     "texts": "Captions, in every template",
 }
-# What the ablation was chosen by; see `training.bias_study.Choice`.
+# What the ablation was chosen by; see `training.bias.choose.Choice`.
 CHOSEN_BY = {
     "skew_recalibrated": "the least skew of ungendered professions",
     "probe": "how little a classifier that is trained anew tells the genders",

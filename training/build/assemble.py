@@ -27,7 +27,7 @@ from services.encoding.images import ImagePreprocess
 from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
 from training.build.errors import BuildError
-from training.probe import PROBE_FILE, probe_of_folder
+from training.build.selfcheck import PROBE_FILE, probe_of_folder
 from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE
 
 # Folders of a build that go into a bundle as they are, and which of their files.

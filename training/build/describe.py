@@ -21,10 +21,10 @@ from training.build.assemble import without_nan
 from training.build.dictionaries import features, training_pairs
 from training.build.selection import Selection, select
 from training.build.settings import BuildSettings
-from training.cards import build_cards, thumbnail
-from training.dictionary_table import build_table
-from training.judges import Judges
-from training.modality import HELD_OUT, HeldOutPairs, activations, describe
+from training.dictionaries.choose import build_table
+from training.modality.cards import build_cards, thumbnail
+from training.modality.judges import Judges
+from training.modality.score import HELD_OUT, HeldOutPairs, activations, describe
 from training.towers.retrieval import auc_interval, gender_score, retrieval
 
 # What the judges made of the held-out pairs, below the build's folder.

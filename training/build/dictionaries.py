@@ -13,9 +13,9 @@ from services.dictionaries import Dictionary
 from training.build.errors import BuildError
 from training.build.selection import Selection, select
 from training.build.settings import BuildSettings
-from training.dictionaries import RECIPES, load_pairs, train
-from training.ncl import NCLSettings
-from training.sae import Pairs, SAESettings
+from training.dictionaries.ncl import NCLSettings
+from training.dictionaries.sae import Pairs, SAESettings
+from training.dictionaries.train import RECIPES, load_pairs, train
 
 Recipe = SAESettings | NCLSettings | None
 MIN_FEATURES = 1024

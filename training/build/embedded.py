@@ -1,8 +1,8 @@
 """Assemble a bundle from what the earlier steps left in ``work/``.
 
-``python -m training.build_bundle`` writes ``bundles/emoji``: towers, dictionaries, modality tables, cards, samples,
-quantiles, the report and the manifest that vouches for every byte. It takes seconds; `training.bundle_all` runs the
-steps before it.
+``python -m training.build.embedded`` writes ``bundles/emoji``: towers, dictionaries, modality tables, cards, samples,
+quantiles, the report and the manifest that vouches for every byte. It takes seconds; `training.build.embedded_steps`
+runs the steps before it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from training.build.finish import PACKAGES as BUILD_PACKAGES
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.corpus.sets import ALL_SETS, Role, licences
 from training.corpus.svg import document, rasterise
-from training.dictionary_table import load_columns
+from training.dictionaries.choose import load_columns
 from training.towers.embed import DEFAULT_CLIP, EmbeddingSet
 
 DEFAULT_OUT = Path("bundles/emoji")
@@ -46,9 +46,9 @@ COMMANDS = (
     "python -m training.corpus.build",
     "python -m training.towers.train",
     "python -m training.towers.embed",
-    "python -m training.autoencoder",
-    "python -m training.diffusion",
-    "python -m training.bundle_all --test",
+    "python -m training.diffusion.autoencoder",
+    "python -m training.diffusion.train",
+    "python -m training.build.embedded_steps --test",
 )
 PACKAGES = (*BUILD_PACKAGES, "resvg-py")
 

@@ -1,8 +1,8 @@
 """Everything from finished towers to a finished bundle, in one command.
 
-``python -m training.bundle_all --test`` runs each step as its own command, in order, and says how long each took. A
-step whose result is there already for the same towers and settings returns at once, so that an interrupted run goes
-on where it was. ``--clip`` and ``--work`` let a run on interim towers live beside the real one.
+``python -m training.build.embedded_steps --test`` runs each step as its own command, in order, and says how long each
+took. A step whose result is there already for the same towers and settings returns at once, so that an interrupted run
+goes on where it was. ``--clip`` and ``--work`` let a run on interim towers live beside the real one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from training.build_bundle import DEFAULT_OUT, WORK
+from training.build.embedded import DEFAULT_OUT, WORK
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
-from training.judges import DEFAULT_OUT as JUDGES
+from training.modality.judges import DEFAULT_OUT as JUDGES
 from training.towers.embed import DEFAULT_CLIP
 
 
@@ -31,40 +31,40 @@ def steps(arguments: argparse.Namespace) -> list[list[str]]:
     trial = ["--views", str(arguments.views), "--fit-limit", str(arguments.fit_limit)]
     embed = [*clip, *corpus, "--out", str(work / "embeddings.npz"), *trial]
     return [
-        ["training.judges", *corpus],
+        ["training.modality.judges", *corpus],
         ["training.towers.embed", *embed, *([] if arguments.test else ["--without-test"])],
         ["training.towers.evaluate", *embeddings, *corpus, "--out", str(work / "retrieval.json"), *test],
         [
-            "training.dictionary_grid", *embeddings, *corpus, "--out", str(grid),
+            "training.dictionaries.grid", *embeddings, *corpus, "--out", str(grid),
             "--workers", str(arguments.workers), "--effort", str(arguments.effort),
         ],
         [
-            "training.dictionaries", *embeddings, "--out", str(work / "dictionaries"), "--choice", str(grid),
+            "training.dictionaries.train", *embeddings, "--out", str(work / "dictionaries"), "--choice", str(grid),
             "--workers", str(arguments.workers), "--seeds", str(arguments.seeds),
             "--effort", str(arguments.effort),
         ],
         [
-            "training.modality", *embeddings, *corpus, *dictionaries, "--judges", str(JUDGES),
+            "training.modality.score", *embeddings, *corpus, *dictionaries, "--judges", str(JUDGES),
             "--out", str(work / "modality"), "--summary", str(work / "modality.json"),
             "--workers", str(arguments.workers),
         ],
         [
-            "training.dictionary_table", *embeddings, *corpus, *dictionaries, *modality,
+            "training.dictionaries.choose", *embeddings, *corpus, *dictionaries, *modality,
             "--summary", str(work / "modality.json"), "--out", str(work / "dictionaries.json"), *test,
         ],
-        ["training.cards", *embeddings, *corpus, *dictionaries, "--out", str(work / "cards")],
-        ["training.report", "--work", str(work)],
-        ["training.build_bundle", "--work", str(work), *clip, *corpus, "--out", str(arguments.out)],
+        ["training.modality.cards", *embeddings, *corpus, *dictionaries, "--out", str(work / "cards")],
+        ["training.report.page", "--work", str(work)],
+        ["training.build.embedded", "--work", str(work), *clip, *corpus, "--out", str(arguments.out)],
         # Studies measure a finished bundle, add what they learnt to it, and vouch for it anew.
-        ["training.bias_study", "--bundle", str(arguments.out), *embeddings, *corpus, "--work", str(work), *test],
-        ["training.defense_study", "--bundle", str(arguments.out), *corpus, *test],
+        ["training.bias.run", "--bundle", str(arguments.out), *embeddings, *corpus, "--work", str(work), *test],
+        ["training.defense.run", "--bundle", str(arguments.out), *corpus, *test],
         # Trained by itself, for it takes longest; without it the bundle is whole but draws no pictures.
-        ["training.diffusion_export", "--bundle", str(arguments.out), *embeddings, *corpus, *clip, "--if-trained"],
-        ["training.judge", *corpus, "--if-missing"],
-        ["training.diffusion_choice", "--bundle", str(arguments.out), *corpus],
+        ["training.diffusion.export", "--bundle", str(arguments.out), *embeddings, *corpus, *clip, "--if-trained"],
+        ["training.judging.train", *corpus, "--if-missing"],
+        ["training.diffusion.choose", "--bundle", str(arguments.out), *corpus],
         # Doses and attributes are measured on pictures, by the judge.
-        ["training.attribute_study", "--bundle", str(arguments.out), *embeddings, *corpus, *clip, "--if-possible"],
-        ["training.report", "--work", str(work), "--bundle", str(arguments.out)],
+        ["training.imaging.run", "--bundle", str(arguments.out), *embeddings, *corpus, *clip, "--if-possible"],
+        ["training.report.page", "--work", str(work), "--bundle", str(arguments.out)],
     ]  # fmt: skip
 
 

@@ -11,8 +11,8 @@ import torch
 from training.build.selection import Selection
 from training.build.settings import BuildSettings
 from training.build.studies import Pictures, Skipped
-from training.judges import judge_images, judge_texts
-from training.modality import HELD_OUT
+from training.modality.judges import judge_images, judge_texts
+from training.modality.score import HELD_OUT
 
 # Images, and captions, that are judged: features are few beside them, and each image takes 15 ms.
 JUDGED = 4_000
@@ -23,7 +23,7 @@ CHUNK = 256
 def judge_pairs(
     selection: Selection, settings: BuildSettings, out: Path, tell: Callable[[float], None]
 ) -> list[Path]:
-    """Judge images and captions of the held-out pairs, and write what `training.judges.Judges` reads.
+    """Judge images and captions of the held-out pairs, and write what `training.modality.judges.Judges` reads.
 
     Parameters
     ----------

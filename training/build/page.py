@@ -9,8 +9,8 @@ from typing import Any
 import matplotlib
 
 from services.modality.tables import Cards, ModalityTable, read_thumbnails
-from training.report import bias_section, environment, feature_cards, read_json
-from training.report_plots import label_bars, mds_histograms
+from training.report.page import bias_section, environment, feature_cards, read_json
+from training.report.plots import label_bars, mds_histograms
 
 TITLES = {
     "validation": "Validation pairs (choices were made on these)",
@@ -48,8 +48,8 @@ def render(work: Path, name: str, description: str, pairs: Mapping[str, Any], sk
     # What a user's own matplotlibrc says would change the bytes.
     with matplotlib.rc_context(matplotlib.rcParamsDefault):
         return (
-            environment()
-            .get_template("build/report.html.j2")
+            environment(Path(__file__).parent)
+            .get_template("report.html.j2")
             .render(
                 name=name,
                 description=description,

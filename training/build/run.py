@@ -51,8 +51,8 @@ from training.build.store import Store
 from training.build.studies import Skipped, calibrate_bias, calibrate_defense, write_bias, write_defense
 from training.build.towers import fetch_towers
 from training.build.workers import run_all, threads
-from training.dictionary_table import CANDIDATES
-from training.modality import HELD_OUT
+from training.dictionaries.choose import CANDIDATES
+from training.modality.score import HELD_OUT
 
 # What the defence tells while it is calibrated and judged.
 DEFENSE_TELLS = 8

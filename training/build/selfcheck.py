@@ -1,8 +1,8 @@
 """The probe of a bundle, recorded by open_clip's own code: its towers, its preprocessing and its tokenizer.
 
-``python -m training.probe FOLDER`` writes ``FOLDER/probe.safetensors`` for a folder with ``open_clip_config.json`` and
-weights. The service's towers are code of its own around open_clip's, so this is a second opinion; a bundle whose two
-opinions differ is not served (`services.bundle.selfcheck`).
+``python -m training.build.selfcheck FOLDER`` writes ``FOLDER/probe.safetensors`` for a folder with
+``open_clip_config.json`` and weights. The service's towers are code of its own around open_clip's, so this is a second
+opinion; a bundle whose two opinions differ is not served (`services.bundle.selfcheck`).
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ from services.encoding.images import ImagePreprocess, decode_image
 from services.errors import ImageError, NotEnoughItems
 from training.bias.data import GENDER
 from training.bias.data import StudyData as BiasData
-from training.bias_study import MIN_GROUP, run
-from training.bias_study import Study as BiasStudy
+from training.bias.run import run
+from training.bias.study import MIN_GROUP
+from training.bias.study import Study as BiasStudy
 from training.build.assemble import without_nan
 from training.build.embed import embedder, read_images
 from training.build.selection import PEOPLE, PROMPTS, Selection, group_names
@@ -31,8 +32,8 @@ from training.defense.data import Drawings, split_by_concept
 from training.defense.data import StudyData as DefenseData
 from training.defense.measure import correct, mean
 from training.defense.observe import Decoder
+from training.defense.study import EPSILONS, Attacker, Study, StudySettings
 from training.defense.victim import to_images
-from training.defense_study import EPSILONS, Attacker, Study, StudySettings
 
 # Gendered pairs that the bias study looks at, of each part: its time grows with them, its intervals hardly shrink.
 BIAS_LIMIT = 2_000

@@ -24,7 +24,7 @@ from training.defense.observe import Decoder, Observed, embed_with, join, observ
 from training.defense.victim import to_images, to_pixels
 
 if TYPE_CHECKING:
-    from training.defense_study import Study
+    from training.defense.study import Study
 
 LOOK_NAMES = {False: "one look", True: "two looks"}
 # Baselines that cost many forwards are compared on these.

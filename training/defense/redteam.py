@@ -172,9 +172,7 @@ class Subject:
         bundle = Bundle.load(path)
         entry = bundle.manifest.defense
         if entry is None:
-            raise MonofacetError(
-                "this bundle has no defence calibration: run python -m training.defense_study"
-            )
+            raise MonofacetError("this bundle has no defence calibration: run python -m training.defense.run")
         calibration = DefenseCalibration.read(bundle.path / entry.config, bundle.path / entry.weights)
         fit = ImagePreprocess(bundle.clip_config).fit
         pictures = to_images(np.stack([np.asarray(fit(decode_image(file.read_bytes()))) for file in files]))

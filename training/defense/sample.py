@@ -17,10 +17,10 @@ from PIL import Image
 from services.bundle.load import Bundle, refresh_manifest
 from services.bundle.manifest import Sample
 from services.encoding.images import ImagePreprocess, decode_image
-from training.build_bundle import DEFAULT_OUT
+from training.build.embedded import DEFAULT_OUT
 from training.defense.attacks import pgd, untargeted
+from training.defense.redteam import embed_texts
 from training.defense.victim import Victim, to_images, to_pixels
-from training.redteam import embed_texts
 
 # Of 255: the most that any colour of any pixel is changed by.
 LEVELS = 4

@@ -1,40 +1,26 @@
-"""Attack the bundle's towers, calibrate the defence on it, and measure what it is worth.
-
-``python -m training.defense_study --bundle bundles/emoji --corpus work/corpus`` attacks validation drawings, writes
-the bundle's ``defense/`` section with its manifest, ``work/defense.json`` with every figure and ``work/defense.md``
-with the same as tables. About ten minutes on one core; ``--images`` and ``--steps`` scale it. ``--test`` adds
-openmoji, once, at the end. The attacks are white-box: they know every weight, and `adaptive` knows the defence too.
-"""
+"""What the defence study works with: its sizes, the attacks, and what the towers see of attacked pictures."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from services.bundle.load import DEFENSE, Bundle, refresh_manifest
+from services.bundle.load import Bundle
 from services.defense import DefenseCalibration
 from services.modality.tables import Label
-from training.build.assemble import without_nan
-from training.build_bundle import DEFAULT_OUT
-from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
-from training.defense import corruptions, evaluate, tables
+from training.defense import corruptions
 from training.defense.attacks import Loss, apgd, feature_matching, pgd, untargeted
 from training.defense.calibrate import Seen, Setting, calibrate
 from training.defense.corruptions import typographic
-from training.defense.data import Drawings, StudyData, load
+from training.defense.data import Drawings, StudyData
 from training.defense.observe import Looks, Observed, join, look_twice, observed_from
-from training.defense.sample import write_attacked
 from training.defense.victim import Victim, to_images, to_pixels
-from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
 
 EPSILONS = (1, 4, 8)
 GRADIENT_ATTACKS = ("pgd", "apgd", "match")
@@ -236,103 +222,7 @@ class Study:
         pictures["typographic", 0] = self.attacker.attack("typographic", 0, drawings)
         return pictures
 
-    def run(self, test: bool) -> tuple[DefenseCalibration, dict[str, Any]]:
-        """Calibrate, measure, and return both."""
-        seen = self.seen()
-        calibration = self.calibrate(seen)
-        self.say("calibrated")
-        drawings = self.data.evaluation.first(self.settings.images)
-        pictures = self.attacked(drawings)
-        context = evaluate.Context(self, calibration, seen, drawings, pictures)
-        figures: dict[str, Any] = {
-            "settings": vars(self.settings),
-            "samples": {
-                "calibration_clean": len(seen.clean),
-                "calibration_attacked": len(seen.base),
-                "evaluation_clean": len(context.harmless["as drawn"]),
-                "evaluation_attacked": len(drawings.truth),
-                "labels": len(self.data.labels),
-            },
-            "detection": evaluate.detection(context),
-            "false_positives": evaluate.false_positives(context),
-            "single_scores": evaluate.single_scores(context),
-            "robustness": evaluate.robustness(context),
-            "targeted": evaluate.targeted(context),
-        }
-        self.say("measured what does not know the defence")
-        figures["baselines"] = evaluate.baselines(context)
-        self.say("measured the baselines")
-        figures["adaptive"] = evaluate.adaptive_figures(context)
-        self.say("measured the adaptive attack")
-        if test:
-            figures["openmoji"] = evaluate.test_artist(context)
-            self.say("measured openmoji")
-        figures["minutes"] = round((time.monotonic() - self.started) / 60, 1)
-        return calibration, without_nan(figures)
-
 
 def calibration_changes():
     """Return the changes that clean calibration pictures come in: as drawn, and as a JPEG of good quality."""
     return (corruptions.HARMLESS["as drawn"], corruptions.HARMLESS["jpeg 90"])
-
-
-def write(
-    bundle: Path,
-    calibration: DefenseCalibration,
-    figures: dict[str, Any],
-    work: Path,
-    docs: Path | None = None,
-) -> None:
-    """Write the bundle's section, its manifest, the figures, and the tables of a documentation page."""
-    replace(calibration, figures=figures).write(
-        bundle / DEFENSE / f"{DEFENSE}.json", bundle / DEFENSE / f"{DEFENSE}.safetensors"
-    )
-    refresh_manifest(bundle)
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "defense.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
-    (work / "defense.md").write_text(tables.markdown(figures))
-    if docs is not None:
-        docs.write_text(tables.put_into(docs.read_text(), figures))
-
-
-def main() -> None:
-    """Run the study from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bundle", type=Path, default=DEFAULT_OUT)
-    parser.add_argument("--corpus", type=Path, default=CORPUS_DIR)
-    parser.add_argument("--embeddings", type=Path, default=EMBEDDINGS)
-    parser.add_argument("--work", type=Path, default=Path("work"))
-    parser.add_argument("--dictionary", default="", help="default: the bundle's default dictionary")
-    parser.add_argument("--images", type=int, default=StudySettings.images)
-    parser.add_argument("--steps", type=int, default=StudySettings.steps)
-    parser.add_argument("--adaptive-images", type=int, default=StudySettings.adaptive_images)
-    parser.add_argument("--seed", type=int, default=StudySettings.seed)
-    parser.add_argument("--test", action="store_true", help="report on the test artist too: at the very end")
-    parser.add_argument("--docs", type=Path, help="page whose tables are replaced, such as docs/defence.md")
-    parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")
-    arguments = parser.parse_args()
-    settings = StudySettings(
-        images=arguments.images,
-        steps=arguments.steps,
-        adaptive_images=arguments.adaptive_images,
-        seed=arguments.seed,
-    )
-    bundle = Bundle.load(arguments.bundle)
-    data = load(
-        arguments.embeddings,
-        arguments.corpus,
-        bundle.manifest.clip.fingerprint,
-        bundle.clip_config.image_size,
-        settings.seed,
-        settings.images,
-    )
-    study = Study(bundle, data, settings, arguments.dictionary, arguments.work / "defense")
-    calibration, figures = study.run(arguments.test)
-    print(tables.markdown(figures))
-    if not arguments.dry_run:
-        write(arguments.bundle, calibration, figures, arguments.work, arguments.docs)
-        write_attacked(arguments.bundle)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from training.figure_table import FigureTable, as_markdown
+from training.report.tables import FigureTable, as_markdown
 
 # Where the figures of the documentation begin and end.
-BEGIN, END = "<!-- figures: written by training.defense_study -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures: written by the defence study -->", "<!-- end of figures -->"
 LOOKS = ("one look", "two looks")
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from services.dictionaries import SAE, Dictionary, Modality
-from training.sae import Pairs
+from training.dictionaries.sae import Pairs
 
 IMAGE, TEXT = Modality.IMAGE, Modality.TEXT
 

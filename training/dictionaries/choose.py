@@ -1,6 +1,6 @@
 """The table of all dictionaries, and the choice of the default one.
 
-``python -m training.dictionary_table`` measures what ``work/dictionaries/`` holds on the validation part, beside
+``python -m training.dictionaries.choose`` measures what ``work/dictionaries/`` holds on the validation part, beside
 neurons, PCA and random directions, and writes ``work/dictionaries.json``. ``--test`` adds the test artist: for
 reporting, at the very end; the choice reads the validation part only.
 """
@@ -20,11 +20,11 @@ from torch import Tensor
 
 from services.dictionaries import Dictionary, Modality, load_dictionary
 from services.modality.tables import Label, ModalityTable
-from training.baselines import PCA, pca_for_fvu, random_dictionary
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
-from training.dictionaries import DEFAULT_DIR, GROUP, SEEDS, load_all, load_pairs
-from training.figures import EvaluationSet, figures, kept, stability
-from training.sae import Pairs
+from training.dictionaries.baselines import PCA, pca_for_fvu, random_dictionary
+from training.dictionaries.metrics import EvaluationSet, figures, kept, stability
+from training.dictionaries.sae import Pairs
+from training.dictionaries.train import DEFAULT_DIR, GROUP, SEEDS, load_all, load_pairs
 from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
 from training.towers.embed import EmbeddingSet
 
@@ -123,7 +123,7 @@ def build_table(
     embeddings, columns, folder, modality, parts
         The pairs, the dictionaries, their modality tables, and what to measure on.
     summaries : mapping
-        Of `training.modality.describe`, by dictionary.
+        Of `training.modality.score.describe`, by dictionary.
     pairs : Pairs or None
         What the dictionaries were trained on; None is the fit part with its views.
     n_features, k : int

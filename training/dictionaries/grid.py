@@ -1,12 +1,13 @@
 """Choose size, sparsity and alignment of the dictionaries, on pairs that no dictionary trained on.
 
-``python -m training.dictionary_grid`` trains the aligned autoencoder with two seeds in each cell of a small grid and
+``python -m training.dictionaries.grid`` trains the aligned autoencoder with two seeds in each cell of a small grid and
 writes ``work/dictionary_grid.json``: the table, the choice and why. One setting is swept at a time, the others being
 held at the best so far: size, then weight of the contrastive term, then features an embedding may use. What is measured
 is wanted all at once: labels that are resolved, labels that another seed agrees with, features that fire, features of
-each label, and retrieval on activations. Of the cells that meet the most of `training.dictionary_table.TARGETS` the one
-with the least FVU is chosen: fewer features and a stronger term make labels steadier and reconstruction worse, so no
-more of them is taken than the targets ask. The test artist has no part in it. An interrupted run goes on where it was.
+each label, and retrieval on activations. Of the cells that meet the most of `training.dictionaries.choose.TARGETS` the
+one with the least FVU is chosen: fewer features and a stronger term make labels steadier and reconstruction worse, so
+no more of them is taken than the targets ask. The test artist has no part in it. An interrupted run goes on where it
+was.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ import torch
 from services.dictionaries import SAE, load_dictionary
 from services.modality.labels import label_agreement
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
-from training.dictionaries import GROUP, load_pairs
-from training.dictionary_table import TARGETS, alive_features, label_figures, load_columns, meets
-from training.figures import EvaluationSet, figures
-from training.modality import HeldOutPairs, label_shares, matching_order, score
-from training.sae import SAETrainer
+from training.dictionaries.choose import TARGETS, alive_features, label_figures, load_columns, meets
+from training.dictionaries.metrics import EvaluationSet, figures
+from training.dictionaries.sae import SAETrainer
+from training.dictionaries.train import GROUP, load_pairs
+from training.modality.score import HeldOutPairs, label_shares, matching_order, score
 from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
 from training.towers.embed import EmbeddingSet
 

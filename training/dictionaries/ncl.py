@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from services.dictionaries import NCL, Modality
-from training.sae import Pairs, info_nce, same_rows
+from training.dictionaries.sae import Pairs, info_nce, same_rows
 
 
 @dataclass(frozen=True)

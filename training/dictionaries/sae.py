@@ -24,7 +24,7 @@ from scipy.cluster.hierarchy import fcluster, ward
 from torch import Tensor
 
 from services.dictionaries import SAE, Modality
-from training.sparse_code import combine, select
+from training.dictionaries.sparse_code import combine, select
 
 IMAGE, TEXT = Modality.IMAGE, Modality.TEXT
 # Directions that are clustered at once: their distances take 4 bytes for each two of them, 128 MB.

@@ -1,8 +1,8 @@
 """Train the dictionaries.
 
-``python -m training.dictionaries`` trains every kind on the fit part of ``work/embeddings.npz``, the stability seeds
-too, and writes ``work/dictionaries/``; what is already there for the same towers and settings is kept. Size, sparsity
-and alignment are those that ``--choice`` names, a file of `training.dictionary_grid`.
+``python -m training.dictionaries.train`` trains every kind on the fit part of ``work/embeddings.npz``, the stability
+seeds too, and writes ``work/dictionaries/``; what is already there for the same towers and settings is kept. Size,
+sparsity and alignment are those that ``--choice`` names, a file of `training.dictionaries.grid`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from services.dictionaries import SAE, Dictionary, Modality, Neurons, SAEPair, load_dictionary, match_features
-from training.ncl import NCLSettings, train_ncl
-from training.sae import Pairs, SAESettings, SAETrainer
+from training.dictionaries.ncl import NCLSettings, train_ncl
+from training.dictionaries.sae import Pairs, SAESettings, SAETrainer
 from training.towers.embed import DEFAULT_OUT, EmbeddingSet
 
 DEFAULT_DIR = Path("work/dictionaries")
 SEEDS = (0, 1, 2)
-# Size, sparsity and the weight of the contrastive term are what `training.dictionary_grid` chose for the embedded
+# Size, sparsity and the weight of the contrastive term are what `training.dictionaries.grid` chose for the embedded
 # bundle.
 # Small batches and a high rate: on a few ten thousand pairs the number of steps, not of samples, is what is short.
 PLAIN = SAESettings(
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="seeds of each kind, for stability")
     parser.add_argument("--effort", type=float, default=1.0, help="share of the steps, for a trial")
-    parser.add_argument("--choice", type=Path, help="what training.dictionary_grid wrote")
+    parser.add_argument("--choice", type=Path, help="what training.dictionaries.grid wrote")
     arguments = parser.parse_args()
     # The kinds that ship first, so that an interrupted run leaves a whole bundle; long ones ahead of short ones.
     jobs = [

@@ -1,6 +1,6 @@
 """Train the embedded pipeline's autoencoder: 128 px drawings to a 16x16 latent of 8 channels.
 
-``python -m training.autoencoder`` trains, on a GPU where there is one, and ``--resume`` goes on from the last
+``python -m training.diffusion.autoencoder`` trains, on a GPU where there is one, and ``--resume`` goes on from the last
 checkpoint. Encoder and decoder of a stock diffusers `AutoencoderKL` learn together, from L1 of pixels, L1 of
 differences at three scales, which keeps edges sharp without a discriminator, and a small KL term.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from training.compute import CPU, mixed, pick_device, pick_precision
 from training.corpus.build import DEFAULT_DIR
-from training.drawings import Drawings, sheet, to_pixels, to_tensor
+from training.diffusion.drawings import Drawings, sheet, to_pixels, to_tensor
 from training.towers.muon import Muon
 
 DEFAULT_OUT = Path("work/autoencoder")

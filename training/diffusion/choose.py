@@ -1,8 +1,8 @@
 """Choose solver, steps and guidance of the embedded pipeline by the judge, on captions of validation drawings.
 
-``python -m training.diffusion_choice --bundle bundles/emoji`` draws the same captions with the same seeds by each
-setting, has the judge (``python -m training.judge``) pick each picture's caption among 100, and writes what it chose
-into the bundle's pipeline, with the table as ``diffusion/choice.json``. First guidance, then the solver, then the
+``python -m training.diffusion.choose --bundle bundles/emoji`` draws the same captions with the same seeds by each
+setting, has the judge (``python -m training.judging.train``) pick each picture's caption among 100, and writes what it
+chose into the bundle's pipeline, with the table as ``diffusion/choice.json``. First guidance, then the solver, then the
 number of steps, each with what was chosen before. Settings whose judgement is not worse than the best one's (95% paired
 bootstrap interval) are equals: of them the one nearest to real drawings is taken (KID), or the one of fewest steps.
 
@@ -32,12 +32,12 @@ from services.imaging.pipeline import load_parts
 from services.imaging.reference import pipeline_folder
 from training.compute import mixed, pick_device, pick_precision
 from training.corpus.build import DEFAULT_DIR
-from training.diffusion_data import held_out_combinations
-from training.diffusion_model import SCHEDULE
-from training.drawings import resized
-from training.judge import DEFAULT_OUT as JUDGE
-from training.judge import Judge, as_batch, pick_among
-from training.kid import kid
+from training.diffusion.data import held_out_combinations
+from training.diffusion.drawings import resized
+from training.diffusion.model import SCHEDULE
+from training.judging.kid import kid
+from training.judging.train import DEFAULT_OUT as JUDGE
+from training.judging.train import Judge, as_batch, pick_among
 from training.towers.pairs import Corpus
 from training.towers.retrieval import bootstrap_mean
 

@@ -18,7 +18,7 @@ from services.encoding.clip import build_clip, read_clip_config
 from services.encoding.texts import Tokeniser
 from services.imaging.text_encoder import convert_text_tower, hidden_states
 from training.compute import mixed, pick_device, pick_precision
-from training.drawings import Drawings, to_tensor
+from training.diffusion.drawings import Drawings, to_tensor
 from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE, EmbeddingSet
 
 HELD_OUT_SHARE = 0.08

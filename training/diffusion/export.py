@@ -1,8 +1,8 @@
 """Make the bundle's pipeline from what was trained.
 
-``python -m training.diffusion_export --bundle bundles/emoji`` writes ``diffusion/`` (the parts of a diffusers
+``python -m training.diffusion.export --bundle bundles/emoji`` writes ``diffusion/`` (the parts of a diffusers
 `StableUnCLIPImg2ImgPipeline` in half-precision safetensors, and ``monofacet.json``) and renews the manifest.
-``python -m training.diffusion_choice`` then chooses solver, steps and guidance.
+``python -m training.diffusion.choose`` then chooses solver, steps and guidance.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableUnCLIPImg2ImgPipeline
 
 from services.bundle.load import Bundle, refresh_manifest
-from training.diffusion import DiffusionTrainer, add_paths, load_trainer
-from training.diffusion_model import DiffusionSettings, serving_solver
+from training.diffusion.model import DiffusionSettings, serving_solver
+from training.diffusion.train import DiffusionTrainer, add_paths, load_trainer
 
-# Until `training.diffusion_choice` has measured.
+# Until `training.diffusion.choose` has measured.
 STEPS, GUIDANCE = 16, 3.0
 
 

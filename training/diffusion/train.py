@@ -1,8 +1,8 @@
 """Train the embedded text-to-image model: latent diffusion, steered by the bundle's own towers.
 
-``python -m training.diffusion`` trains, on a GPU where there is one, and ``--resume`` goes on from the last checkpoint
-(``--steps`` may change: the learning rate follows the share that is done). ``python -m training.diffusion_export`` then
-makes the pipeline.
+``python -m training.diffusion.train`` trains, on a GPU where there is one, and ``--resume`` goes on from the last
+checkpoint (``--steps`` may change: the learning rate follows the share that is done). ``python -m
+training.diffusion.export`` then makes the pipeline.
 
 The model is Stable unCLIP (Ramesh et al., 2022; Rombach et al., 2022), small: a UNet on 16x16 latents sees the
 caption's token states by cross-attention and a joint embedding by its class embedding, which scales and shifts every
@@ -26,11 +26,12 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from training.autoencoder import DEFAULT_OUT as AUTOENCODER
 from training.compute import CPU, mixed, pick_device, pick_precision
 from training.corpus.build import DEFAULT_DIR
-from training.diffusion_data import Conditions, DiffusionData
-from training.diffusion_model import (
+from training.diffusion.autoencoder import DEFAULT_OUT as AUTOENCODER
+from training.diffusion.data import Conditions, DiffusionData
+from training.diffusion.drawings import Drawings, sheet, to_pixels
+from training.diffusion.model import (
     SCHEDULE,
     DiffusionSettings,
     EmbeddingNoiser,
@@ -38,7 +39,6 @@ from training.diffusion_model import (
     build_unet,
     serving_solver,
 )
-from training.drawings import Drawings, sheet, to_pixels
 from training.towers.embed import DEFAULT_CLIP
 from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from services.dictionaries.base import Dictionary
 from services.imaging.dose import Attribute, AttributeEntry
 from services.modality.modalities import Modality
-from training.colour import NAMED, colour_shares
+from training.imaging.colour import NAMED, colour_shares
 from training.towers.embed import Embedder, EmbeddingSet, as_images
 from training.towers.pairs import Corpus
 

@@ -21,10 +21,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from training.attributes import FROWNING, SMILING, TONES
-from training.colour import NAMED, colour_shares
 from training.compute import CPU, mixed, pick_precision
-from training.judge import Backbone, as_batch, blur, thumbnails
+from training.imaging.attributes import FROWNING, SMILING, TONES
+from training.imaging.colour import NAMED, colour_shares
+from training.judging.train import Backbone, as_batch, blur, thumbnails
 from training.towers.pairs import Corpus
 
 STYLES = ("outline", "line art")
@@ -87,7 +87,7 @@ class Probes:
         corpus : Corpus
             Drawings and words.
         seen : dict[str, np.ndarray]
-            Of `training.judge.read_inputs`.
+            Of `training.judging.train.read_inputs`.
         backbone : Backbone
             The judge's.
         """

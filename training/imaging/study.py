@@ -1,8 +1,4 @@
-"""Doses and attributes of a finished bundle: fit them, find their strengths, measure them.
-
-``python -m training.attribute_study --bundle bundles/emoji`` writes ``attributes/`` and renews the manifest. It needs
-the bundle's generator and the judge (``python -m training.judge``). Concepts with validation drawings are new to the
-fit and to the probes; one half of them chooses doses, the other half is what the attributes' figures are measured on.
+"""What the study of attributes fits, chooses and measures on a finished bundle.
 
 * The unit: the smallest dose at which the judge, shown a steered picture and its unsteered twin, takes the steered
   one for what the feature's strongest captions say in 90% of pairs; and whether the prompt's words should fade.
@@ -12,7 +8,6 @@ fit and to the probes; one half of them chooses doses, the other half is what th
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import time
@@ -26,7 +21,7 @@ import torch
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
-from services.bundle.load import Bundle, refresh_manifest
+from services.bundle.load import Bundle
 from services.imaging.denoiser import Sample
 from services.imaging.dose import (
     Attribute,
@@ -39,20 +34,16 @@ from services.imaging.dose import (
 from services.imaging.edits import AttributeEdit, Edit, ImageRequest, SetQuantile, Steering
 from services.imaging.generator import Imaging
 from services.strict_json import parse_dataclass
-from training.attribute_probes import Probes
-from training.attributes import GENDERED, eligible, fit_all, training_pool, without_words
 from training.compute import CPU, mixed, pick_precision
-from training.corpus.build import DEFAULT_DIR
-from training.drawings import resized
-from training.judge import CANDIDATES, Judge, read_inputs
-from training.judge import DEFAULT_OUT as JUDGE
-from training.towers.embed import DEFAULT_CLIP, EmbeddingSet
-from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
+from training.diffusion.drawings import resized
+from training.imaging.attributes import GENDERED, eligible, fit_all, training_pool, without_words
+from training.imaging.probes import Probes
+from training.judging.train import CANDIDATES, Judge, read_inputs
+from training.towers.embed import EmbeddingSet
 from training.towers.pairs import Corpus
 from training.towers.retrieval import bootstrap_mean
 
 FOLDER = "attributes"
-KEEP = Path("work/attributes.json")
 UNITS = (0.9, 1.3)
 SEEN = 0.9
 # Features that are about something one can name: what the unit is chosen on.
@@ -119,7 +110,7 @@ class Study:
     clip : Path
         Folder of the towers.
     judge : Path
-        What training.judge wrote.
+        What training.judging.train wrote.
     steps : int
         Denoising steps of a picture.
     """
@@ -375,58 +366,3 @@ def by_concept(values: Any, concepts: Sequence[str]) -> Share:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Share(float(p), float(min(low, centre - half)), float(max(high, min(1.0, centre + half))))
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bundle", type=Path, default=Path("bundles/emoji"))
-    parser.add_argument("--embeddings", type=Path, default=EMBEDDINGS)
-    parser.add_argument("--corpus", type=Path, default=DEFAULT_DIR)
-    parser.add_argument("--clip", type=Path, default=DEFAULT_CLIP)
-    parser.add_argument("--judge", type=Path, default=JUDGE)
-    parser.add_argument(
-        "--steps", type=int, default=8, help="denoising steps of the pictures that are measured"
-    )
-    parser.add_argument("--choosing", type=int, default=12, help="pictures a dose, to choose it")
-    parser.add_argument("--measuring", type=int, default=24, help="pictures an attribute, to measure it")
-    parser.add_argument("--features", type=int, default=48, help="features that the unit is chosen on")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--keep", type=Path, default=KEEP, help="what an interrupted run had measured")
-    parser.add_argument(
-        "--if-possible", action="store_true", help="do nothing without a generator or a judge"
-    )
-    return parser.parse_args(arguments)
-
-
-def main() -> None:
-    """Run the study from the command line."""
-    arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    bundle = Bundle.load(arguments.bundle)
-    if bundle.manifest.diffusion is None or not (arguments.judge / "judge.json").exists():
-        message = (
-            "steering is measured with a generator in the bundle, and a judge (python -m training.judge)"
-        )
-        if arguments.if_possible:
-            print(message)
-            return
-        raise SystemExit(message)
-    embeddings = EmbeddingSet.load(arguments.embeddings)
-    if embeddings.fingerprint != bundle.manifest.clip.fingerprint:
-        raise SystemExit("the bundle holds other towers than made the embeddings")
-    started = time.monotonic()
-    study = Study(
-        bundle, Corpus.load(arguments.corpus), embeddings, arguments.clip, arguments.judge, arguments.steps
-    )
-    known = study.run(
-        embeddings.fingerprint, arguments.choosing, arguments.measuring, arguments.features, arguments.keep
-    )
-    known.write(bundle.path / FOLDER)
-    refresh_manifest(bundle.path)
-    minutes = (time.monotonic() - started) / 60
-    print(f"{Bundle.load(bundle.path).id}: {len(known.attributes)} attributes, {minutes:.0f} minutes")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
 """Train the judge of generated pictures: a model of images and captions that is not the generator's CLIP.
 
-``python -m training.judge`` computes its inputs once (they are cached), trains, and states its figures on held-out
-drawings and on the test artist. Nothing is shared with the bundle's towers but the corpus: the pictures are seen by
-an EfficientNet-Lite0 (ImageNet) and as an 8x8 thumbnail, the captions by all-MiniLM-L6-v2 and as a bag of words; on
-both sits a small network, trained by contrast on the training split of the seven training sets, with another seed.
-Half of its training pictures are blurred, so that it does not count softness, which every generated picture has,
+``python -m training.judging.train`` computes its inputs once (they are cached), trains, and states its figures on
+held-out drawings and on the test artist. Nothing is shared with the bundle's towers but the corpus: the pictures are
+seen by an EfficientNet-Lite0 (ImageNet) and as an 8x8 thumbnail, the captions by all-MiniLM-L6-v2 and as a bag of
+words; on both sits a small network, trained by contrast on the training split of the seven training sets, with another
+seed. Half of its training pictures are blurred, so that it does not count softness, which every generated picture has,
 against what a picture shows.
 """
 
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.corpus.build import DEFAULT_DIR
-from training.judges import IMAGE_SIDE, MEAN, STD, judge_texts
+from training.modality.judges import IMAGE_SIDE, MEAN, STD, judge_texts
 from training.towers.pairs import Corpus
 from training.towers.retrieval import bootstrap_mean, ranks
 
@@ -165,7 +165,7 @@ class Judge:
     Parameters
     ----------
     folder : Path
-        What ``python -m training.judge`` wrote.
+        What ``python -m training.judging.train`` wrote.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Feature cards: the drawings and captions that each feature fires on most.
 
-``python -m training.cards`` writes ``work/cards/<name>.parquet`` and the thumbnails they share. Cards show drawings of
-the training artists that no dictionary trained on: the test artist's licence (share alike) keeps those drawings out of
-a bundle, and what a feature fires on among unseen drawings is what a caller will meet.
+``python -m training.modality.cards`` writes ``work/cards/<name>.parquet`` and the thumbnails they share. Cards show
+drawings of the training artists that no dictionary trained on: the test artist's licence (share alike) keeps those
+drawings out of a bundle, and what a feature fires on among unseen drawings is what a caller will meet.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from PIL import Image
 from services.dictionaries import Dictionary, Modality
 from services.modality.tables import write_cards, write_thumbnails
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
-from training.dictionaries import DEFAULT_DIR, load_all
-from training.modality import HELD_OUT, activations
+from training.dictionaries.train import DEFAULT_DIR, load_all
+from training.modality.score import HELD_OUT, activations
 from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
 from training.towers.embed import EmbeddingSet
 from training.towers.pairs import Corpus

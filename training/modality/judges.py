@@ -1,9 +1,9 @@
 """Embeddings by judges that are not under test: what "alike" means when features are scored.
 
-``python -m training.judges`` writes ``work/judges.npz`` once; it does not depend on the towers. Images are judged by an
-EfficientNet-Lite0 trained on ImageNet photographs, texts by all-MiniLM-L6-v2; both come as packages with their
-weights. Neither saw the corpus. Their limits: the image judge knows photographs, not drawings, and sees 64 px drawings
-enlarged; the text judge knows sentences, not captions of three words.
+``python -m training.modality.judges`` writes ``work/judges.npz`` once; it does not depend on the towers. Images are
+judged by an EfficientNet-Lite0 trained on ImageNet photographs, texts by all-MiniLM-L6-v2; both come as packages with
+their weights. Neither saw the corpus. Their limits: the image judge knows photographs, not drawings, and sees 64 px
+drawings enlarged; the text judge knows sentences, not captions of three words.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Modality tables, names and monosemanticity of every dictionary.
 
-``python -m training.modality`` writes ``work/modality/<name>.parquet`` and ``work/modality.json``. All of it is said on
-pairs that no dictionary trained on: a share of the training drawings (which the towers did see) and the validation
-drawings (new to the towers too), each drawing with its caption in a template drawn at random. Names are found on the
-fit part and judged on these pairs.
+``python -m training.modality.score`` writes ``work/modality/<name>.parquet`` and ``work/modality.json``. All of it is
+said on pairs that no dictionary trained on: a share of the training drawings (which the towers did see) and the
+validation drawings (new to the towers too), each drawing with its caption in a template drawn at random. Names are
+found on the fit part and judged on these pairs.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from services.modality.table import ModalitySettings, score_pairs, split_half_ag
 from services.modality.tables import Label, ModalityTable
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.corpus.names import spoken
-from training.dictionaries import DEFAULT_DIR, RECIPES
-from training.dictionary_table import load_columns
-from training.judges import DEFAULT_OUT as JUDGES
-from training.judges import Judges
+from training.dictionaries.choose import load_columns
+from training.dictionaries.train import DEFAULT_DIR, RECIPES
+from training.modality.judges import DEFAULT_OUT as JUDGES
+from training.modality.judges import Judges
 from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
 from training.towers.embed import EmbeddingSet
 

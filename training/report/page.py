@@ -1,6 +1,7 @@
 """Write the bundle's own report: one page, no scripts, nothing loaded from elsewhere.
 
-``python -m training.report`` reads the figures of the earlier steps from ``work/`` and writes ``work/report.html``.
+``python -m training.report.page`` reads the figures of the earlier steps from ``work/`` and writes
+``work/report.html``.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from services.modality.label_reasons import label_reason
 from services.modality.tables import Cards, ModalityTable, read_thumbnails
 from training.bias import plots as bias_plots
 from training.bias import tables as bias_tables
-from training.build_bundle import WORK
+from training.build.embedded import WORK
 from training.defense.tables import summary, tables
-from training.report_generation import generation_section
-from training.report_plots import label_bars, mds_histograms, monosemanticity_curves
+from training.report.generation import generation_section
+from training.report.plots import label_bars, mds_histograms, monosemanticity_curves
 
 BENCH = Path("out/bench")
-TEMPLATE = "report.html.j2"
+TEMPLATE = "page.html.j2"
 # Cards on the page, by label.
 CARDS_SHOWN = {"CROSS": 24, "IMAGE": 12, "TEXT": 12}
 MAX_BYTES = 3_000_000
@@ -123,11 +124,10 @@ def bias_section(work: Path, parts: Mapping[str, str] = bias_tables.PARTS) -> di
     }
 
 
-def environment() -> Environment:
-    """Return what fills the templates of this folder."""
-    made = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
+def environment(*folders: Path) -> Environment:
+    """Return what fills the templates of `folders` and of this one."""
+    folders = (*folders, Path(__file__).parent)
+    made = Environment(loader=FileSystemLoader(folders), autoescape=True, undefined=StrictUndefined)
     made.filters |= {"interval": interval, "number": bias_tables.number}
     return made
 

@@ -1,0 +1,1 @@
+"""The dictionaries: training every kind, measuring them, choosing size and default."""

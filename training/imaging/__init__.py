@@ -1,0 +1,1 @@
+"""Steering: doses of features, and attributes, fitted, chosen and measured on a finished bundle."""

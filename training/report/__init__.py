@@ -1,0 +1,1 @@
+"""The report of a bundle: page, plots and tables."""
