@@ -11,9 +11,9 @@ import torch
 
 from tests.training.test_diffusion import SMALL, WIDTH, D, data  # noqa: F401 (a fixture)
 from training.compute import CPU
-from training.diffusion import DiffusionTrainer
-from training.diffusion_data import Conditions, DiffusionData
-from training.diffusion_transfer import TransferTrainer, least_squares
+from training.diffusion.data import Conditions, DiffusionData
+from training.diffusion.train import DiffusionTrainer
+from training.diffusion.transfer import TransferTrainer, least_squares
 
 SETTINGS = replace(SMALL, noisy_share=0.0, steps=30, batch=16, lr=1e-3)
 

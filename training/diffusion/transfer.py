@@ -1,7 +1,7 @@
 """Bring a trained text-to-image model over to other towers.
 
-``python -m training.diffusion_transfer --teacher bundles/emoji --teacher-embeddings OLD.npz`` starts from the pipeline
-of a bundle with other towers and leaves a checkpoint that ``training.diffusion_export`` takes; ``--resume`` goes on. A
+``python -m training.diffusion.transfer --teacher bundles/emoji --teacher-embeddings OLD.npz`` starts from the pipeline
+of a bundle with other towers and leaves a checkpoint that ``training.diffusion.export`` takes; ``--resume`` goes on. A
 model that was trained for hours on one pair of towers needs minutes on the next:
 
 1. What reads the towers is fitted in closed form: the cross-attention's keys and values, and the first layer of the
@@ -26,10 +26,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from training.compute import pick_device, pick_precision
-from training.diffusion import DiffusionTrainer, add_paths
-from training.diffusion_data import DiffusionData
-from training.diffusion_model import DiffusionSettings, build_optimisers
-from training.drawings import Drawings
+from training.diffusion.data import DiffusionData
+from training.diffusion.drawings import Drawings
+from training.diffusion.model import DiffusionSettings, build_optimisers
+from training.diffusion.train import DiffusionTrainer, add_paths
 
 DEFAULTS = DiffusionSettings(steps=1000, batch=64, lr=1e-3, decay=0.8, average=0.99)
 # Cross-attention, the class embedding, and what scales and shifts every block by it.
