@@ -232,8 +232,9 @@ TINY = TowerSettings(
 
 @pytest.fixture
 def tiny_trainer(tmp_path):
-    def make(folder, **changes):
-        return TowerTrainer(_tiny_config(), _tiny_corpus(), replace(TINY, **changes), tmp_path / folder)
+    def make(folder, precision=torch.float32, **changes):
+        settings = replace(TINY, **changes)
+        return TowerTrainer(_tiny_config(), _tiny_corpus(), settings, tmp_path / folder, precision=precision)
 
     return make
 
@@ -314,6 +315,15 @@ def test_tuning_moves_the_image_tower_alone(tiny_trainer):
     assert moved
     assert {name.split(".")[0] for name in moved} <= {"visual", "logit_scale"}
     assert torch.equal(words, trainer.words.vectors.weight)
+
+
+def test_a_step_in_bfloat16_has_the_loss_of_one_in_float32_and_keeps_weights_in_float32(tiny_trainer):
+    one, two = tiny_trainer("float32"), tiny_trainer("bfloat16", precision=torch.bfloat16)
+    exact, rounded = one.train_step(), two.train_step()
+    # The same draws and weights; bfloat16 keeps eight bits, 0.4% a product.
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert {p.dtype for p in two.model.parameters()} == {torch.float32}
+    assert torch.isfinite(torch.cat([p.flatten() for p in two.model.parameters()])).all()
 
 
 def test_text_cut_to_its_length_embeds_like_open_clip_itself(tiny_trainer):
