@@ -17,10 +17,10 @@ from rich.console import Console
 from services.bundle.load import CLIP_CONFIG, CLIP_WEIGHTS, Bundle
 from services.bundle.manifest import NAME
 from training.build.bad_rows import check_bad_share
-from training.build.embed import fitting, read_images, store_key
+from training.build.embed import embed, fitting, only_readable, read_images, store_key
 from training.build.errors import BuildError
 from training.build.progress import Reporter
-from training.build.run import Build, embed, only_readable
+from training.build.run import Build
 from training.build.selection import Selection
 from training.build.settings import BuildSettings
 from training.build.store import ShardEntry, Store

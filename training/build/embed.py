@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,9 +16,15 @@ from services.encoding.images import ImagePreprocess, decode_image
 from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
 from services.errors import ImageError
+from training.build.bad_rows import BAD_ROWS, check_bad_share, write_bad_rows
+from training.build.errors import BuildError
 from training.build.pairs import BadRow, Pair, Source, bad_row
+from training.build.progress import Reporter
+from training.build.selection import PEOPLE, PEOPLE_FILE, PROMPTS, Selection
+from training.build.settings import BuildSettings
 from training.build.sources import open_sources
 from training.build.store import ShardEntry, Store, StoreKey
+from training.build.workers import run_all
 from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE
 
 # The towers' largest piece: more at once is not faster on a CPU.
@@ -200,3 +207,107 @@ def read_images(paths: tuple[Path, ...], wanted: Sequence[tuple[str, int]]) -> d
             if isinstance(item, Pair):
                 found[name, row] = item.image
     return found
+
+
+def embed(settings: BuildSettings, reporter: Reporter) -> Store:
+    """Return the embeddings of the pairs, or the finished ones that the settings name.
+
+    Raises
+    ------
+    BuildError
+        Where no pair can be used, or finished embeddings are of other towers or of other pairs.
+    """
+    clip = settings.work / "clip"
+    key = store_key(clip, settings.templates, settings.dtype, settings.device)
+    if settings.embeddings is not None:
+        store = Store.open(settings.embeddings)
+        if store.key.fingerprint != key.fingerprint:
+            raise BuildError(f"{settings.embeddings} holds embeddings of other towers than {settings.model}")
+        if settings.pairs:
+            check_pairs(store, settings, reporter)
+        return store
+    opened = sources(settings.pairs)
+    # What a table says is read in seconds, and embedding takes hours.
+    broken = [[source.name, row.row, row.key, row.reason] for source in opened for row in source.broken()]
+    write_bad_rows(broken, settings.work / BAD_ROWS)
+    check_bad_share(broken, sum(len(source) for source in opened) - len(broken), settings)
+    store = Store(settings.work / "embeddings" / key.digest(), key)
+    tasks = plan(opened, settings.shard_rows)
+    todo = missing(store, opened, tasks)
+    total = sum(task.stop - task.start for task in tasks)
+    with reporter.stage("embeddings", total) as stage:
+        stage.advance(total - sum(task.stop - task.start for task in todo))
+        arguments = [(settings.pairs, clip, store, task) for task in todo]
+        # On a GPU one process is enough to keep it busy, and all that fits.
+        run_all(_make_shard, arguments, 1 if settings.device == "cuda" else settings.workers, stage.advance)
+    store.finish([task.name for task in tasks])
+    bad = [row for entry in store.shards() for row in entry.bad]
+    write_bad_rows(bad, settings.work / BAD_ROWS)
+    good = sum(entry.rows for entry in store.shards())
+    rows = len(bad) + good
+    if bad:
+        share = f"{len(bad) / rows:.1%}, at most {settings.max_bad_share:.1%} may be"
+        reporter.say(f"{len(bad)} of {rows} rows were skipped ({share}); {settings.work / BAD_ROWS} says why")
+    check_bad_share(bad, good, settings)
+    return store
+
+
+def check_pairs(store: Store, settings: BuildSettings, reporter: Reporter) -> None:
+    """Tell how many pairs of finished embeddings have no picture in `--pairs`.
+
+    Raises
+    ------
+    BuildError
+        Where none has: hours of training would come before anyone sees it.
+    """
+    rows = store.rows()
+    fits = fitting(settings.pairs, {name: rows[name].to_pylist() for name in ("source", "row", "key")})
+    if not fits.any():
+        raise BuildError(
+            f"{settings.embeddings} was not made from these --pairs: none of its {len(fits)} rows is in a file of the "
+            "same name, at the same place, with the same path or key"
+        )
+    if not fits.all():
+        reporter.say(
+            f"{(~fits).sum()} of {len(fits)} pairs of {settings.embeddings} are not where they were in --pairs: "
+            "they go without a picture"
+        )
+
+
+def only_readable(selection: Selection, settings: BuildSettings) -> tuple[Selection, bool | str]:
+    """Take the source from pairs that are no longer there, so that no picture of another pair is read for theirs.
+
+    Returns
+    -------
+    selection : Selection
+        Its column "source" is "" for those.
+    readable : bool or str
+        What stages that read pictures hang on: whether there are any, or where some are not, a hash of which.
+    """
+    if settings.embeddings is None or not settings.pairs:
+        return selection, bool(settings.pairs)
+    fits = fitting(settings.pairs, selection.columns)
+    if fits.all():
+        return selection, True
+    columns = {**selection.columns, "source": np.where(fits, selection.columns["source"], "")}
+    return replace(selection, columns=columns), hashlib.sha256(fits.tobytes()).hexdigest()
+
+
+def _make_shard(
+    paths: tuple[Path, ...], clip: Path, store: Store, task: Task, tell: Callable[[float], None]
+) -> None:
+    make_shard(paths, clip, store, task)
+    tell(task.stop - task.start)
+
+
+def with_people(store: Store, clip: Path, device: str) -> None:
+    """Add the embeddings of the prompts of a woman and of a man to a store, float32 [2, prompts, d]."""
+    path = store.folder / PEOPLE_FILE
+    if path.exists():
+        return
+    towers = embedder(clip, device)
+    people = np.stack([towers.texts([prompt.format(who) for prompt in PROMPTS]) for who in PEOPLE])
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as file:
+        np.save(file, people, allow_pickle=False)
+    part.replace(path)

@@ -7,9 +7,10 @@ silence. `training.build.sources` opens what a user names.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from monofacet._tables import COLUMNS, TableError, gender_of, split_of, texts_of
 
@@ -59,35 +60,59 @@ class BadRow:
     reason: str
 
 
-class Source(Protocol):
+class Unusable(Exception):
+    """Why a row is a bad one."""
+
+
+class Source(ABC):
     """Where pairs come from.
 
-    Attributes
+    Parameters
     ----------
     name : str
         Of the file, for people.
     """
 
-    name: str
+    def __init__(self, name: str) -> None:
+        self.name = name
 
+    @abstractmethod
     def __len__(self) -> int:
         """Return the number of rows, bad ones included."""
 
+    @abstractmethod
     def key(self, row: int) -> str:
         """Return what names the image of a row, as `Pair.key`."""
 
+    @abstractmethod
     def digest(self, start: int, stop: int) -> str:
         """Return a hash over what the rows say and how large their images are; no image is read."""
 
+    @abstractmethod
+    def _check(self, row: int) -> object:
+        """Raise `Unusable` where a row is known to be bad before its image is read."""
+
+    @abstractmethod
+    def _pairs(self, row: int) -> list[Pair]:
+        """Return the pairs of a row, or raise `Unusable`."""
+
     def broken(self) -> Iterator[BadRow]:
         """Return the rows that are known to be bad before an image is read."""
+        for row in range(len(self)):
+            try:
+                self._check(row)
+            except Unusable as error:
+                yield bad_row(row, self.key(row), str(error))
 
     def read(self, start: int, stop: int) -> Iterator[Pair | BadRow]:
         """Read rows in order."""
-
-
-class Unusable(Exception):
-    """Why a row is a bad one."""
+        for row in range(start, stop):
+            try:
+                yield from self._pairs(row)
+            except Unusable as error:
+                yield bad_row(row, self.key(row), str(error))
+            except OSError as error:
+                yield bad_row(row, self.key(row), f"cannot be read: {error.strerror}")
 
 
 def bad_row(row: int, key: str, reason: str) -> BadRow:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,10 +17,9 @@ from training.build.errors import BuildError
 from training.build.pairs import (
     IMAGES,
     LABELS,
-    BadRow,
     Pair,
+    Source,
     Unusable,
-    bad_row,
     captions,
     checked_labels,
     meant,
@@ -53,11 +53,12 @@ class Sample:
         return any(suffix in self.members for suffix in suffixes)
 
 
-class Samples:
+class Samples(Source):
     """Samples in order, whatever they lie in: what `Shard` and `Folder` share."""
 
     def __init__(self, name: str, path: Path, samples: list[Sample]) -> None:
-        self.name, self._path, self._samples = name, path, samples
+        super().__init__(name)
+        self._path, self._samples = path, samples
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -82,27 +83,13 @@ class Samples:
                     digest.update(self._content(sample.members[suffix]))
         return digest.hexdigest()
 
-    def broken(self) -> Iterator[BadRow]:
+    def _check(self, row: int) -> Member:
         """See `Source`; texts are not read either."""
-        for row, sample in enumerate(self._samples):
-            try:
-                _image_of(sample)
-            except Unusable as error:
-                yield bad_row(row, sample.key, str(error))
+        return _image_of(self._samples[row])
 
-    def read(self, start: int, stop: int) -> Iterator[Pair | BadRow]:
-        """See `Source`."""
-        for row in range(start, stop):
-            sample = self._samples[row]
-            try:
-                yield from self._pairs(row, sample)
-            except Unusable as error:
-                yield bad_row(row, sample.key, str(error))
-            except OSError as error:
-                yield bad_row(row, sample.key, f"cannot be read: {error.strerror}")
-
-    def _pairs(self, row: int, sample: Sample) -> list[Pair]:
-        image = _image_of(sample)
+    def _pairs(self, row: int) -> list[Pair]:
+        sample = self._samples[row]
+        image = self._check(row)
         texts = {suffix: self._whole(sample.members[suffix]) for suffix in TEXTS if suffix in sample.members}
         said, fields = _said(texts)
         found, labels = captions(said or fields.get("text")), checked_labels(fields)
@@ -115,8 +102,9 @@ class Samples:
             raise Unusable("its data has changed while it was read, or is cut off")
         return data
 
+    @abstractmethod
     def _content(self, member: Member) -> bytes:
-        raise NotImplementedError
+        """Return the bytes of a file."""
 
 
 def _image_of(sample: Sample) -> Member:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,9 @@ from monofacet._tables import COLUMNS, TableError, find_columns, missing_column,
 from services.strict_json import canonical_json
 from training.build.errors import BuildError
 from training.build.pairs import (
-    BadRow,
     Pair,
+    Source,
     Unusable,
-    bad_row,
     captions,
     checked_labels,
     meant,
@@ -34,7 +34,24 @@ IMAGE_BYTES = (*COLUMNS["image"], "jpg", "jpeg", "png", "webp", "image_bytes", "
 TRIED = 20
 
 
-class Table:
+class _Rows(Source):
+    """Rows that say their captions and labels, and where their image is: what `Table` and `Columns` share."""
+
+    @abstractmethod
+    def _check(self, row: int) -> tuple[list[str], dict[str, str]]:
+        """Return the captions and the labels of a row."""
+
+    @abstractmethod
+    def _bytes(self, row: int) -> bytes:
+        """Return the image of a row, or raise `Unusable`."""
+
+    def _pairs(self, row: int) -> list[Pair]:
+        found, labels = self._check(row)
+        data = self._bytes(row)
+        return [Pair(row, self.key(row), data, caption, **labels) for caption in found]
+
+
+class Table(_Rows):
     """A CSV, a TSV or JSON lines.
 
     Parameters
@@ -46,7 +63,7 @@ class Table:
     """
 
     def __init__(self, path: Path, name: str = "") -> None:
-        self.name = name or path.name
+        super().__init__(name or path.name)
         try:
             self._rows = _lines(path) if path.suffix.lower() == ".jsonl" else _cells(path)
         except TableError as error:
@@ -70,27 +87,14 @@ class Table:
             digest.update(canonical_json([dict(cells), problem, size]))
         return digest.hexdigest()
 
-    def _said(self, row: int) -> tuple[list[str], dict[str, str]]:
-        """Return the captions and the labels of a row."""
+    def _check(self, row: int) -> tuple[list[str], dict[str, str]]:
         _, cells, problem = self._rows[row]
         if problem:
             raise Unusable(problem)
         return captions(cells.get("text")), checked_labels(cells)
 
-    def broken(self) -> Iterator[BadRow]:
-        """See `Source`."""
-        yield from _broken(self)
-
-    def read(self, start: int, stop: int) -> Iterator[Pair | BadRow]:
-        """See `Source`."""
-        for row in range(start, stop):
-            key = self.key(row)
-            try:
-                found, labels = self._said(row)
-                data = self._files.read(key)
-                yield from (Pair(row, key, data, caption, **labels) for caption in found)
-            except Unusable as error:
-                yield bad_row(row, key, str(error))
+    def _bytes(self, row: int) -> bytes:
+        return self._files.read(self.key(row))
 
 
 Cells = tuple[int, Mapping[str, Any], str]
@@ -177,7 +181,7 @@ class _Files:
             raise Unusable(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-class Columns:
+class Columns(_Rows):
     """A parquet or Arrow file, as Hugging Face `datasets`, img2dataset and pandas write them.
 
     Its images are named, or they are in the file, as bytes or as `{bytes, path}`. Those are read a group of rows at a
@@ -192,7 +196,8 @@ class Columns:
     """
 
     def __init__(self, path: Path, name: str = "") -> None:
-        self.name, self._path = name or path.name, path
+        super().__init__(name or path.name)
+        self._path = path
         try:
             schema = _schema(path)
             embedded = [f.name for f in schema if _holds_images(f)]
@@ -239,14 +244,9 @@ class Columns:
         value = self._cells["image"][place]
         return value.strip() if isinstance(value, str) else ""
 
-    def _said(self, row: int) -> tuple[list[str], dict[str, str]]:
-        """Return the captions and the labels of a row."""
+    def _check(self, row: int) -> tuple[list[str], dict[str, str]]:
         fields = self._fields(row)
         return captions(fields.get("text")), checked_labels(fields)
-
-    def broken(self) -> Iterator[BadRow]:
-        """See `Source`."""
-        yield from _broken(self)
 
     def _fields(self, row: int) -> dict[str, Any]:
         place = self._places[row]
@@ -261,20 +261,9 @@ class Columns:
             digest.update(repr([sorted(self._fields(row).items()), self.key(row), size]).encode())
         return digest.hexdigest()
 
-    def read(self, start: int, stop: int) -> Iterator[Pair | BadRow]:
-        """See `Source`."""
-        for row in range(start, stop):
-            key = self.key(row)
-            try:
-                found, labels = self._said(row)
-                data = self._bytes(row, key)
-                yield from (Pair(row, key, data, caption, **labels) for caption in found)
-            except Unusable as error:
-                yield bad_row(row, key, str(error))
-
-    def _bytes(self, row: int, key: str) -> bytes:
+    def _bytes(self, row: int) -> bytes:
         if not self._image:
-            return self._files.read(key)
+            return self._files.read(self.key(row))
         try:
             value = _image(self._path, self._image, self._places[row])
         except (OSError, pa.ArrowException) as error:
@@ -288,14 +277,6 @@ class Columns:
         if not data:
             raise Unusable("no image")
         return bytes(data)
-
-
-def _broken(table: Table | Columns) -> Iterator[BadRow]:
-    for row in range(len(table)):
-        try:
-            table._said(row)
-        except Unusable as error:
-            yield bad_row(row, table.key(row), str(error))
 
 
 def _holds_images(field: pa.Field) -> bool:
