@@ -50,8 +50,8 @@ from services.errors import InvalidInput
 from services.imaging.conditioning import activations
 from services.imaging.denoiser import Sample
 from services.imaging.edits import Edit, FromReference, ImageRequest, Operation, Steering
+from services.imaging.features import feature_space
 from services.imaging.generator import Imaging
-from services.imaging.spaces import feature_space
 from services.imaging.steering import Embedding, FeatureSpace, Steered, dosed, steer
 from services.modality.tables import Label
 from training.corpus.build import DEFAULT_DIR

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.operations.environment import ENVIRONMENT, ONE_MACHINE, PRIVATE, REPLICA_ENVIRONMENT
-from services.absent import without
+from services.encoding.import_trimming import without
 
 # Controller, gateway, encoder and generator: Ray starts a worker for each CPU that it is told of before they ask.
 _WORKERS = 4

@@ -1,19 +1,56 @@
-"""`associate`: activations of gendered items in, the association of every feature with gender out."""
+"""The association of every feature with gender: what is known of each, how it is computed, and their order.
+
+The gateway reads associations from the bundle and must not load scipy, so only what computes them imports it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
-from services.bias.association import Association
-from services.modality.scores import Activations
+if TYPE_CHECKING:
+    from services.modality.scores import Activations
 
 # Resamples drawn at once: bounds the memory of (block x features) sums.
 BLOCK = 50
+
+
+@dataclass(frozen=True)
+class Association:
+    """How each feature goes with gender in one modality.
+
+    Attributes
+    ----------
+    value, low, high : float64 arrays, shape (n,)
+        Correlation of activation and "is a woman", in [-1, 1], and its 95% bootstrap interval over clusters; above 0
+        the feature fires more for women. 0 where the feature never fires.
+    share : float64 array, shape (n,)
+        Its part of the gap between the genders' mean scores: (E_F z_j - E_M z_j) <d_j, t_F - t_M> over the whole gap.
+        The parts of all features and of the residual add up to 1.
+    """
+
+    value: Float[np.ndarray, " n"]
+    low: Float[np.ndarray, " n"]
+    high: Float[np.ndarray, " n"]
+    share: Float[np.ndarray, " n"]
+
+    @property
+    def strength(self) -> Float[np.ndarray, " n"]:
+        """How far the interval stays from 0; negative where it holds 0."""
+        strength: NDArray[np.float64] = np.maximum(self.low, -self.high)
+        return strength
+
+
+def rank_by_association(sides: Sequence[Association]) -> Int[np.ndarray, " n"]:
+    """Return the features, most associated first: by the end of the interval nearer 0, in the clearer modality."""
+    strength = np.max([side.strength for side in sides], axis=0)
+    order: NDArray[np.int64] = np.argsort(-strength, kind="stable")
+    return order
 
 
 def associate(
@@ -61,6 +98,8 @@ def _cluster_sums(
     z: Activations, woman: Bool[np.ndarray, " n"], cluster: Int[np.ndarray, " n"]
 ) -> tuple[NDArray[np.float64], ...]:
     """Return sums by cluster of 1, y, z, z^2 and z y, with y 1 for a woman; the first two have one column."""
+    import scipy.sparse as sp
+
     _, codes = np.unique(cluster, return_inverse=True)
     n = len(codes)
     member = sp.csr_array((np.ones(n), (codes, np.arange(n))), shape=(int(codes.max()) + 1, n))

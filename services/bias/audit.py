@@ -34,7 +34,7 @@ from services.bias.measures import (
     threshold_figures,
     weighted_auc,
 )
-from services.bias.null_tests import THRESHOLD_FREE, NullTest, null_tests
+from services.bias.null import THRESHOLD_FREE, NullTest, null_tests
 from services.bias.plan import Plan, neighbours_kept
 from services.check import Check, nothing
 from services.errors import NotEnoughItems

@@ -17,7 +17,7 @@ import safetensors.numpy
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from services.bias.association import Association
+from services.bias.associate import Association
 from services.bias.leace import Leace
 from services.errors import ManifestError
 from services.modality.modalities import Modality

@@ -182,7 +182,7 @@ def build_clip(config: ClipConfig, weights: Path | None) -> nn.Module:
     """
     import torch
 
-    from services.encoding.quiet_open_clip import open_clip, take_timm
+    from services.encoding.trimmed_open_clip import open_clip, take_timm
 
     arguments = copy.deepcopy(config.model_cfg)
     custom_text = arguments.pop("custom_text", False)
@@ -216,7 +216,7 @@ def _shapes(state: dict[str, Any]) -> dict[str, Sequence[int]]:
 
 def _in_layout_of(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Return weights as the model names them; open_clip takes these forms, too."""
-    from services.encoding.quiet_open_clip import open_clip
+    from services.encoding.trimmed_open_clip import open_clip
 
     if all(name.startswith(_PARALLEL) for name in state):
         state = {name.removeprefix(_PARALLEL): tensor for name, tensor in state.items()}

@@ -1,7 +1,8 @@
 """Importing less of a library: what it takes to keep out what it imports and this process never uses.
 
 Libraries import optional ones wherever those are installed, and torch's compiler for the sake of decorators. In a
-process that serves, that is seconds of start-up and hundreds of megabytes for nothing.
+process that serves, that is seconds of start-up and hundreds of megabytes for nothing. torch is imported only where it
+is needed: the command and the gateway, which have none, use `without` too.
 """
 
 from __future__ import annotations
@@ -13,15 +14,24 @@ from contextlib import ExitStack, contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import torch
-
-from services.absent import without
+from typing import Any, cast
 
 _COMPILER = "torch._dynamo"
 # What libraries decorate functions with, so that the compiler treats them in some way.
 _DECORATORS = ("allow_in_graph", "assume_constant_result", "disable")
+
+
+@contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Make these modules unimportable for the length of a block, unless they have been imported already."""
+    absent = [name for name in names if name not in sys.modules]
+    # An import of what is None fails, so that libraries take it for not installed.
+    sys.modules.update(dict.fromkeys(absent, cast(ModuleType, None)))
+    try:
+        yield
+    finally:
+        for name in absent:
+            sys.modules.pop(name, None)
 
 
 def hollow(name: str, home: Path | None = None) -> Any:
@@ -48,7 +58,7 @@ def home_of(package: str) -> Path:
 
 @contextmanager
 def small_torchvision() -> Iterator[None]:
-    """Have a torchvision of which only the modules that are asked for are loaded, unless all of it is there."""
+    """Load only those modules of torchvision that are asked for, unless it has been imported already."""
     if "torchvision" in sys.modules:
         yield
         return
@@ -64,7 +74,7 @@ def small_torchvision() -> Iterator[None]:
 
 @contextmanager
 def no_compiler() -> Iterator[None]:
-    """Have what the compiler's decorators are put on as it is, unless the compiler has been imported already.
+    """Replace the decorators of torch's compiler by ones that do nothing, unless it has been imported already.
 
     torch itself imports its compiler when such a function is first called, as the initialisation of a module on the
     meta device does. So a model is best loaded, and run once, within.
@@ -75,6 +85,8 @@ def no_compiler() -> Iterator[None]:
 
     def as_it_is(function: Any = None, *arguments: Any, **options: Any) -> Any:
         return as_it_is if function is None else function
+
+    import torch
 
     compiler: Any = torch.compiler
     before, compiler.disable = compiler.disable, as_it_is
@@ -90,7 +102,7 @@ def no_compiler() -> Iterator[None]:
 
 @contextmanager
 def _no_masks_of_patterns() -> Iterator[None]:
-    """Have what transformers imports of the compiler for attention masks made of patterns, which CLIP has none of."""
+    """Stand in for what transformers imports of the compiler for flexible attention masks, which CLIP does not use."""
     if _COMPILER in sys.modules and getattr(sys.modules[_COMPILER], "__file__", None):
         yield
         return
@@ -109,7 +121,9 @@ def _no_masks_of_patterns() -> Iterator[None]:
 
 @contextmanager
 def _not_distributed() -> Iterator[None]:
-    """Have torch not able to spread a model over processes, for which transformers would import the compiler."""
+    """Tell transformers that torch cannot run distributed, for which it would import the compiler."""
+    import torch
+
     distributed: Any = torch.distributed
     before, distributed.is_available = distributed.is_available, lambda: False
     try:

@@ -6,6 +6,7 @@ because conversion and compilation take seconds and a cache would be one more ar
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from services.encoding.clip import ClipConfig
-from services.encoding.quiet_openvino import ov
 from services.encoding.text_tower import TextTower
 from services.encoding.towers import MAX_BATCH, Embeddings, run_images, run_texts, warm_up
 from services.errors import UnsupportedModel
+
+# OpenVINO reports its use to its makers from its import on, without asking; where its telemetry cannot be imported it
+# falls back to a stub of its own. So import it from this module and nowhere else.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+import openvino as ov  # noqa: E402
 
 DEVICE = "CPU"
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from services.encoding.quiet_open_clip import open_clip
+from services.encoding.trimmed_open_clip import open_clip
 from services.errors import UnsupportedModel
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from services.encoding.clip import ClipConfig
 from services.encoding.merges import merge
-from services.encoding.quiet_open_clip import open_clip
+from services.encoding.trimmed_open_clip import open_clip
 from services.errors import InvalidInput, TextTooLong
 
 # A server that reads strangers' words must forget them: words remembered, and bytes of one, at most.

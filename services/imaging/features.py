@@ -1,25 +1,44 @@
-"""The dictionaries that edits of images go by, each read when it is first asked for: few of a bundle's are."""
+"""What edits need of a bundle's dictionaries. Only `Features`, which reads the dictionaries themselves, loads torch."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.bundle.load import Bundle
-from services.dictionaries.base import Dictionary
 from services.errors import UnknownDictionary
 from services.imaging.dose import Attributes
-from services.imaging.spaces import feature_space
+from services.imaging.statistics import ActivationStatistics
 from services.imaging.steering import FeatureSpace
 from services.modality.modalities import Modality
 
+if TYPE_CHECKING:
+    from services.dictionaries.base import Dictionary
+
+
+def feature_space(bundle: Bundle, name: str, rows: Callable[[Modality], NDArray[np.float32]]) -> FeatureSpace:
+    """Return what edits need of a dictionary of `bundle`, whose decoder is `rows`."""
+    manifest = bundle.manifest
+    return FeatureSpace(
+        name,
+        manifest.dictionaries[name].n_features,
+        manifest.dictionaries[name].kind == "neurons",
+        rows,
+        bundle.modality(name) if name in manifest.modality else None,
+        ActivationStatistics.read(bundle.path / manifest.steering[name])
+        if name in manifest.steering
+        else None,
+        bundle.attributes(),
+    )
+
 
 class Features:
-    """A bundle's dictionaries, and what edits need of them besides.
+    """A bundle's dictionaries with their feature spaces, each read when it is first asked for: few of them are.
 
     Parameters
     ----------

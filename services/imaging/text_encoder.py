@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from services.encoding.clip import ClipConfig
-from services.encoding.quiet_open_clip import open_clip
+from services.encoding.trimmed_open_clip import open_clip
 from services.errors import UnsupportedModel
 
 # open_clip's merges: the file holds a version line and more than CLIP uses.

@@ -23,8 +23,7 @@ from hypothesis import strategies as st
 from services.bundle.towers import load_towers
 from services.encoding.clip import build_clip, read_clip_config
 from services.encoding.load import choose_backend
-from services.encoding.openvino_backend import OpenVINOTowers, best_precision
-from services.encoding.quiet_openvino import ov
+from services.encoding.openvino_backend import OpenVINOTowers, best_precision, ov
 from services.encoding.texts import Tokeniser
 from services.encoding.torch_backend import TorchTowers
 from services.encoding.towers import Embeddings, piece_sizes, text_length

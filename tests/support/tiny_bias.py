@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from services.bias.association import Association
+from services.bias.associate import Association
 from services.bias.calibration import BiasCalibration, DictionaryCalibration, ModalityCalibration
 from services.bias.leace import Leace
 from services.bundle.load import BIAS, Bundle, refresh_manifest

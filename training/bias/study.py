@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from services.bias.ablation import Side
-from services.bias.associate import associate
-from services.bias.association import Association, rank_by_association
+from services.bias.associate import Association, associate, rank_by_association
 from services.bias.audit import Audit, AuditSettings, audit
 from services.bias.calibration import DictionaryCalibration, ModalityCalibration
 from services.bias.cases import UNGENDERED, WOMAN, Cases

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from services.bundle.selfcheck import Probe, record_probe, write_probe
-from services.encoding.quiet_open_clip import whole_open_clip
+from services.encoding.trimmed_open_clip import whole_open_clip
 
 PROBE_FILE = "probe.safetensors"
 

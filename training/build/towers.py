@@ -94,7 +94,7 @@ def _from_hub(repository: str, revision: str | None) -> tuple[str, Path]:
 
 
 def _from_name(name: str, tag: str, revision: str | None) -> tuple[str, Path]:
-    from services.encoding.quiet_open_clip import whole_open_clip
+    from services.encoding.trimmed_open_clip import whole_open_clip
 
     open_clip = whole_open_clip()
     model_cfg: dict[str, Any] | None = open_clip.get_model_config(name)

@@ -18,7 +18,7 @@ from deployments.gateway.messages import check_texts, items_of
 from deployments.operations.settings import Settings
 from services.errors import InvalidInput
 from services.imaging.edits import FromReference, Steering
-from services.imaging.spaces import feature_space
+from services.imaging.features import feature_space
 from services.imaging.steering import Embedding, FeatureSpace, Steered, steer
 from services.modality.modalities import Modality
 

@@ -13,8 +13,7 @@ from scipy.stats import kstest
 
 import services.bias.audit
 from services.bias.ablation import Mode
-from services.bias.associate import associate
-from services.bias.association import rank_by_association
+from services.bias.associate import associate, rank_by_association
 from services.bias.audit import AuditSettings, Verdict, audit, audit_scores
 from services.bias.cases import MAN, UNGENDERED, WOMAN
 from services.bias.gender import gender_scores

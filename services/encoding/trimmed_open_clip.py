@@ -12,8 +12,7 @@ import importlib
 import sys
 from typing import Any
 
-from services.absent import without
-from services.encoding.import_trimming import hollow, home_of, no_compiler, small_torchvision
+from services.encoding.import_trimming import hollow, home_of, no_compiler, small_torchvision, without
 
 _PACKAGE = "services.encoding.served_open_clip"
 
