@@ -14,8 +14,7 @@ channels that open no socket; requests and answers are serialised as on the wire
 answers. `run_server` serves one on a real loopback port.
 """
 
-from monofacet.testing._aio_channel import MockAioChannel
-from monofacet.testing._channel import MockChannel
+from monofacet.testing._channel import MockAioChannel, MockChannel
 from monofacet.testing._clients import mock_async_client, mock_client, run_server
 from monofacet.testing._fake import FakeMonofacet
 from monofacet.testing._status import status_with_details

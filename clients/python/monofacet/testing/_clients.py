@@ -11,8 +11,7 @@ import grpc
 
 from monofacet._async_client import AsyncClient
 from monofacet._client import Client
-from monofacet.testing._aio_channel import MockAioChannel
-from monofacet.testing._channel import MockChannel
+from monofacet.testing._channel import MockAioChannel, MockChannel
 from monofacet.testing._fake import FakeMonofacet
 
 
