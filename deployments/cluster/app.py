@@ -53,7 +53,7 @@ class GatewayReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, served: Sequence[Served], encoders: Sequence[Any], generators: Sequence[Any]
     ) -> None:
-        from deployments.cluster.bundle_models import BundleModels
+        from deployments.cluster.handles import BundleModels
         from deployments.cluster.watch import RayReplicas, Watch
         from deployments.gateway.catalogue import Catalogue
         from deployments.gateway.server import GatewayServer

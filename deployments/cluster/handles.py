@@ -1,20 +1,26 @@
-"""A deployment's handle that repeats a call once when a replica dies, and knows whether any is left."""
+"""How the gateway calls what computes: handles that repeat a call once when a replica dies, and a bundle's of them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from ray import exceptions as ray_errors
 from ray.serve import exceptions as serve_errors
 
 from deployments.batching import DeadlineExpired
-from deployments.encoder.tasks import EncoderFault, ReplicaFaulty
+from deployments.encoder.tasks import EncoderFault, EncoderInfo, ReplicaFaulty, Reply, ScoreRequest, Work
+from deployments.gateway.bundles import Backend
 from deployments.gateway.errors import EncoderUnavailable
+from deployments.gateway.server import GatewayServer
+from deployments.generator.events import Events, GenerateWork, GeneratorInfo
+from deployments.operations.served import Served
+from services.errors import InvalidInput
+from services.modality.tables import ModalityTable
 
 log = logging.getLogger("monofacet.gateway")
 
@@ -31,6 +37,8 @@ _PROBE_S = 2.0
 # Seconds between two questions to a deployment whose replicas die, and to one whose replica cannot be warmed.
 _AGAIN_S = 0.2
 _AGAIN_WHEN_FAULTY_S = 2.0
+# Seconds after which a replica that could not be warmed is asked again what it is.
+_WARM_AGAIN_S = 5.0
 # Seconds for which a call looks for a replica with a model beside those without, and between two looks.
 _LOOK_S = 5.0
 _LOOK_AGAIN_S = 0.1
@@ -108,49 +116,11 @@ class ModelHandle:
         DeadlineExpired
             When there was no time left, though replicas answer, or may do.
         """
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(_within(remaining_s)):
-                with self._in_flight():
-                    return await self._call(method, args, began)
-        except TimeoutError:
-            if self._silent(began):
-                raise EncoderUnavailable("no replica of the model answered in time; try later") from None
-            raise DeadlineExpired from None
+        once = getattr(self._handle, method)
+        (answer,) = [each async for each in self._answers(once, _only, args, remaining_s)]
+        return answer
 
-    async def _call(self, method: str, args: tuple[Any, ...], began: float) -> Any:
-        deaths = 0
-        while True:
-            response = getattr(self._handle, method).remote(*args)
-            try:
-                answer = await response
-            except GONE as error:
-                deaths += 1
-                log.warning(
-                    "no answer from the %s (%s), attempt %d", self._name, type(error).__name__, deaths
-                )
-                self.notice()
-                if deaths == 2:
-                    break
-            except ReplicaFaulty:
-                # It answers at once, so Serve would send it more than the others until it is replaced.
-                self.notice()
-                if time.monotonic() - began > _LOOK_S:
-                    break
-                await asyncio.sleep(_LOOK_AGAIN_S)
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
-            except BaseException:
-                # An error is an answer, too.
-                self._answered = time.monotonic()
-                raise
-            else:
-                self._answered = time.monotonic()
-                return answer
-        raise EncoderUnavailable("the model is not available; try later")
-
-    async def stream(self, method: str, *args: Any, remaining_s: float | None = None) -> AsyncIterator[Any]:
+    def stream(self, method: str, *args: Any, remaining_s: float | None = None) -> AsyncGenerator[Any, None]:
         """Call a method of one replica that answers in a stream; once more if it died before its first answer.
 
         Leaving the iteration cancels the call at the replica.
@@ -167,39 +137,66 @@ class ModelHandle:
         DeadlineExpired
             As `call`.
         """
+        return self._answers(getattr(self._handle.options(stream=True), method), aiter, args, remaining_s)
+
+    async def _answers(
+        self,
+        method: Any,
+        messages_of: Callable[[Any], AsyncIterator[Any]],
+        args: tuple[Any, ...],
+        remaining_s: float | None,
+    ) -> AsyncGenerator[Any, None]:
+        """Yield what one replica answers; ask another if it has no model, or died before its first answer."""
         began = time.monotonic()
-        within = _within(remaining_s)
+        ends = began + _within(remaining_s)
+        deaths = 0
         with self._in_flight():
-            for attempt in (1, 2):
-                begun = False
-                response = getattr(self._handle.options(stream=True), method).remote(*args)
-                messages = aiter(response)
+            while deaths < 2:
+                begun = ended = False
+                response = method.remote(*args)
+                messages = messages_of(response)
                 try:
                     while True:
                         # Not around the whole iteration: its body is the caller's.
-                        async with asyncio.timeout(began + within - time.monotonic()):
+                        async with asyncio.timeout(ends - time.monotonic()):
                             message = await anext(messages, _END)
-                        if message is _END:
-                            return
                         self._answered = time.monotonic()
+                        if message is _END:
+                            ended = True
+                            return
                         begun = True
                         yield message
                 except GONE as error:
+                    ended = True
+                    deaths += 1
                     log.warning(
-                        "no answer from the %s (%s), attempt %d", self._name, type(error).__name__, attempt
+                        "no answer from the %s (%s), attempt %d", self._name, type(error).__name__, deaths
                     )
                     self.notice()
                     if begun:
                         break
+                except ReplicaFaulty:
+                    # It answers at once, so Serve would send it more than the others until it is replaced.
+                    ended = True
+                    self.notice()
+                    if time.monotonic() - began > _LOOK_S:
+                        break
+                    await asyncio.sleep(max(0.0, min(_LOOK_AGAIN_S, ends - time.monotonic())))
                 except TimeoutError:
                     if begun or not self._silent(began):
                         raise DeadlineExpired from None
-                    break
+                    raise EncoderUnavailable("no replica of the model answered in time; try later") from None
                 except serve_errors.RequestCancelledError:
                     # Serve's name for the cancellation of this very task.
                     raise asyncio.CancelledError from None
+                except Exception:
+                    # An error is an answer, too.
+                    ended = True
+                    self._answered = time.monotonic()
+                    raise
                 finally:
-                    response.cancel()
+                    if not ended:
+                        response.cancel()
         raise EncoderUnavailable("the model is not available; try later")
 
     def _silent(self, began: float) -> bool:
@@ -283,8 +280,106 @@ class ModelHandle:
 _END = object()
 
 
+async def _only(response: Any) -> AsyncIterator[Any]:
+    """Yield the one answer of a call that answers once."""
+    yield await response
+
+
 def _within(remaining_s: float | None) -> float:
     """Return the seconds that a call to a replica may take."""
     if remaining_s is None:
         return _LONGEST_S
     return max(0.0, remaining_s - min(_MOST_MARGIN_S, _MARGIN * remaining_s))
+
+
+class BundleModels:
+    """The gateway's handles of what computes for one bundle.
+
+    Parameters
+    ----------
+    server
+        Told when replicas are lost and when they are back.
+    bundle
+        Which one.
+    encoder, generator
+        Serve's handles; the second is None where no images are generated.
+    """
+
+    def __init__(self, server: GatewayServer, bundle: Served, encoder: Any, generator: Any) -> None:
+        self._server = server
+        self.bundle = bundle
+
+        def handle(deployment: str, of: Any, changed: Callable[[bool, str], Awaitable[None]]) -> ModelHandle:
+            lost = server.metrics.replica_restarts.labels(deployment).inc
+            made = ModelHandle(deployment, of, lost, lambda alive: changed(alive, bundle.name))
+            # Read at each scrape, so that it grows while nothing else moves.
+            server.metrics.stalled.labels(deployment).set_function(lambda: made.stalled_s)
+            return made
+
+        self._encoder = handle(bundle.encoder, encoder, server.set_serving)
+        self._generator = None
+        if generator is not None:
+            self._generator = handle(bundle.generator, generator, server.set_generating)
+
+    async def encoder_info(self) -> EncoderInfo | EncoderFault:
+        """Wait for the encoder to be warm, or to say why it cannot be."""
+        info: EncoderInfo | EncoderFault = await self._info(self._encoder)
+        return info
+
+    async def _info(self, handle: ModelHandle) -> Any:
+        try:
+            return await handle.call("info")
+        except (EncoderUnavailable, DeadlineExpired) as error:
+            return EncoderFault(str(error) or type(error).__name__)
+
+    @property
+    def handles(self) -> dict[str, ModelHandle]:
+        """What calls the replicas, by deployment."""
+        handles = {self.bundle.encoder: self._encoder}
+        if self._generator is not None:
+            handles[self.bundle.generator] = self._generator
+        return handles
+
+    def backend(self, info: EncoderInfo) -> Backend:
+        """Return how to call them."""
+        generate = None if self._generator is None else self._generate
+        return Backend(self._encode, self._score, info, generate)
+
+    async def generate_when_warm(self) -> None:
+        """Say that images are made once the generator, if there is one, is warm."""
+        if self._generator is None:
+            return
+        info: GeneratorInfo | EncoderFault = await self._info(self._generator)
+        while isinstance(info, EncoderFault):
+            # Serve replaces such a replica, whose next one may find what this one lacked.
+            log.error("not generating: %s: %s", self.bundle.generator, info.why)
+            await asyncio.sleep(_WARM_AGAIN_S)
+            info = await self._info(self._generator)
+        await self._server.generate(info, self.bundle.name)
+        log.info("generating")
+
+    async def _encode(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
+        # Of the work that may wait longest; each of the others ends with its own call.
+        known = [s for s in remaining_s if s is not None]
+        longest = max(known) if len(known) == len(remaining_s) else None
+        reply: Reply = await self._encoder.call("encode", works, remaining_s, remaining_s=longest)
+        return reply
+
+    async def _generate(
+        self, method: str, work: GenerateWork, remaining_s: float | None
+    ) -> AsyncIterator[Events]:
+        if self._generator is None:
+            raise EncoderUnavailable("no images are made here")
+        async with aclosing(
+            self._generator.stream(method, work, remaining_s, remaining_s=remaining_s)
+        ) as messages:
+            async for message in messages:
+                yield message
+
+    async def _score(self, request: ScoreRequest) -> ModalityTable:
+        answer: ModalityTable | InvalidInput = await self._encoder.call(
+            "score", request, remaining_s=request.remaining_s
+        )
+        if isinstance(answer, InvalidInput):
+            raise answer
+        return answer

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from deployments.batching import DeadlineExpired
-from deployments.encoder.audit_request import AuditRequest
+from deployments.encoder.tasks import AuditRequest
 from services.bias.ablation import Mode, Side
 from services.bias.audit import Audit, AuditSettings, audit
 from services.bias.cases import Cases

@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 
 from deployments.batching import BatcherClosed, BatchRecord, DeadlineExpired, GreedyBatcher, QueueFull
 from deployments.encoder.audit import run_audit, until
-from deployments.encoder.audit_request import AuditRequest
 from deployments.encoder.decoding import Decoded, Decoder, Decoding, EncoderFailed, Failed, Prepared
-from deployments.encoder.tasks import Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work
+from deployments.encoder.tasks import AuditRequest, Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work
 from deployments.operations.process import give_way
 from deployments.operations.pulse import Activity
 from deployments.operations.settings import Settings

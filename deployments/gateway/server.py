@@ -33,6 +33,7 @@ from deployments.gateway.admission.client_streams import ClientStreams
 from deployments.gateway.bundles import Backend, Bundles, Routed
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.compute.decoders import Decoders
+from deployments.gateway.deferred import DeferredServices
 from deployments.gateway.encoder_client import EncoderClient, Send
 from deployments.gateway.health import Health
 from deployments.gateway.interceptors.access import Access, TokenLimits
@@ -45,7 +46,6 @@ from deployments.gateway.interceptors.reading import Requests, checked_deseriali
 from deployments.gateway.interceptors.requests import requests_layer
 from deployments.gateway.interceptors.traces import encoder_spans, start_tracing, traces_layer
 from deployments.gateway.interceptors.validation import validation_layer
-from deployments.gateway.late import LateServices
 from deployments.gateway.metrics_server import MetricsServer
 from deployments.gateway.reflection import add_reflection
 from deployments.gateway.servicers.bias import BiasServicer, RunAudit
@@ -171,7 +171,7 @@ class GatewayServer:
         self._alive = dict.fromkeys(self._bundles, True)
         self._draining = False
         self._encoders: list[EncoderClient] = []
-        self._services = LateServices()
+        self._services = DeferredServices()
         self._server.add_generic_rpc_handlers((self._services,))
         # Of the bundles whose images are made here.
         self._alive_generators: dict[str, bool] = {}

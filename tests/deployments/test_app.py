@@ -12,8 +12,7 @@ from ray.exceptions import RayActorError
 from deployments.batching import DeadlineExpired
 from deployments.cluster import handles
 from deployments.cluster.app import GatewayReplica
-from deployments.cluster.bundle_models import BundleModels
-from deployments.cluster.handles import ModelHandle
+from deployments.cluster.handles import BundleModels, ModelHandle
 from deployments.cluster.replicas import EncoderReplica
 from deployments.encoder.tasks import EncoderFault, ReplicaFaulty, Reply
 from deployments.gateway.errors import EncoderUnavailable

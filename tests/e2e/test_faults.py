@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.bundle.load import Bundle
 from tests.support.service import Service, descendants, start_service
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.timeout(900)
 # Seconds within which anything that must happen happens, on a busy machine too.
@@ -46,13 +46,6 @@ def encoder_of(service: Service) -> int:
             if b"ServeReplica:monofacet:encoder" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
     raise LookupError("no encoder")
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + BOUND_S
-    while not what():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.2)
 
 
 def metric(service: Service, name: str, **labels: str) -> float:
@@ -86,16 +79,16 @@ def test_a_hung_encoder_is_told_of_and_replaced_and_its_calls_are_answered(
         with pytest.raises(grpc.RpcError) as caught:
             encode(REQUEST, timeout=3)
         assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-        wait_for(lambda: status(channel) == NOT_SERVING)
+        eventually(lambda: status(channel) == NOT_SERVING, patience_s=BOUND_S)
         assert metric(server, "monofacet_stalled_seconds", deployment="encoder") > 5
         assert metric(server, "monofacet_replicas_hung", deployment="encoder") == 1
         assert [len(call.result().norms) for call in patient] == [1, 1]
-        wait_for(lambda: status(channel) == SERVING)
+        eventually(lambda: status(channel) == SERVING, patience_s=BOUND_S)
         # On an idle machine the next one serves before Ray has buried this one.
-        wait_for(lambda: stopped not in descendants(server.process.pid))
+        eventually(lambda: stopped not in descendants(server.process.pid), patience_s=BOUND_S)
         assert encoder_of(server) != stopped
         # Stopped as it was, it is gone.
-        wait_for(lambda: not Path(f"/proc/{stopped}").exists())
+        eventually(lambda: not Path(f"/proc/{stopped}").exists(), patience_s=BOUND_S)
         assert metric(server, "monofacet_replica_restarts_total", deployment="encoder") >= 1
         assert metric(server, "monofacet_stalled_seconds", deployment="encoder") == 0
 
@@ -107,13 +100,17 @@ def test_an_encoder_whose_bundle_is_gone_says_so_and_is_back_with_it(service: tu
         away = bundle.with_name("away")
         bundle.rename(away)
         os.kill(encoder_of(server), signal.SIGKILL)
-        wait_for(lambda: metric(server, "monofacet_replicas_faulty", deployment="encoder") == 1)
-        wait_for(lambda: status(channel) == NOT_SERVING)
+        eventually(
+            lambda: metric(server, "monofacet_replicas_faulty", deployment="encoder") == 1, patience_s=BOUND_S
+        )
+        eventually(lambda: status(channel) == NOT_SERVING, patience_s=BOUND_S)
         assert "BundleFileError: bundle: no manifest.json to read" in server.log.read_text()
         with pytest.raises(grpc.RpcError) as caught:
             encode(REQUEST, timeout=20)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         away.rename(bundle)
-        wait_for(lambda: status(channel) == SERVING)
+        eventually(lambda: status(channel) == SERVING, patience_s=BOUND_S)
         encode(REQUEST, timeout=60)
-        wait_for(lambda: metric(server, "monofacet_replicas_faulty", deployment="encoder") == 0)
+        eventually(
+            lambda: metric(server, "monofacet_replicas_faulty", deployment="encoder") == 0, patience_s=BOUND_S
+        )

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from monofacet.v1 import bias_service_pb2 as pb
 
-from deployments.encoder.audit_request import AuditRequest
-from deployments.encoder.tasks import Encoded, Features
+from deployments.encoder.tasks import AuditRequest, Encoded, Features
 from deployments.gateway.compute.ablation import Resolved
 from deployments.gateway.interceptors.chain import current_caller
 from deployments.gateway.messages import timings

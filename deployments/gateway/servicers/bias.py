@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import bias_service_pb2_grpc
 
-from deployments.encoder.audit_request import AuditRequest
-from deployments.encoder.tasks import Encoded, Work
+from deployments.encoder.tasks import AuditRequest, Encoded, Work
 from deployments.gateway.admission.audits import AuditItems, audit_settings
 from deployments.gateway.admission.client_streams import ClientStreams
 from deployments.gateway.catalogue import Catalogue

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 
-class LateServices(grpc.GenericRpcHandler):  # type: ignore[misc]
+class DeferredServices(grpc.GenericRpcHandler):  # type: ignore[misc]
     """One handler that is registered before the server starts and learns its services afterwards.
 
     gRPC takes no services once it has started; it asks this one at every call. The generated
