@@ -334,7 +334,7 @@ def preview_raises() -> dict[str, Any]:
     """Let a preview raise in the embedded bundle's own pipeline, in this process; return what two calls saw."""
     import asyncio
 
-    from deployments.generator.events import Failed, Finished, GenerateWork
+    from deployments.generator.events import Failed, Finished, GenerateTask
     from deployments.generator.generator import Generator, PipelineModel
     from deployments.operations.settings import Settings
     from services.bundle.load import Bundle
@@ -350,7 +350,7 @@ def preview_raises() -> dict[str, Any]:
         generator = Generator(settings, model)
 
         async def kinds(preview_every: int) -> list[str]:
-            work = GenerateWork(
+            work = GenerateTask(
                 ImageRequest("a red heart", num_inference_steps=4), (1,), False, preview_every
             )
             events = [

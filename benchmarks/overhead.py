@@ -4,12 +4,12 @@
 `[--seconds 6] [--callers 32]`.
 
 In-process: one batch of decoded pictures is encoded, and then given to each kind of work that rides on the encode: the
-dictionary's activations, how their energy is spread over modality labels, and the whole verdict of the defence with its
+dictionary's activations, how their energy is spread over modality labels, and the whole verdict of the defense with its
 messages. All on the same arrays, in turn, round by round; a cost is the work's time over the encode's of its round, and
 the median over rounds is reported, of wall time and of CPU time. On a machine that is busy with something else, CPU
 time is the one to read.
 
-Served: the same bundle behind the service, and the rates of the calls over Encode's, as `benchmarks.riders` has them.
+Served: the same bundle behind the service, and the rates of the calls over Encode's, as in `benchmarks.extra_outputs`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import riders
+from benchmarks import extra_outputs
 from benchmarks.pictures import write_pictures
 from benchmarks.samples import jpegs, vit_b_32_with_features
 from deployments.encoder.encoder import strongest
@@ -61,13 +61,13 @@ TOP = 20
 FALSE_POSITIVES = 0.01
 
 
-class Work:
+class Computation:
     """The kinds of work on one bundle, each a function of a batch.
 
     Parameters
     ----------
     bundle : Bundle
-        With a modality table and a calibrated defence of its default dictionary.
+        With a modality table and a calibrated defense of its default dictionary.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -116,7 +116,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def in_process(work: Work, pixels: np.ndarray[Any, Any], rounds: int) -> dict[str, Any]:
+def in_process(work: Computation, pixels: np.ndarray[Any, Any], rounds: int) -> dict[str, Any]:
     """Return the cost of each kind of work on a batch of pictures, and of all together, as a share of the encode."""
     unit, _ = work.model.encode_images(pixels)
     features = work.features(unit)
@@ -147,14 +147,14 @@ def served(bundle: Bundle, callers: int, seconds: float, rounds: int) -> dict[st
     """Return what each call adds, as a share of Encode: the median of Encode's rate over the call's, less 1."""
     service = start_service(bundle.path, OUT / "overhead.log")
     try:
-        rates = asyncio.run(riders.measure(service.target, callers, seconds, rounds))
+        rates = asyncio.run(extra_outputs.measure(service.target, callers, seconds, rounds))
     finally:
         service.stop()
-    encode = np.array(rates[riders.ENCODE])
+    encode = np.array(rates[extra_outputs.ENCODE])
     return {
         name: float(np.median(encode / np.array(values))) - 1
         for name, values in rates.items()
-        if name != riders.ENCODE
+        if name != extra_outputs.ENCODE
     }
 
 
@@ -191,7 +191,7 @@ def main(
                 f"{n:,}", where, kind, f"{wall:.2%}", "" if cpu is None else f"{cpu:.2%}", told, met
             )
 
-        work = Work(bundle)
+        work = Computation(bundle)
         for batch in map(int, batches.split(",")):
             pixels = load_pixels(files[:batch], ImagePreprocess(bundle.clip_config))
             one = entry["in_process"][str(batch)] = in_process(work, pixels, rounds)
@@ -208,7 +208,7 @@ def main(
                     name,
                     cost,
                     None,
-                    goal if name in riders.ONE_FORWARD else None,
+                    goal if name in extra_outputs.ONE_FORWARD else None,
                 )
         (OUT / "overhead.json").write_text(json.dumps(report, indent=1) + "\n")
     Console(width=120).print(table)

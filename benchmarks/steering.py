@@ -205,12 +205,12 @@ class PairMaker:
             return Steered(moved.astype(np.float32), source.norm, z, z, size, reached)
         operation = self.operation(group, pair)
 
-        def refer(reference: FromReference) -> np.ndarray:
+        def encode_reference(reference: FromReference) -> np.ndarray:
             found = self.imaging.embed_text(reference.text) if reference.text else None
             return activations(self.coder, found or self.imaging.embed_image(reference.image or b""))
 
         steering = Steering((Edit(pair.features[group], operation),), dose=dose)
-        return steer(source, z, steering, self.space, refer)
+        return steer(source, z, steering, self.space, encode_reference)
 
     def make(
         self, base: int, reference: int, count: int, largest: float, rng: np.random.Generator

@@ -5,7 +5,7 @@
 On a GPU where there is one, else on the CPU; the precision is the one that the service would take. The ceiling is the
 speed of large matrix products in that precision on the same device, over the operations of one image. In-process is
 `encode_images` on decoded pictures; through the batcher is the encoder's own queue with the pictures of many callers of
-one image, decoded before, so that it shows what queueing and splitting into pieces cost. Rounds are interleaved.
+one image, decoded before, so that it shows what queueing and splitting into chunks cost. Rounds are interleaved.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.ceilings import image_flops, matmul_flops
 from benchmarks.samples import jpegs, random_clip
 from deployments.encoder.encoder import Encoder
 from deployments.encoder.model import TowerModel
-from deployments.encoder.tasks import Work
+from deployments.encoder.tasks import EncodeTask
 from deployments.operations.settings import Settings
 from services.check import Check
 from services.encoding.formats.picture import Picture
@@ -78,7 +78,7 @@ async def rate_batched(encoder: Encoder, seconds: float) -> float:
     async def caller(number: int) -> None:
         nonlocal finished
         # Bytes make it an image; what they say is its number.
-        work = Work((str(number).encode(),))
+        work = EncodeTask((str(number).encode(),))
         while time.perf_counter() - began < seconds:
             (answer,) = (await encoder.encode([work], [None])).answers
             if isinstance(answer, Exception):

@@ -25,7 +25,7 @@
         ├── BundleFileError               a wrong hash or size, a missing or an extra file
         ├── UnsafeWeights                 weights that are not safetensors
         ├── TowerMismatch                 a dictionary trained on another tower
-        │   └── ProbeMismatch                 towers, preprocessing or tokenizer that answer otherwise than recorded
+        │   └── SelfCheckMismatch             towers, preprocessing or tokenizer that answer otherwise than recorded
         └── UnsupportedModel              a configuration these towers cannot run
 
 Every error has a `reason`, a constant in UPPER_SNAKE that clients may branch on, and `violations`: what is wrong with
@@ -278,7 +278,7 @@ class TowerMismatch(BundleError):
     default_reason = "TOWER_MISMATCH"
 
 
-class ProbeMismatch(TowerMismatch):
+class SelfCheckMismatch(TowerMismatch):
     """The towers do not answer as they did when the bundle was made: they are used in another way."""
 
     default_reason = "PROBE_MISMATCH"

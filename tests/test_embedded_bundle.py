@@ -11,7 +11,7 @@ from deployments.operations.settings import EMBEDDED_BUNDLE
 from services.bundle.load import SAMPLES, Bundle
 from services.bundle.towers import load_towers
 from services.encoding.images import ImagePreprocess, load_pixels
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 
 MB = 1_000_000
 
@@ -62,7 +62,7 @@ def test_its_towers_find_the_captions_of_drawings_they_never_saw(embedded):
         ImagePreprocess(embedded.clip_config),
     )
     images = towers.encode_images(pixels).unit
-    texts = towers.encode_texts(Tokeniser(embedded.clip_config).tokenise(captions, True)).unit
+    texts = towers.encode_texts(Tokenizer(embedded.clip_config).tokenize(captions, True)).unit
     right = int(((images @ texts.T).argmax(1) == np.arange(len(samples))).sum())
     # By chance each of 24 is right with p = 1/24; six or more then happen with p < 0.001.
     assert right >= 6

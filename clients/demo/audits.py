@@ -1,4 +1,4 @@
-"""The demonstration's bias and defence parts: who is seen as what, and which picture was attacked."""
+"""The demonstration's bias and defense parts: who is seen as what, and which picture was attacked."""
 
 from __future__ import annotations
 

@@ -13,11 +13,18 @@ from ray import exceptions as ray_errors
 from ray.serve import exceptions as serve_errors
 
 from deployments.batching import DeadlineExpired
-from deployments.encoder.tasks import EncoderFault, EncoderInfo, ReplicaFaulty, Reply, ScoreRequest, Work
+from deployments.encoder.tasks import (
+    EncoderFault,
+    EncoderInfo,
+    EncodeTask,
+    ReplicaFaulty,
+    Reply,
+    ScoreRequest,
+)
 from deployments.gateway.bundles import Backend
 from deployments.gateway.errors import EncoderUnavailable
 from deployments.gateway.server import GatewayServer
-from deployments.generator.events import Events, GenerateWork, GeneratorInfo
+from deployments.generator.events import Events, GenerateTask, GeneratorInfo
 from deployments.operations.served import Served
 from services.errors import InvalidInput
 from services.modality.tables import ModalityTable
@@ -358,7 +365,7 @@ class BundleModels:
         await self._server.generate(info, self.bundle.name)
         log.info("generating")
 
-    async def _encode(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
+    async def _encode(self, works: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
         # Of the work that may wait longest; each of the others ends with its own call.
         known = [s for s in remaining_s if s is not None]
         longest = max(known) if len(known) == len(remaining_s) else None
@@ -366,7 +373,7 @@ class BundleModels:
         return reply
 
     async def _generate(
-        self, method: str, work: GenerateWork, remaining_s: float | None
+        self, method: str, work: GenerateTask, remaining_s: float | None
     ) -> AsyncIterator[Events]:
         if self._generator is None:
             raise EncoderUnavailable("no images are made here")

@@ -12,9 +12,16 @@ from dataclasses import asdict
 from typing import Any
 
 from deployments.batching import BatcherClosed, QueueFull
-from deployments.encoder.tasks import EncoderFault, EncoderInfo, ReplicaFaulty, Reply, ScoreRequest, Work
+from deployments.encoder.tasks import (
+    EncoderFault,
+    EncoderInfo,
+    EncodeTask,
+    ReplicaFaulty,
+    Reply,
+    ScoreRequest,
+)
 from deployments.gateway.errors import EncoderUnavailable
-from deployments.generator.events import Events, Failed, GenerateWork, GeneratorInfo
+from deployments.generator.events import Events, Failed, GenerateTask, GeneratorInfo
 from deployments.operations import logs
 from deployments.operations.process import (
     computing_thread,
@@ -64,7 +71,7 @@ class EncoderReplica:
             log.exception("the encoder cannot be started")
             self._fault = EncoderFault(f"{type(error).__name__}: {error}".splitlines()[0])
 
-    async def encode(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
+    async def encode(self, works: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
         """See `deployments.encoder.encoder.Encoder.encode`; raises ReplicaFaulty without one."""
         if self._encoder is None:
             raise ReplicaFaulty
@@ -156,7 +163,7 @@ class GeneratorReplica:
             log.exception("the generator cannot be started")
             return EncoderFault(f"{type(error).__name__}: {error}".splitlines()[0])
 
-    async def generate(self, work: GenerateWork, remaining_s: float | None) -> AsyncIterator[Events]:
+    async def generate(self, work: GenerateTask, remaining_s: float | None) -> AsyncIterator[Events]:
         """See `deployments.generator.generator.Generator.generate`; what it raises comes as a last event."""
         began = time.monotonic()
         loaded = await asyncio.wrap_future(self._loading)

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 from numpy.typing import NDArray
 
 from deployments.batching import BatcherClosed, DeadlineExpired, GreedyBatcher, QueueFull
-from deployments.encoder.tasks import TravelsAlone, Work
+from deployments.encoder.tasks import EncodeTask, TravelsAlone
 from deployments.operations.process import give_way
 from deployments.operations.settings import Settings
 from services.check import Check
@@ -40,7 +40,7 @@ COSTLY_S = 0.25
 class Decoder(Protocol):
     """What is needed of the model."""
 
-    def tokenise(self, text: str, truncate: bool) -> NDArray[Any]:
+    def tokenize(self, text: str, truncate: bool) -> NDArray[Any]:
         """Return a text's tokens, or raise TextTooLong."""
         ...
 
@@ -65,7 +65,7 @@ class Prepared:
     array: NDArray[Any]
     dictionary: str | None
     max_features: int | None
-    looks: int
+    passes: int
 
 
 # Why an item cannot go on, other than that it is bad.
@@ -78,7 +78,7 @@ Decoded = Prepared | InvalidInput | Failed
 class _Item:
     """One item of a work, on its way to be decoded."""
 
-    work: Work
+    work: EncodeTask
     index: int
     check: Check
     picture: Picture | None = None
@@ -104,7 +104,7 @@ class _Lane:
         )
 
     async def __call__(
-        self, items: Sequence[_Item], deadline: float | None, work: Work
+        self, items: Sequence[_Item], deadline: float | None, work: EncodeTask
     ) -> Sequence[Decoded | _Item]:
         outcome = await self._batcher.submit(
             items, deadline=deadline, request=work.stream or None, caller=work.caller
@@ -130,19 +130,19 @@ class Decoding:
     settings
         Threads and queues.
     model
-        What opens, decodes and tokenises.
+        What opens, decodes and tokenizes.
     """
 
     def __init__(self, settings: Settings, model: Decoder) -> None:
         self._model = model
         threads = settings.decode_threads
-        # One thread: tokenising takes microseconds and holds the interpreter's lock.
-        self._texts = _Lane("texts", 1, _TOGETHER, settings, self._tokenise)
+        # One thread: tokenizing takes microseconds and holds the interpreter's lock.
+        self._texts = _Lane("texts", 1, _TOGETHER, settings, self._tokenize)
         self._pictures = _Lane("pictures", threads, _TOGETHER, settings, self._open)
         self._costly = _Lane("costly", max(1, threads // 2), 1, settings, self._decode)
 
     async def __call__(
-        self, works: Sequence[Work], deadlines: Sequence[float | None]
+        self, works: Sequence[EncodeTask], deadlines: Sequence[float | None]
     ) -> list[Sequence[Decoded]]:
         """Decode every item of every work.
 
@@ -168,7 +168,7 @@ class Decoding:
         for lane in (self._texts, self._pictures, self._costly):
             await lane.close()
 
-    async def _one(self, work: Work, deadline: float | None, alone: bool) -> Sequence[Decoded]:
+    async def _one(self, work: EncodeTask, deadline: float | None, alone: bool) -> Sequence[Decoded]:
         gone = threading.Event()
         # The event loop may have another clock than the threads.
         ends = None if deadline is None else time.monotonic() + deadline - asyncio.get_running_loop().time()
@@ -202,11 +202,11 @@ class Decoding:
             # Ends what is decoded for a caller who has gone; nothing once it is done.
             gone.set()
 
-    def _tokenise(self, item: _Item) -> Decoded:
+    def _tokenize(self, item: _Item) -> Decoded:
         text = item.work.items[item.index]
         assert isinstance(text, str)
         return _attempt(
-            item, ".text", lambda: _prepared(item, self._model.tokenise(text, item.work.truncate_text))
+            item, ".text", lambda: _prepared(item, self._model.tokenize(text, item.work.truncate_text))
         )
 
     def _open(self, item: _Item) -> Decoded | _Item:
@@ -237,7 +237,7 @@ def _prepared(item: _Item, array: NDArray[Any]) -> Prepared:
     work = item.work
     is_text = isinstance(work.items[item.index], str)
     modality = Modality.TEXT if is_text else Modality.IMAGE
-    return Prepared(modality, array, work.dictionary, work.max_features, 0 if is_text else work.looks)
+    return Prepared(modality, array, work.dictionary, work.max_features, 0 if is_text else work.passes)
 
 
 def _attempt(item: _Item, field: str, run: Callable[[], Result]) -> Result | Failed | InvalidInput:

@@ -25,7 +25,15 @@ from numpy.typing import NDArray
 from deployments.batching import BatcherClosed, BatchRecord, DeadlineExpired, GreedyBatcher, QueueFull
 from deployments.encoder.audit import run_audit, until
 from deployments.encoder.decoding import Decoded, Decoder, Decoding, EncoderFailed, Failed, Prepared
-from deployments.encoder.tasks import AuditRequest, Encoded, EncoderInfo, Features, Reply, ScoreRequest, Work
+from deployments.encoder.tasks import (
+    AuditRequest,
+    Encoded,
+    EncoderInfo,
+    EncodeTask,
+    Features,
+    Reply,
+    ScoreRequest,
+)
 from deployments.operations.process import give_way
 from deployments.operations.pulse import Activity
 from deployments.operations.settings import Settings
@@ -82,7 +90,7 @@ class _Row:
     norm: np.float32
     features: Features | None
     noise: float = 0.0
-    twin: _Row | None = None
+    smoothed: _Row | None = None
 
 
 def strongest(row: SparseRow, limit: int | None) -> Features:
@@ -97,7 +105,7 @@ def ascending(row: Features) -> SparseRow:
     return SparseRow(row.indices[order], row.values[order])
 
 
-def encoded(rows: Sequence[_Row], queue_s: float, inference_s: float, looks: int) -> Encoded:
+def encoded(rows: Sequence[_Row], queue_s: float, inference_s: float, passes: int) -> Encoded:
     """Return the answer that `rows`, one an item, make up."""
     return Encoded(
         np.stack([row.unit for row in rows]),
@@ -105,8 +113,8 @@ def encoded(rows: Sequence[_Row], queue_s: float, inference_s: float, looks: int
         tuple(row.features for row in rows if row.features is not None),
         queue_s,
         inference_s,
-        np.array([row.noise for row in rows] if looks else [], np.float32),
-        encoded([row.twin or row for row in rows], 0.0, 0.0, 0) if looks > 1 else None,
+        np.array([row.noise for row in rows] if passes else [], np.float32),
+        encoded([row.smoothed or row for row in rows], 0.0, 0.0, 0) if passes > 1 else None,
     )
 
 
@@ -164,7 +172,7 @@ class Encoder:
         """Describe the towers and what they run on."""
         return self._model.info()
 
-    async def encode(self, works: Sequence[Work], remaining_s: Sequence[float | None]) -> Reply:
+    async def encode(self, works: Sequence[EncodeTask], remaining_s: Sequence[float | None]) -> Reply:
         """Answer one message.
 
         Parameters
@@ -178,7 +186,7 @@ class Encoder:
         with self._busy():
             return await self._encode(works, remaining_s)
 
-    async def _encode(self, works: Sequence[Work], remaining_s: Sequence[float | None]) -> Reply:
+    async def _encode(self, works: Sequence[EncodeTask], remaining_s: Sequence[float | None]) -> Reply:
         now = asyncio.get_running_loop().time()
         deadlines = [None if s is None else now + s for s in remaining_s]
         started = time.perf_counter()
@@ -273,7 +281,7 @@ class Encoder:
 
     def _try(self) -> None:
         with self.activity.running("forward"):
-            self._model.encode_texts(self._model.tokenise("a", True)[None])
+            self._model.encode_texts(self._model.tokenize("a", True)[None])
         self._tried = self.activity.worked
 
     async def close(self) -> None:
@@ -303,7 +311,7 @@ class Encoder:
                 self._idle.set()
 
     async def _answer(
-        self, items: Sequence[Decoded], deadline: float | None, decode_s: float, work: Work
+        self, items: Sequence[Decoded], deadline: float | None, decode_s: float, work: EncodeTask
     ) -> Encoded | Exception:
         """Run the items of one work; unless each is for itself, nothing runs if one is bad."""
         bad = {i: item for i, item in enumerate(items) if isinstance(item, InvalidInput)}
@@ -325,8 +333,8 @@ class Encoder:
         except Exception:  # one caller's failure must not fail the others of the message
             log.exception("a batch failed")
             return EncoderFailed("the encoder failed")
-        looks = max((item.looks for item in good), default=0)
-        answer = encoded(outcome.results, outcome.queue_s, decode_s + outcome.run_s, looks)
+        passes = max((item.passes for item in good), default=0)
+        answer = encoded(outcome.results, outcome.queue_s, decode_s + outcome.run_s, passes)
         return replace(answer, failed=bad, decode_s=decode_s)
 
     async def _run(self, items: list[Prepared]) -> list[_Row]:
@@ -369,18 +377,18 @@ class Encoder:
         return list(map(_Row, unit, norm, self._features(items, unit, modality)))
 
     def _look_again(self, items: Sequence[Prepared], batch: NDArray[Any], rows: list[_Row]) -> list[_Row]:
-        """Add the noise, and the twin, of the images that are to be looked at again."""
-        looked = [i for i, item in enumerate(items) if item.looks]
+        """Add the noise, and what the smoothed picture encodes to, of the images that a defense asks for."""
+        looked = [i for i, item in enumerate(items) if item.passes]
         if not looked:
             return rows
         rows = list(rows)
         for i, level in zip(looked, self._model.noise(batch[looked]), strict=True):
             rows[i] = replace(rows[i], noise=float(level))
-        twice = [i for i in looked if items[i].looks > 1]
+        twice = [i for i in looked if items[i].passes > 1]
         if twice:
-            twins = self._rows([items[i] for i in twice], self._model.smooth(batch[twice]), Modality.IMAGE)
-            for i, twin in zip(twice, twins, strict=True):
-                rows[i] = replace(rows[i], twin=twin)
+            smoothed = self._rows([items[i] for i in twice], self._model.smooth(batch[twice]), Modality.IMAGE)
+            for i, row in zip(twice, smoothed, strict=True):
+                rows[i] = replace(rows[i], smoothed=row)
         return rows
 
     def _features(

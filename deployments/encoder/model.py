@@ -21,7 +21,7 @@ from services.defense.smoothing import noise, smooth
 from services.dictionaries.base import Dictionary
 from services.encoding.formats.picture import Picture
 from services.encoding.images import ImagePreprocess, decode_picture, open_image
-from services.encoding.texts import TextLimits, Tokeniser
+from services.encoding.texts import TextLimits, Tokenizer
 from services.encoding.towers import Towers
 from services.weights import open_weights
 
@@ -58,7 +58,7 @@ class TowerModel:
 
     Raises
     ------
-    ProbeMismatch
+    SelfCheckMismatch
         Where the towers, as they run here, answer otherwise than when the bundle was made.
     """
 
@@ -67,18 +67,18 @@ class TowerModel:
         self._preprocess = ImagePreprocess(config)
         self._image_limits = settings.image_limits
         # The gateway counts bytes, of which a text never has fewer than characters.
-        self._tokeniser = Tokeniser(config, TextLimits(settings.max_text_bytes))
+        self._tokenizer = Tokenizer(config, TextLimits(settings.max_text_bytes))
         self._towers, self._threads = tuned_towers(bundle, settings)
-        check_bundle(bundle, self._preprocess, self._tokeniser, self._towers)
+        check_bundle(bundle, self._preprocess, self._tokenizer, self._towers)
         self._parameters = count_parameters(bundle.clip_weights)
 
     def warm_up(self, max_batch: int) -> None:
         """Run every batch size once, so that no caller pays for a first time."""
         self._towers.warm_up(max_batch)
 
-    def tokenise(self, text: str, truncate: bool) -> NDArray[Any]:
+    def tokenize(self, text: str, truncate: bool) -> NDArray[Any]:
         """Return tokens int64 (context,) of a text."""
-        tokens: NDArray[Any] = self._tokeniser.tokenise([text], truncate)[0]
+        tokens: NDArray[Any] = self._tokenizer.tokenize([text], truncate)[0]
         return tokens
 
     def open(self, data: bytes) -> Picture:

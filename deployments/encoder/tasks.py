@@ -19,7 +19,7 @@ from services.modality.modalities import Modality
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class EncodeTask:
     """One call's inputs, or one item of a stream.
 
     Attributes
@@ -32,7 +32,7 @@ class Work:
         Keep so many features an item, those with the largest activations; None keeps all active ones.
     truncate_text
         Cut texts at the context length instead of refusing them.
-    looks
+    passes
         0 to encode the images. 1 to tell their noise, too, which is cheap. 2 to encode them smoothed besides, for a
         second forward.
     each
@@ -48,7 +48,7 @@ class Work:
     dictionary: str | None = None
     max_features: int | None = None
     truncate_text: bool = False
-    looks: int = 0
+    passes: int = 0
     each: bool = False
     stream: str = ""
     caller: str = ""
@@ -76,7 +76,7 @@ class TravelsAlone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The answer to one `Work`.
+    """The answer to one `EncodeTask`.
 
     Attributes
     ----------
@@ -93,8 +93,8 @@ class Encoded:
     noise
         How noisy each image is, in pixel levels (`services.defense.smoothing.noise`), float32, shape (items,); 0 for
         a text, and empty where no look was asked for.
-    twin
-        The same of the smoothed images (a text is its own twin); None where no second look was asked for.
+    smoothed
+        The same of the smoothed images (a text stays as it is); None where no second pass was asked for.
     failed
         What is wrong with each bad item, by its place in the work, where each is an answer of its own. The other fields
         then hold the other items alone.
@@ -106,7 +106,7 @@ class Encoded:
     queue_s: float = 0.0
     inference_s: float = 0.0
     noise: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
-    twin: Encoded | None = None
+    smoothed: Encoded | None = None
     failed: Mapping[int, InvalidInput] = field(default_factory=dict)
     decode_s: float = 0.0
 
@@ -182,7 +182,7 @@ class ScoreRequest:
     remaining_s
         Seconds until the caller's deadline; None for none.
     caller
-        As in `Work`.
+        As in `EncodeTask`.
     """
 
     dictionary: str
@@ -227,7 +227,7 @@ class AuditRequest:
     remaining_s
         Seconds until the caller's deadline; None for none.
     caller
-        As in `Work`.
+        As in `EncodeTask`.
     """
 
     dictionary: str

@@ -12,14 +12,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from deployments.batching import DeadlineExpired, GreedyBatcher, QueueFull
-from deployments.encoder.tasks import Encoded, Reply, TravelsAlone, Work
+from deployments.encoder.tasks import Encoded, EncodeTask, Reply, TravelsAlone
 from deployments.gateway.admission.backlog import Backlog
 from deployments.gateway.errors import EncoderUnavailable
 from deployments.gateway.interceptors.chain import current_caller
 from deployments.operations.metrics import Metrics
 from deployments.operations.settings import Settings
 
-Send = Callable[[list[Work], list[float | None]], Awaitable[Reply]]
+Send = Callable[[list[EncodeTask], list[float | None]], Awaitable[Reply]]
 DEPLOYMENT = "encoder"
 # Seconds after which a replica that has not answered is taken to be gone, or idle beside others that suffice.
 _FORGET_S = 10.0
@@ -29,7 +29,7 @@ _STREAM_RETRY_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    work: Work
+    work: EncodeTask
     deadline: float | None
 
 
@@ -113,7 +113,7 @@ class EncoderClient:
         """Count a call that was refused at the door because all encoders are overloaded."""
         self._backlog.refuse()
 
-    async def encode(self, work: Work, remaining_s: float | None = None) -> Encoded:
+    async def encode(self, work: EncodeTask, remaining_s: float | None = None) -> Encoded:
         """Encode the items of one caller.
 
         Parameters
@@ -147,7 +147,7 @@ class EncoderClient:
         finally:
             self._metrics.queue_items.labels(self._deployment).set(self._backlog.items)
 
-    async def encode_patiently(self, work: Work, remaining_s: float | None = None) -> Encoded:
+    async def encode_patiently(self, work: EncodeTask, remaining_s: float | None = None) -> Encoded:
         """Encode a part of a stream, which waits where a unary call is refused.
 
         Waiting is what a stream's flow control is for, and a corpus must not fail halfway because others are busy.
@@ -170,7 +170,7 @@ class EncoderClient:
             except QueueFull:
                 await asyncio.sleep(_STREAM_RETRY_S)
 
-    async def _encode(self, work: Work, remaining_s: float | None) -> Encoded:
+    async def _encode(self, work: EncodeTask, remaining_s: float | None) -> Encoded:
         loop = asyncio.get_running_loop()
         deadline = None if remaining_s is None else loop.time() + remaining_s
         waiting = _Waiting(work, deadline)

@@ -11,7 +11,7 @@ from google.protobuf import json_format
 from monofacet.v1 import imaging_service_pb2 as pb
 from numpy.typing import NDArray
 
-from deployments.generator.events import GenerateWork
+from deployments.generator.events import GenerateTask
 from services.bundle.manifest import DiffusionEntry
 
 REQUEST_CHUNK = "monofacet.request"
@@ -84,7 +84,7 @@ def leave_out_references(request: pb.GenerateRequest) -> None:
 
 
 def request_of_image(
-    request: pb.GenerateRequest, work: GenerateWork, entry: DiffusionEntry, number: int
+    request: pb.GenerateRequest, work: GenerateTask, entry: DiffusionEntry, number: int
 ) -> pb.GenerateRequest:
     """Return the request that makes one image of a call again, alone, with every default spelt out.
 
@@ -97,7 +97,7 @@ def request_of_image(
     entry
         Whose defaults to spell out.
     number
-        Of the image; twins are numbered after the images.
+        Of the image; the unsteered are numbered after the steered.
     """
     alone = pb.GenerateRequest()
     alone.CopyFrom(request)

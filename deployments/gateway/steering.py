@@ -8,7 +8,7 @@ from typing import Literal
 from monofacet.v1 import common_pb2
 from monofacet.v1 import imaging_service_pb2 as pb
 
-from deployments.generator.events import GenerateWork
+from deployments.generator.events import GenerateTask
 from services.errors import InvalidInput
 from services.imaging.edits import (
     AttributeEdit,
@@ -16,14 +16,14 @@ from services.imaging.edits import (
     FromReference,
     ImageRequest,
     Operation,
-    Path,
     Scale,
     SetQuantile,
     Steering,
+    SteeringPath,
 )
 from services.modality.tables import Label
 
-_PATHS: dict[int, Path | None] = {
+_PATHS: dict[int, SteeringPath | None] = {
     pb.STEERING_PATH_UNSPECIFIED: None,
     pb.STEERING_PATH_EMBEDDING: "embedding",
     pb.STEERING_PATH_PROMPT: "prompt",
@@ -82,17 +82,17 @@ def texts_of(request: pb.GenerateRequest) -> dict[str, str]:
     return {"prompt": request.prompt, "negative_prompt": request.negative_prompt, **references}
 
 
-def work_of(request: pb.GenerateRequest, max_images: int) -> GenerateWork:
+def work_of(request: pb.GenerateRequest, max_images: int) -> GenerateTask:
     """Return what a validated request asks for, with a seed for each image.
 
     Raises
     ------
     InvalidInput
-        When it asks for more than `max_images` images, twins counted.
+        When it asks for more than `max_images` images, the unsteered counted.
     """
     count = request.num_images or len(request.seeds) or 1
     seeds = tuple(request.seeds) or tuple(secrets.randbelow(_DRAWN_SEEDS) for _ in range(count))
-    work = GenerateWork(
+    work = GenerateTask(
         ImageRequest(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
@@ -111,6 +111,6 @@ def work_of(request: pb.GenerateRequest, max_images: int) -> GenerateWork:
         request.preview_every,
     )
     if work.images > max_images:
-        message = f"{work.images} images, twins counted; {max_images} are allowed"
+        message = f"{work.images} images, the unsteered counted; {max_images} are allowed"
         raise InvalidInput(message, [("num_images", message)], reason="TOO_MANY_IMAGES")
     return work

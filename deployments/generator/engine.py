@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deployments.batching import BatcherClosed, BatchRecord, DeadlineExpired, QueueFull
-from deployments.generator.events import Event, Failed, Finished, GenerateWork, Preview, Progress, Size
+from deployments.generator.events import Event, Failed, Finished, GenerateTask, Preview, Progress, Size
 from deployments.operations.pulse import Activity
 from deployments.shares import Shares
 from services.errors import GenerationFailed, MonofacetError
@@ -58,8 +58,8 @@ class Sample(Protocol):
 class GenerationModel(Protocol):
     """What the engine needs of a pipeline; tests put a counting debug model here."""
 
-    def prepare(self, work: GenerateWork) -> tuple[list[Any], list[Size]]:
-        """Return the samples of a call, images then twins, and the size of each one's steering."""
+    def prepare(self, work: GenerateTask) -> tuple[list[Any], list[Size]]:
+        """Return the samples of a call, steered images first, then unsteered, and the size of each one's steering."""
         ...
 
     def step(self, samples: Sequence[Any]) -> None:
@@ -112,7 +112,7 @@ class Job:
         Images without a result.
     """
 
-    work: GenerateWork
+    work: GenerateTask
     emit: Callable[[Event], None]
     deadline: float | None
     arrived: float
@@ -167,7 +167,7 @@ class Engine:
         self._thread.start()
 
     def submit(
-        self, work: GenerateWork, emit: Callable[[Event], None], remaining_s: float | None = None
+        self, work: GenerateTask, emit: Callable[[Event], None], remaining_s: float | None = None
     ) -> Job:
         """Take a job; its events come through `emit`, the last one a `Failed` or its last image's `Finished`.
 
@@ -190,7 +190,7 @@ class Engine:
         self._helper.submit(self._prepare, job)
         return job
 
-    def _fits(self, work: GenerateWork) -> bool:
+    def _fits(self, work: GenerateTask) -> bool:
         queued = self._unprepared.total() + len(self._waiting)
         # A job is let into an empty queue whatever its size: refusing it would refuse it for ever.
         if not queued or queued + work.images <= self._max_queued:

@@ -12,7 +12,7 @@ from services.imaging.edits import ImageRequest
 
 
 @dataclass(frozen=True, slots=True)
-class GenerateWork:
+class GenerateTask:
     """One call.
 
     Attributes
@@ -52,7 +52,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A rough picture, uint8, shape (height, width, 3), of an image; twins are numbered after the images."""
+    """A rough picture, uint8, shape (height, width, 3), of an image; the unsteered are numbered after the steered."""
 
     number: int
     step: int
@@ -66,7 +66,7 @@ class Finished:
     Attributes
     ----------
     number
-        Of the image, from 0; twins are numbered after the images.
+        Of the image, from 0; the unsteered are numbered after the steered.
     pixels, error
         One of the two is None.
     delta

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from deployments.batching import DeadlineExpired
 from deployments.generator.engine import Engine, GenerationModel
-from deployments.generator.events import Event, Events, Failed, Finished, GenerateWork, GeneratorInfo, Size
+from deployments.generator.events import Event, Events, Failed, Finished, GenerateTask, GeneratorInfo, Size
 from deployments.operations.pulse import Activity
 from deployments.operations.settings import Settings
 from services.bundle.load import Bundle
@@ -53,8 +53,8 @@ class PipelineModel:
         self._bytes_per_image = self.imaging.bytes_per_image()
         self._pixels = self.imaging.entry.height * self.imaging.entry.width
 
-    def prepare(self, work: GenerateWork) -> tuple[list[Sample], list[Size]]:
-        """Return the samples of a call, images then twins, and the size of each one's steering."""
+    def prepare(self, work: GenerateTask) -> tuple[list[Sample], list[Size]]:
+        """Return the samples of a call, steered images first, then unsteered, and the size of each one's steering."""
         requests = [work.request]
         if work.unsteered:
             requests.append(replace(work.request, steering=Steering()))
@@ -118,7 +118,7 @@ class Generator:
             max_bytes=settings.generation_bytes,
         )
 
-    async def generate(self, work: GenerateWork, remaining_s: float | None = None) -> AsyncIterator[Events]:
+    async def generate(self, work: GenerateTask, remaining_s: float | None = None) -> AsyncIterator[Events]:
         """Make the images of a call; leaving the iteration stops them within a step.
 
         Parameters

@@ -31,7 +31,7 @@ from services.bias.measures import (
     changes,
     resample_weights,
     restored_scale,
-    threshold_figures,
+    threshold_metrics,
     weighted_auc,
 )
 from services.bias.null import THRESHOLD_FREE, NullTest, null_tests
@@ -210,11 +210,11 @@ def audit_scores(
         thresholds = thresholds or (best[0], best[1])
         zero = np.zeros(len(weights))
         scale = settings.logit_scale
-        raw.append([threshold_figures(s, labels, weights, zero, scale) for s in pair])
+        raw.append([threshold_metrics(s, labels, weights, zero, scale) for s in pair])
         scales = [restored_scale(before, s, labels, weights, scale) for s in pair]
         recalibrated.append(
             [
-                threshold_figures(s, labels, weights, t, restored)
+                threshold_metrics(s, labels, weights, t, restored)
                 for s, t, restored in zip(pair, best, scales, strict=True)
             ]
         )
@@ -375,5 +375,5 @@ def _probe(cases: Cases, after: Float[np.ndarray, "n d"], settings: AuditSetting
         check()
         for side, scores in zip(figures, margins, strict=True):
             zero = np.zeros(len(weights))
-            side.append(threshold_figures(scores, labels, weights * told, zero, settings.logit_scale))
+            side.append(threshold_metrics(scores, labels, weights * told, zero, settings.logit_scale))
     return changes(figures[0], figures[1])["balanced_accuracy"]

@@ -208,7 +208,7 @@ def restored_scale(
     )
 
 
-def threshold_figures(
+def threshold_metrics(
     scores: Floats, labels: Labels, weights: Floats, threshold: Floats, logit_scale: float | Floats
 ) -> dict[str, Floats]:
     """Return every figure that depends on a threshold, by the names of the contract's GenderMeasures.
@@ -240,7 +240,7 @@ def threshold_figures(
         "recall_man": recall_man,
         "gender_gap": np.abs(recall_woman - recall_man),
         "skew": _skew(scores, labels, weights, threshold, logit_scale),
-        **_group_figures(woman_called, labels, weights, np.minimum(recall_woman, recall_man)),
+        **_group_metrics(woman_called, labels, weights, np.minimum(recall_woman, recall_man)),
     }
     return {name: value * valid for name, value in figures.items()}
 
@@ -278,7 +278,7 @@ def by_chance(scores: Floats, labels: Labels, threshold: float, seed: int) -> di
     return {name: np.nan if np.isnan(threshold) else float(rows.mean()) for name, rows in figures.items()}
 
 
-def _group_figures(
+def _group_metrics(
     woman_called: Floats, labels: Labels, weights: Floats, worst_gender: Floats
 ) -> dict[str, Floats]:
     cells = labels.cells()

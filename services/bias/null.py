@@ -2,7 +2,7 @@
 
 A set S is compared with sets drawn by permuting membership within strata of features that fire about as often and
 carry about as much energy. The members of S may be drawn again, which makes it a permutation test: were S a set like
-any other of its strata, its p-value would be uniform. An audit compares by figures that no threshold can change.
+any other of its strata, its p-value would be uniform. An audit compares by metrics that no threshold can change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from services.bias.measures import (
     Labels,
     best_threshold,
     restored_scale,
-    threshold_figures,
+    threshold_metrics,
     weighted_auc,
 )
 from services.bias.plan import Plan
@@ -42,7 +42,7 @@ MAX_PRODUCTS = 64
 ITEM_BLOCK = 256
 # Items that the null is taken on, drawn at random from more: a random set costs the time of these.
 NULL_ITEMS = 2_000
-# Figures that a shift of all scores, or a factor on them, cannot change, and so can show an effect; the last two at
+# Metrics that a shift of all scores, or a factor on them, cannot change, and so can show an effect; the last two at
 # recalibrated thresholds, skew with the spread of the scores restored.
 THRESHOLD_FREE = ("auc", "skew", "worst_group_accuracy")
 
@@ -179,7 +179,7 @@ class NullSettings(Protocol):
 
 @dataclass(frozen=True)
 class NullTest:
-    """The change of a figure by the ablation and by random sets, on the items that the null is taken on."""
+    """The change of a metric by the ablation and by random sets, on the items that the null is taken on."""
 
     measure: str
     observed: float
@@ -200,7 +200,7 @@ def null_tests(
     Returns
     -------
     tuple of NullTest
-        One a figure that is defined; none for an ablation without features.
+        One a metric that is defined; none for an ablation without features.
     float or None
         Mean energy of the random sets, relative to the ablated set's; None where that has none.
     """
@@ -223,40 +223,40 @@ def null_tests(
     _, codes = cases.groups()
     labels = Labels(cases.gender, codes, int(codes.max(initial=-1)) + 1, settings.min_group)
 
-    def figures(features: Int[np.ndarray, " s"]) -> dict[str, float]:
+    def metrics(features: Int[np.ndarray, " s"]) -> dict[str, float]:
         check()
         scores = np.empty(len(cases))
         for rows, score in scorers:
             scores[rows] = score(features)
-        return threshold_free_figures(before, scores, labels, settings.logit_scale)
+        return threshold_free_metrics(before, scores, labels, settings.logit_scale)
 
     before = gender_scores(cases.e, direction)
-    start = threshold_free_figures(before, before, labels, settings.logit_scale)
-    found, drawn, energies = figures(plan.features), [], []
+    start = threshold_free_metrics(before, before, labels, settings.logit_scale)
+    found, drawn, energies = metrics(plan.features), [], []
     for features in matched_sets(plan.features, strata, settings.null_sets, settings.seed):
-        drawn.append(figures(features))
+        drawn.append(metrics(features))
         energies.append(energy[features].sum())
     tests = []
     for measure in THRESHOLD_FREE:
         observed = found[measure] - start[measure]
-        null = np.array([figure[measure] - start[measure] for figure in drawn])
+        null = np.array([one[measure] - start[measure] for one in drawn])
         if not np.isnan(observed):
             tests.append(NullTest(measure, observed, null, p_value(observed, null)))
     own = float(energy[plan.features].sum())
     return tuple(tests), float(np.mean(energies)) / own if own else None
 
 
-def threshold_free_figures(
+def threshold_free_metrics(
     before: Floats, scores: Floats, labels: Labels, logit_scale: float
 ) -> dict[str, float]:
-    """Return the figures of THRESHOLD_FREE of `scores` on all items, without intervals."""
+    """Return the metrics of THRESHOLD_FREE of `scores` on all items, without intervals."""
     ones = np.ones((1, len(scores)))
     gendered = labels.gender != UNGENDERED
     threshold = best_threshold(scores, labels, ones)
     scale = restored_scale(before, scores, labels, ones, logit_scale)
-    figures = threshold_figures(scores, labels, ones, threshold, scale)
+    metrics = threshold_metrics(scores, labels, ones, threshold, scale)
     auc = weighted_auc(scores[gendered], labels.woman[gendered], ones[:, gendered])
     return {
         "auc": float(auc[0]),
-        **{name: float(figures[name][0]) for name in THRESHOLD_FREE if name in figures},
+        **{name: float(metrics[name][0]) for name in THRESHOLD_FREE if name in metrics},
     }

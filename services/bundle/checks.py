@@ -20,7 +20,7 @@ from services.bundle.verification import verify_files, verify_towers
 from services.dictionaries import Dictionary
 from services.encoding.clip import build_clip
 from services.encoding.images import ImagePreprocess
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from services.encoding.torch_backend import TorchTowers
 from services.errors import BundleFileError, ManifestError, MonofacetError
 from services.modality.modalities import Modality
@@ -165,6 +165,6 @@ def _probe(bundle: Bundle) -> str:
     """Run the towers in float32 on what the bundle recorded."""
     config = bundle.clip_config
     towers = TorchTowers(build_clip(config, bundle.clip_weights), config)
-    if not check_bundle(bundle, ImagePreprocess(config), Tokeniser(config), towers):
+    if not check_bundle(bundle, ImagePreprocess(config), Tokenizer(config), towers):
         return "the towers load; this bundle recorded no probe, so what they answer cannot be compared"
     return "tokens, pixels and embeddings of both towers are as recorded"

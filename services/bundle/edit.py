@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from services.bundle.load import DICTIONARIES, Bundle, refresh_manifest
-from services.bundle.selfcheck import read_probe
+from services.bundle.selfcheck import read_selfcheck
 from services.dictionaries.base import Dictionary
 from services.encoding.towers import Embeddings
 from services.errors import ManifestError
@@ -39,8 +39,8 @@ def add_dictionary(
     Returns
     -------
     bundle, kept
-        The bundle with its new id, and the mean cosine of the probe's embeddings with their reconstructions, which a
-        dictionary of other towers leaves near 0; None without a probe.
+        The bundle with its new id, and the mean cosine of the self-check's embeddings with their reconstructions, which
+        a dictionary of other towers leaves near 0; None without one.
 
     Raises
     ------
@@ -71,9 +71,9 @@ def add_dictionary(
 def _kept(bundle: Bundle, dictionary: Dictionary) -> float | None:
     if bundle.manifest.probe is None:
         return None
-    probe = read_probe(bundle.path / bundle.manifest.probe)
+    recorded = read_selfcheck(bundle.path / bundle.manifest.probe)
     cosines = []
-    for modality, raw in ((Modality.IMAGE, probe.images), (Modality.TEXT, probe.captions)):
+    for modality, raw in ((Modality.IMAGE, recorded.images), (Modality.TEXT, recorded.captions)):
         e = torch.from_numpy(Embeddings.of(raw).unit)
         cosines.append(torch.cosine_similarity(e, dictionary.reconstruct(e, modality)))
     return float(torch.cat(cosines).mean())

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 CLIP_CONFIG = "clip/open_clip_config.json"
 CLIP_WEIGHTS = "clip/open_clip_model.safetensors"
-PROBE = "clip/probe.safetensors"
+SELFCHECK = "clip/probe.safetensors"
 DICTIONARIES = "dictionaries"
 MODALITY = "modality"
 CARDS = "cards"
@@ -295,7 +295,7 @@ def write_manifest(
         defense=_calibration(path, DEFENSE),
         diffusion=_diffusion(path),
         steering=_stems(path / STEERING, STEERING, ".safetensors"),
-        probe=PROBE if PROBE in files else None,
+        probe=SELFCHECK if SELFCHECK in files else None,
     )
     check_references(manifest)
     verify_files(path, manifest, hashes=False)

@@ -1,11 +1,11 @@
-"""A bundle's probe: pictures and texts with what the towers made of them when the bundle was made.
+"""A bundle's self-check: pictures and texts with what the towers made of them when the bundle was made.
 
 Weights do not say how they are to be used. Loaded under another activation function (OpenAI's towers were trained with
 QuickGELU), another normalisation, resize or tokenizer, they run and are silently wrong. So whoever makes a bundle
 records what the towers' own code, open_clip's, answers on a few fixed inputs, and whoever loads it compares, stage by
 stage: the tokens, the pixels that the image tower takes, and the embeddings of both towers.
 
-The inputs lie in the probe itself, so that it never depends on code that made them.
+The inputs lie in the self-check itself, so that it never depends on code that made them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image
 
 from services.bundle.load import Bundle
 from services.encoding.towers import Embeddings
-from services.errors import BundleFileError, ProbeMismatch, TextTooLong
+from services.errors import BundleFileError, SelfCheckMismatch, TextTooLong
 from services.weights import open_weights
 
 # Two of 255 levels over CLIP's own deviation, 0.26: another release of Pillow may round a resize otherwise, another
@@ -39,7 +39,7 @@ SAMPLED = 24
 
 
 @dataclass(frozen=True)
-class Probe:
+class SelfCheck:
     """Inputs, and what became of them at each stage.
 
     Attributes
@@ -64,15 +64,15 @@ class Probe:
     captions: NDArray[np.float32]
 
 
-class Tokeniser(Protocol):
-    """What of `services.encoding.texts.Tokeniser` a probe needs."""
+class Tokenizer(Protocol):
+    """What of `services.encoding.texts.Tokenizer` a self-check needs."""
 
-    def tokenise(self, texts: Sequence[str], truncate: bool = False) -> NDArray[np.int64]:
+    def tokenize(self, texts: Sequence[str], truncate: bool = False) -> NDArray[np.int64]:
         """Return tokens, shape (texts, context)."""
 
 
-class ProbedTowers(Protocol):
-    """What of `services.encoding.towers.Towers` a probe needs."""
+class CheckedTowers(Protocol):
+    """What of `services.encoding.towers.Towers` a self-check needs."""
 
     precision: str
 
@@ -84,11 +84,11 @@ class ProbedTowers(Protocol):
 
 
 Preprocess = Callable[[Image.Image], NDArray[np.float32]]
-Tokenise = Callable[[Sequence[str]], NDArray[np.int64]]
+Tokenize = Callable[[Sequence[str]], NDArray[np.int64]]
 
 
-def probe_pictures() -> tuple[NDArray[np.uint8], ...]:
-    """Return the pictures of a new probe: oblong both ways and square, fine-grained, every channel different.
+def selfcheck_pictures() -> tuple[NDArray[np.uint8], ...]:
+    """Return the pictures of a new self-check: oblong both ways and square, fine-grained, every channel different.
 
     An upright and a wide one tell a crop from a squeeze; detail of a pixel tells one resize from another; coloured
     gradients tell channels and normalisation.
@@ -109,7 +109,7 @@ def probe_pictures() -> tuple[NDArray[np.uint8], ...]:
 
 # Case, punctuation, digits, an accent and a word of many pieces: what one tokenizer cleans and splits otherwise than
 # another. All fit 16 tokens, the shortest context of any tower here.
-PROBE_TEXTS = ("a photo of a red heart", "Two DOGS, one café!", "x=3.14", "floccinaucinihilipilification")
+SELFCHECK_TEXTS = ("a photo of a red heart", "Two DOGS, one café!", "x=3.14", "floccinaucinihilipilification")
 
 
 def sampled(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -118,29 +118,29 @@ def sampled(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.ascontiguousarray(pixels[..., ::rows, ::columns])
 
 
-def record_probe(
+def record_selfcheck(
     preprocess: Preprocess,
-    tokenise: Tokenise,
+    tokenize: Tokenize,
     embed_images: Callable[[NDArray[np.float32]], NDArray[np.float32]],
     embed_texts: Callable[[NDArray[np.int64]], NDArray[np.float32]],
-) -> Probe:
+) -> SelfCheck:
     """Run the inputs through the towers' own code.
 
     Parameters
     ----------
     preprocess
         From an RGB picture to float32 (3, H, W).
-    tokenise
+    tokenize
         From texts to int64 (texts, context).
     embed_images, embed_texts
         From pixels (B, 3, H, W) and tokens (B, context) to embeddings (B, d), not normalised, in float32.
     """
-    pictures = probe_pictures()
+    pictures = selfcheck_pictures()
     pixels = np.stack([preprocess(Image.fromarray(picture)) for picture in pictures]).astype(np.float32)
-    tokens = np.asarray(tokenise(PROBE_TEXTS), np.int64)
-    return Probe(
+    tokens = np.asarray(tokenize(SELFCHECK_TEXTS), np.int64)
+    return SelfCheck(
         pictures,
-        PROBE_TEXTS,
+        SELFCHECK_TEXTS,
         sampled(pixels),
         tokens,
         np.asarray(embed_images(pixels), np.float32),
@@ -148,22 +148,22 @@ def record_probe(
     )
 
 
-def write_probe(path: Path, probe: Probe) -> None:
-    """Write a probe as safetensors; the texts are its metadata."""
+def write_selfcheck(path: Path, recorded: SelfCheck) -> None:
+    """Write a self-check as safetensors; the texts are its metadata."""
     tensors: dict[str, NDArray[np.generic]] = {
-        **{f"pictures.{i}": picture for i, picture in enumerate(probe.pictures)},
-        "pixels": probe.pixels,
-        "tokens": probe.tokens,
-        "images": probe.images,
-        "captions": probe.captions,
+        **{f"pictures.{i}": picture for i, picture in enumerate(recorded.pictures)},
+        "pixels": recorded.pixels,
+        "tokens": recorded.tokens,
+        "images": recorded.images,
+        "captions": recorded.captions,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    path.write_bytes(safetensors.numpy.save(contiguous, metadata={"texts": json.dumps(probe.texts)}))
+    path.write_bytes(safetensors.numpy.save(contiguous, metadata={"texts": json.dumps(recorded.texts)}))
 
 
-def read_probe(path: Path) -> Probe:
-    """Read what `write_probe` wrote.
+def read_selfcheck(path: Path) -> SelfCheck:
+    """Read what `write_selfcheck` wrote.
 
     Raises
     ------
@@ -175,82 +175,88 @@ def read_probe(path: Path) -> Probe:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             texts = json.loads(file.metadata()["texts"])
         pictures = tuple(tensors[f"pictures.{i}"] for i in range(len(tensors) - 4))
-        return Probe(
+        return SelfCheck(
             pictures,
             tuple(map(str, texts)),
             *(tensors[name] for name in ("pixels", "tokens", "images", "captions")),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise BundleFileError(f"{path.name} is not a probe: {error}", [(path.name, "not a probe")]) from error
+        raise BundleFileError(
+            f"{path.name} is not a self-check: {error}", [(path.name, "not a self-check")]
+        ) from error
 
 
-def check_bundle(bundle: Bundle, preprocess: Preprocess, tokeniser: Tokeniser, towers: ProbedTowers) -> bool:
-    """Check a bundle's probe; return False where it has none, which is no error.
+def check_bundle(bundle: Bundle, preprocess: Preprocess, tokenizer: Tokenizer, towers: CheckedTowers) -> bool:
+    """Check a bundle's self-check; return False where it has none, which is no error.
 
     Raises
     ------
-    ProbeMismatch
-        As `check_probe`.
+    SelfCheckMismatch
+        As `check_selfcheck`.
     """
     if bundle.manifest.probe is None:
         return False
-    probe = read_probe(bundle.path / bundle.manifest.probe)
+    recorded = read_selfcheck(bundle.path / bundle.manifest.probe)
     # The recorder may have cut its texts, and whoever serves lets a caller choose.
-    check_probe(probe, preprocess, lambda texts: tokeniser.tokenise(texts, truncate=True), towers)
+    check_selfcheck(recorded, preprocess, lambda texts: tokenizer.tokenize(texts, truncate=True), towers)
     return True
 
 
-def check_probe(probe: Probe, preprocess: Preprocess, tokenise: Tokenise, towers: ProbedTowers) -> None:
-    """Raise ProbeMismatch unless the towers answer as they did when the probe was recorded.
+def check_selfcheck(
+    recorded: SelfCheck, preprocess: Preprocess, tokenize: Tokenize, towers: CheckedTowers
+) -> None:
+    """Raise SelfCheckMismatch unless the towers answer as they did when the self-check was recorded.
 
     Parameters
     ----------
-    probe
+    recorded
         Of the bundle.
-    preprocess, tokenise
+    preprocess, tokenize
         As they are about to be used.
     towers
         On the backend that is about to serve; its precision decides the tolerance.
     """
-    _check_tokens(probe, tokenise)
+    _check_tokens(recorded, tokenize)
     try:
-        pixels = np.stack([preprocess(Image.fromarray(picture)) for picture in probe.pictures])
+        pixels = np.stack([preprocess(Image.fromarray(picture)) for picture in recorded.pictures])
     except ValueError as error:
-        raise _mismatch("preprocessing", f"cannot be run on the probe's pictures: {error}") from error
-    _check_pixels(probe, pixels)
+        raise _mismatch("preprocessing", f"cannot be run on the self-check's pictures: {error}") from error
+    _check_pixels(recorded, pixels)
     # The recorded tokens: a wrong tokenizer has been told already.
-    for tower, recorded, found in (
-        ("image tower", probe.images, towers.encode_images(pixels)),
-        ("text tower", probe.captions, towers.encode_texts(probe.tokens)),
+    for tower, expected, found in (
+        ("image tower", recorded.images, towers.encode_images(pixels)),
+        ("text tower", recorded.captions, towers.encode_texts(recorded.tokens)),
     ):
-        _check_embeddings(tower, recorded, found, towers.precision)
+        _check_embeddings(tower, expected, found, towers.precision)
 
 
-def _check_tokens(probe: Probe, tokenise: Tokenise) -> None:
+def _check_tokens(recorded: SelfCheck, tokenize: Tokenize) -> None:
     try:
-        tokens = tokenise(probe.texts)
+        tokens = tokenize(recorded.texts)
     except TextTooLong as error:
-        raise _mismatch("tokenizer", f"cannot take the probe's texts: {error}") from error
-    if tokens.shape != probe.tokens.shape:
+        raise _mismatch("tokenizer", f"cannot take the self-check's texts: {error}") from error
+    if tokens.shape != recorded.tokens.shape:
         raise _mismatch(
             "tokenizer",
-            f"has a context of {tokens.shape[1]} tokens; the towers were recorded with {probe.tokens.shape[1]}",
+            f"has a context of {tokens.shape[1]} tokens; the towers were recorded with {recorded.tokens.shape[1]}",
         )
-    wrong = [text for text, a, b in zip(probe.texts, tokens, probe.tokens, strict=True) if (a != b).any()]
+    wrong = [
+        text for text, a, b in zip(recorded.texts, tokens, recorded.tokens, strict=True) if (a != b).any()
+    ]
     if wrong:
         raise _mismatch(
             "tokenizer", f"splits {wrong[0]!r} otherwise than the one the towers were recorded with"
         )
 
 
-def _check_pixels(probe: Probe, pixels: NDArray[np.float32]) -> None:
+def _check_pixels(recorded: SelfCheck, pixels: NDArray[np.float32]) -> None:
     found = sampled(pixels)
-    if found.shape != probe.pixels.shape:
+    if found.shape != recorded.pixels.shape:
         raise _mismatch(
             "preprocessing",
             f"gives pictures of {pixels.shape[2]} x {pixels.shape[3]} pixels, not as recorded",
         )
-    error = float(np.abs(found - probe.pixels).max())
+    error = float(np.abs(found - recorded.pixels).max())
     if not error <= PIXEL_TOLERANCE:
         raise _mismatch(
             "preprocessing",
@@ -276,5 +282,5 @@ def _check_embeddings(tower: str, recorded: NDArray[np.float32], found: Embeddin
         )
 
 
-def _mismatch(stage: str, what: str) -> ProbeMismatch:
-    return ProbeMismatch(f"the {stage} {what}", [("probe", stage)])
+def _mismatch(stage: str, what: str) -> SelfCheckMismatch:
+    return SelfCheckMismatch(f"the {stage} {what}", [("probe", stage)])

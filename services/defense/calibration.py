@@ -109,7 +109,7 @@ class DefenseCalibration:
             )
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ManifestError(
-                f"{config.name} or {weights.name} is not a defence calibration: {error}"
+                f"{config.name} or {weights.name} is not a defense calibration: {error}"
             ) from error
 
     def write(self, config: Path, weights: Path) -> None:

@@ -135,13 +135,13 @@ def change_tolerance(
 
 @dataclass(frozen=True)
 class Suspects:
-    """The features of images, those of their smoothed twins included, and what speaks against each.
+    """The features of images, those of their smoothed pictures included, and what speaks against each.
 
     Attributes
     ----------
     indices : int array, shape (m,)
         Features active in any look, ascending.
-    values, twin : float32 arrays, shape (*batch, m)
+    values, smoothed : float32 arrays, shape (*batch, m)
         Activations z, and z~ of the smoothed picture (a copy of z without one).
     reasons : mapping of Reason to bool array, shape (*batch, m)
         Which features each reason holds for.
@@ -149,7 +149,7 @@ class Suspects:
 
     indices: Int[np.ndarray, " m"]
     values: Float[np.ndarray, "*batch m"]
-    twin: Float[np.ndarray, "*batch m"]
+    smoothed: Float[np.ndarray, "*batch m"]
     reasons: dict[Reason, Bool[np.ndarray, "*batch m"]]
 
     @property
@@ -163,14 +163,14 @@ class Suspects:
         return Suspects(
             self.indices[columns],
             self.values[image, columns],
-            self.twin[image, columns],
+            self.smoothed[image, columns],
             {reason: holds[image, columns] for reason, holds in self.reasons.items()},
         )
 
 
-def suspects(look: Look, twin: Look | None, statistics: FeatureStatistics) -> Suspects:
-    """Return what speaks against each feature of images; `twin` is the look at the smoothed pictures."""
-    other = look if twin is None else twin
+def suspects(look: Look, smoothed: Look | None, statistics: FeatureStatistics) -> Suspects:
+    """Return what speaks against each feature of images; `smoothed` is the look at the smoothed pictures."""
+    other = look if smoothed is None else smoothed
     indices = np.union1d(look.indices, other.indices).astype(np.int64)
     values, smoothed = _spread(look, indices), _spread(other, indices)
     fires = values > 0

@@ -46,7 +46,7 @@ def keep_normal(found: Suspects) -> Float[np.ndarray, "*batch m"]:
 
 def restore(found: Suspects) -> Float[np.ndarray, "*batch m"]:
     """Return z' = z~, the smoothed picture's activation, where a feature is unstable, else z."""
-    return np.where(found.reasons[Reason.UNSTABLE], found.twin, found.values)
+    return np.where(found.reasons[Reason.UNSTABLE], found.smoothed, found.values)
 
 
 MODES = {FilterMode.DROP: drop, FilterMode.KEEP_NORMAL: keep_normal, FilterMode.RESTORE: restore}
@@ -54,7 +54,7 @@ MODES = {FilterMode.DROP: drop, FilterMode.KEEP_NORMAL: keep_normal, FilterMode.
 
 def rebuild(
     look: Look,
-    twin: Look | None,
+    smoothed: Look | None,
     found: Suspects,
     filtered: Float[np.ndarray, "*batch m"],
     rows: Float[np.ndarray, "n d"],
@@ -68,8 +68,8 @@ def rebuild(
     in the other one. An embedding of which nothing is left is returned as it was: a direction that means nothing is
     worse.
     """
-    if choice.keep_residual and choice.mode is FilterMode.RESTORE and twin is not None:
-        raw = twin.unit + (filtered - found.twin) @ rows[found.indices]
+    if choice.keep_residual and choice.mode is FilterMode.RESTORE and smoothed is not None:
+        raw = smoothed.unit + (filtered - found.smoothed) @ rows[found.indices]
     elif choice.keep_residual:
         raw = look.unit + (filtered - found.values) @ rows[found.indices]
     else:

@@ -53,27 +53,27 @@ def _share(look: Look, features: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "*
     return result
 
 
-def instability(look: Look, twin: Look) -> Float[np.ndarray, "*batch"]:
+def instability(look: Look, smoothed: Look) -> Float[np.ndarray, "*batch"]:
     """Return r5 = 1 - <e, e~>, e~ the embedding of the smoothed picture."""
-    result: np.ndarray = 1.0 - (look.unit.astype(np.float64) * twin.unit.astype(np.float64)).sum(-1)
+    result: np.ndarray = 1.0 - (look.unit.astype(np.float64) * smoothed.unit.astype(np.float64)).sum(-1)
     return result
 
 
 def detection_scores(
     look: Look,
     noise: float | Float[np.ndarray, "*batch"],
-    twin: Look | None,
+    smoothed: Look | None,
     statistics: FeatureStatistics,
     rows: Float[np.ndarray, "n d"],
     origin: Float[np.ndarray, " d"],
 ) -> Float[np.ndarray, "*batch k"]:
-    """Return the scores, float64, in the order of `ONE_LOOK`, or of `TWO_LOOKS` with a twin."""
+    """Return the scores, float64, in the order of `ONE_LOOK`, or of `TWO_LOOKS` with that of the smoothed picture."""
     scores = [
         reconstruction_error(look, rows, origin),
         text_share(look, statistics),
         moved_share(look, statistics),
         np.asarray(noise),
     ]
-    if twin is not None:
-        scores.append(instability(look, twin))
+    if smoothed is not None:
+        scores.append(instability(look, smoothed))
     return np.stack(scores, axis=-1).astype(np.float64)

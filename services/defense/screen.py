@@ -77,7 +77,7 @@ def choose(
 def screen(
     looks: Sequence[Look],
     noise: Sequence[float] | Float[np.ndarray, " B"],
-    twins: Sequence[Look] | None,
+    smoothed: Sequence[Look] | None,
     calibration: DefenseCalibration,
     rows: Float[np.ndarray, "n d"],
     origin: Float[np.ndarray, " d"],
@@ -94,7 +94,7 @@ def screen(
         One an image.
     noise : float array, or sequence, of length B
         r4 of each.
-    twins : sequence of Look or None
+    smoothed : sequence of Look or None
         Looks at the smoothed pictures, for the second look.
     calibration : DefenseCalibration
         Of the dictionary that the looks are in.
@@ -107,12 +107,12 @@ def screen(
     filter_all : bool
         Filter images whose verdict is clean, too.
     """
-    detector = calibration.detectors[twins is not None]
+    detector = calibration.detectors[smoothed is not None]
     threshold = detector.threshold(false_positive_rate)
     found: list[Screened] = []
     for start in range(0, len(looks), _TOGETHER):
         part = slice(start, start + _TOGETHER)
-        others = None if twins is None else twins[part]
+        others = None if smoothed is None else smoothed[part]
         judged = _judge(looks[part], np.asarray(noise[part]), others, calibration, detector, rows, origin)
         changed = np.full(len(looks[part]), True) if filter_all else judged.logits >= threshold
         found += _screened(looks[part], judged, detector, threshold, changed, rows, origin, choice)
@@ -124,7 +124,7 @@ class _Judged:
     """A batch with its scores, before anything is filtered."""
 
     look: Look
-    twin: Look | None
+    smoothed: Look | None
     scores: Float[np.ndarray, "B k"]
     logits: Float[np.ndarray, " B"]
     found: Suspects
@@ -133,15 +133,15 @@ class _Judged:
 def _judge(
     looks: Sequence[Look],
     noise: Float[np.ndarray, " B"],
-    twins: Sequence[Look] | None,
+    smoothed: Sequence[Look] | None,
     calibration: DefenseCalibration,
     detector: Detector,
     rows: Float[np.ndarray, "n d"],
     origin: Float[np.ndarray, " d"],
 ) -> _Judged:
-    look, twin = Look.stack(looks), None if twins is None else Look.stack(twins)
-    scores = detection_scores(look, noise, twin, calibration.statistics, rows, origin)
-    return _Judged(look, twin, scores, detector.logit(scores), suspects(look, twin, calibration.statistics))
+    look, again = Look.stack(looks), None if smoothed is None else Look.stack(smoothed)
+    scores = detection_scores(look, noise, again, calibration.statistics, rows, origin)
+    return _Judged(look, again, scores, detector.logit(scores), suspects(look, again, calibration.statistics))
 
 
 def _screened(
@@ -164,12 +164,16 @@ def _screened(
         filtered = found.values.copy()
         filtered[places] = activations
         look = Look(judged.look.unit[places], judged.look.indices, judged.look.values[places])
-        twin = judged.twin
-        other = None if twin is None else Look(twin.unit[places], twin.indices, twin.values[places])
+        smoothed = judged.smoothed
+        other = (
+            None
+            if smoothed is None
+            else Look(smoothed.unit[places], smoothed.indices, smoothed.values[places])
+        )
         rebuilt = rebuild(look, other, some, activations, rows, origin, choice)
         for place, unit in zip(places, rebuilt, strict=True):
             units[place] = unit
-    active = (found.values != 0) | (found.twin != 0)
+    active = (found.values != 0) | (found.smoothed != 0)
     screened = []
     for i, logit in enumerate(judged.logits.tolist()):
         columns = np.flatnonzero(active[i])

@@ -1,1 +1,1 @@
-"""Image and text towers: decoding, tokenising, and backends behind one interface."""
+"""Image and text towers: decoding, tokenizing, and backends behind one interface."""

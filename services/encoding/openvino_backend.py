@@ -111,16 +111,16 @@ class OpenVINOTowers:
 
     def encode_images(self, pixels: NDArray[np.float32]) -> Embeddings:
         """Embed preprocessed images, shape (B, 3, H, W)."""
-        return run_images(pixels, lambda piece: self._infer(self._image, piece), self.embed_dim)
+        return run_images(pixels, lambda chunk: self._infer(self._image, chunk), self.embed_dim)
 
     def encode_texts(self, tokens: NDArray[np.int64]) -> Embeddings:
         """Embed tokens, shape (B, context)."""
         return run_texts(
-            tokens, lambda piece: self._infer(self._text, piece), self.embed_dim, trim=self._trim
+            tokens, lambda chunk: self._infer(self._text, chunk), self.embed_dim, trim=self._trim
         )
 
     def warm_up(self, max_batch: int = MAX_BATCH) -> None:
-        """Run every piece size up to `max_batch` once: OpenVINO compiles kernels for each shape it meets."""
+        """Run every chunk size up to `max_batch` once: OpenVINO compiles kernels for each shape it meets."""
         warm_up(self, max_batch, self._trim)
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ class TextLimits:
 DEFAULT_TEXT_LIMITS = TextLimits()
 
 
-class Tokeniser:
+class Tokenizer:
     """CLIP's tokenizer with a context length, limits and clear errors.
 
     Parameters
@@ -71,7 +71,7 @@ class Tokeniser:
         self._remembered: dict[str, list[int]] = {}
         self._tokenizer = open_clip.SimpleTokenizer(context_length=config.context_length, **options)
 
-    def tokenise(
+    def tokenize(
         self,
         texts: Sequence[str],
         truncate: bool = False,
@@ -111,7 +111,7 @@ class Tokeniser:
         return tokens
 
     def encode(self, text: str, truncate: bool = False) -> list[int]:
-        """Return the tokens of one text, start and end included, unpadded; see `tokenise`."""
+        """Return the tokens of one text, start and end included, unpadded; see `tokenize`."""
         limit, room = self.limits.max_characters, self.context_length - 2
         if len(text) <= limit:
             words = self._words(text, room + 1)

@@ -84,7 +84,7 @@ class TorchTowers:
         return run_texts(tokens, self._embed_texts, self.embed_dim, trim=self._trim)
 
     def warm_up(self, max_batch: int = MAX_BATCH) -> None:
-        """Run every piece size up to `max_batch` once."""
+        """Run every chunk size up to `max_batch` once."""
         warm_up(self, max_batch, self._trim)
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """The interface of the towers, and how a batch is cut so that results do not depend on who else is in it.
 
-A matrix product of another shape may add in another order. So a batch is run in pieces of a few fixed sizes
+A matrix product of another shape may add in another order. So a batch is run in chunks of a few fixed sizes
 (powers of two, which also are all that a backend has to warm up), and a text is run at a length that depends
 on that text alone. What difference remains is measured in ``tests/services/test_towers.py``.
 """
@@ -74,13 +74,13 @@ class Towers(Protocol):
         """Embed tokens, shape (B, context)."""
 
     def warm_up(self, max_batch: int = MAX_BATCH) -> None:
-        """Run every piece size up to `max_batch` once, so that no caller pays for a first time."""
+        """Run every chunk size up to `max_batch` once, so that no caller pays for a first time."""
 
     def close(self) -> None:
         """Free the model's memory; the towers cannot be used again."""
 
 
-def piece_sizes(batch: int, largest: int = MAX_BATCH) -> list[int]:
+def chunk_sizes(batch: int, largest: int = MAX_BATCH) -> list[int]:
     """Return powers of two that add up to `batch`, none over `largest`, big ones first (22 -> [16, 4, 2])."""
     sizes = [largest] * (batch // largest)
     rest = batch % largest
@@ -102,10 +102,10 @@ def text_length(tokens: NDArray[np.int64], context_length: int) -> NDArray[np.in
 def run_images(
     pixels: NDArray[np.float32], embed: Callable[[NDArray[np.float32]], NDArray[np.float32]], embed_dim: int
 ) -> Embeddings:
-    """Run `embed` on pieces of the batch."""
+    """Run `embed` on chunks of the batch."""
     raw = np.empty((len(pixels), embed_dim), np.float32)
     start = 0
-    for size in piece_sizes(len(pixels)):
+    for size in chunk_sizes(len(pixels)):
         raw[start : start + size] = embed(pixels[start : start + size])
         start += size
     return Embeddings.of(raw)
@@ -117,7 +117,7 @@ def run_texts(
     embed_dim: int,
     trim: bool,
 ) -> Embeddings:
-    """Run `embed` on pieces of the batch, texts of one length together.
+    """Run `embed` on chunks of the batch, texts of one length together.
 
     Parameters
     ----------
@@ -136,15 +136,15 @@ def run_texts(
     for length in np.unique(lengths):
         members = np.flatnonzero(lengths == length)
         start = 0
-        for size in piece_sizes(len(members)):
-            piece = members[start : start + size]
-            raw[piece] = embed(np.ascontiguousarray(tokens[piece, :length]))
+        for size in chunk_sizes(len(members)):
+            chunk = members[start : start + size]
+            raw[chunk] = embed(np.ascontiguousarray(tokens[chunk, :length]))
             start += size
     return Embeddings.of(raw)
 
 
 def warm_up(towers: Towers, max_batch: int, trim: bool) -> None:
-    """Run each piece size, and each text length, once."""
+    """Run each chunk size, and each text length, once."""
     size = 1
     while size <= min(max_batch, MAX_BATCH):
         towers.encode_images(np.zeros((size, 3, *towers.image_size), np.float32))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from services.dictionaries.base import Dictionary
 from services.errors import InvalidInput, SteeringUnsupported, TextTooLong
-from services.imaging.edits import FromReference, ImageRequest, Path
+from services.imaging.edits import FromReference, ImageRequest, SteeringPath
 from services.imaging.embedder import Embedder
 from services.imaging.features import Features
 from services.imaging.pipeline import STABLE_UNCLIP, Parts
@@ -85,7 +85,7 @@ class Conditioner:
         self.refusals = self._refusals(features.tower_fingerprint)
 
     @property
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[SteeringPath, ...]:
         """The paths by which this pipeline can be steered."""
         return tuple(path for path, why in self.refusals.items() if why is None)
 
@@ -151,11 +151,11 @@ class Conditioner:
             raise InvalidInput(message, [("image", message)], reason="REFERENCE_REQUIRED")
         dictionary, space = self._features.of(request.steering.dictionary)
 
-        def refer(reference: FromReference) -> NDArray[np.float32]:
+        def encode_reference(reference: FromReference) -> NDArray[np.float32]:
             return activations(dictionary, self._embedder.reference(reference, request.truncate))
 
         try:
-            steered = steer(base, activations(dictionary, base), request.steering, space, refer)
+            steered = steer(base, activations(dictionary, base), request.steering, space, encode_reference)
         except InvalidInput as error:
             raise error.moved(lambda path: f"steering.{path}") from error
         return (torch.from_numpy(steered.unit) - torch.from_numpy(base.unit)) * base.norm, steered
@@ -228,7 +228,7 @@ class Conditioner:
                 self._prompts.popitem(last=False)
         return hidden, end
 
-    def _refusals(self, tower_fingerprint: str) -> dict[Path, SteeringUnsupported | None]:
+    def _refusals(self, tower_fingerprint: str) -> dict[SteeringPath, SteeringUnsupported | None]:
         """Return why each path cannot be taken; None where it can."""
         if self._parts.entry.tower_fingerprint != tower_fingerprint:
             other = SteeringUnsupported(

@@ -55,12 +55,12 @@ class AttributeMeasures:
     hit : Share
         Of them, those in which a probe, fitted on other drawings, finds the attribute.
     hit_before : Share
-        The same of their unsteered twins.
+        The same of their unsteered images.
     kept : Share
-        Of those whose unsteered twin the judge takes for its concept rather than for others (in grey, where the
+        Of those whose unsteered image the judge takes for its concept rather than for others (in grey, where the
         attribute is a colour): those that it still does.
     kept_before : Share
-        Twins that it does.
+        Unsteered images that it does.
     off_distribution, off_distribution_before : float
         Mean share of held-out embeddings that lie nearer to the training data than the steered, or unsteered,
         embedding: 0.5 is as usual, 1 farther out than all.

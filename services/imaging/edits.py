@@ -12,7 +12,7 @@ from typing import Literal
 
 from services.modality.tables import Label
 
-Path = Literal["embedding", "prompt"]
+SteeringPath = Literal["embedding", "prompt"]
 Guidance = Literal["conditional", "contrastive"]
 
 MAX_STRENGTH = 4.0
@@ -108,7 +108,7 @@ class Steering:
 
     edits: tuple[Edit, ...] = ()
     dictionary: str = ""
-    path: Path | None = None
+    path: SteeringPath | None = None
     guidance: Guidance = "conditional"
     delta: float | None = None
     attributes: tuple[AttributeEdit, ...] = ()

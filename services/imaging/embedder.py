@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from services.bundle.load import Bundle
 from services.encoding.clip import build_clip
 from services.encoding.images import DEFAULT_LIMITS, ImageLimits, ImagePreprocess, decode_image
-from services.encoding.texts import DEFAULT_TEXT_LIMITS, TextLimits, Tokeniser
+from services.encoding.texts import DEFAULT_TEXT_LIMITS, TextLimits, Tokenizer
 from services.encoding.torch_backend import TorchTowers
 from services.imaging.edits import FromReference
 from services.imaging.steering import Embedding
@@ -65,7 +65,7 @@ class Embedder:
         self._towers = TorchTowers(model, config, device=device)
         self._preprocess = ImagePreprocess(config)
         self._image_limits = image_limits
-        self._tokeniser = Tokeniser(config, text_limits)
+        self._tokenizer = Tokenizer(config, text_limits)
         self._remembered: OrderedDict[object, Embedding] = OrderedDict()
 
     def _once(self, key: object, embed: Callable[[], Embedding]) -> Embedding:
@@ -102,7 +102,7 @@ class Embedder:
         """
 
         def embed() -> Embedding:
-            embeddings = self._towers.encode_texts(self._tokeniser.tokenise([text], truncate))
+            embeddings = self._towers.encode_texts(self._tokenizer.tokenize([text], truncate))
             return Embedding(embeddings.unit[0], float(embeddings.norm[0]), Modality.TEXT)
 
         return self._once((text, truncate), embed)

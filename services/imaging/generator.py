@@ -19,7 +19,7 @@ from services.errors import InvalidInput, NoPipeline
 from services.imaging.conditioning import Conditioner, Conditioning
 from services.imaging.denoiser import Batching, Denoiser, Sample
 from services.imaging.dose import Attributes
-from services.imaging.edits import FromReference, ImageRequest, Path
+from services.imaging.edits import FromReference, ImageRequest, SteeringPath
 from services.imaging.embedder import Embedder
 from services.imaging.features import Features
 from services.imaging.pictures import Decoder
@@ -133,7 +133,7 @@ class Imaging:
         return self.denoiser.batching
 
     @property
-    def paths(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[SteeringPath, ...]:
         """The paths by which the pipeline can be steered."""
         return self._condition.paths
 

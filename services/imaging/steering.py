@@ -141,7 +141,7 @@ class FeatureSpace:
 
 
 # From a reference to its activations, float32, shape (n,).
-Refer = Callable[[FromReference], NDArray[np.float32]]
+EncodeReference = Callable[[FromReference], NDArray[np.float32]]
 
 
 def edited(
@@ -149,7 +149,7 @@ def edited(
     edits: Sequence[Edit],
     space: FeatureSpace,
     modality: Modality,
-    refer: Refer,
+    encode_reference: EncodeReference,
     norm: float = 1.0,
 ) -> NDArray[np.float32]:
     """Return z' for activations `z`, shape (n,), of an embedding of `modality` and length `norm`.
@@ -166,7 +166,7 @@ def edited(
         try:
             _check_strength(edit.strength)
             ids = space.features(edit)
-            target = _target(edit, steered, ids, space, modality, refer)
+            target = _target(edit, steered, ids, space, modality, encode_reference)
         except InvalidInput as error:
             raise error.moved(lambda path: f"edits[{i}].{path}") from error  # noqa: B023  (called at once)
         reach = edit.strength
@@ -223,7 +223,7 @@ def _target(
     ids: NDArray[np.int64],
     space: FeatureSpace,
     modality: Modality,
-    refer: Refer,
+    encode_reference: EncodeReference,
 ) -> NDArray[np.float32]:
     operation = edit.operation
     if isinstance(operation, Scale):
@@ -238,13 +238,17 @@ def _target(
         target[known] = statistics.quantile(ids[known], operation.q, modality)
         return target
     try:
-        return refer(operation)[ids]
+        return encode_reference(operation)[ids]
     except InvalidInput as error:
         raise error.at("reference.text" if operation.image is None else "reference.image.data") from error
 
 
 def steer(
-    embedding: Embedding, z: NDArray[np.float32], steering: Steering, space: FeatureSpace, refer: Refer
+    embedding: Embedding,
+    z: NDArray[np.float32],
+    steering: Steering,
+    space: FeatureSpace,
+    encode_reference: EncodeReference,
 ) -> Steered:
     """Apply the edits of `steering` to an embedding.
 
@@ -258,7 +262,7 @@ def steer(
         Edits, and the size that the change is rescaled to, if any.
     space : FeatureSpace
         The dictionary that the edits are about.
-    refer : callable
+    encode_reference : callable
         From a reference to its activations.
 
     Raises
@@ -268,7 +272,7 @@ def steer(
         reached.
     """
     modality, norm, known = embedding.modality, embedding.norm, space.attributes
-    z_steered = edited(z, steering.edits, space, modality, refer, norm)
+    z_steered = edited(z, steering.edits, space, modality, encode_reference, norm)
     z_steered = turned(z_steered, steering.attributes, space, modality, norm)
     if steering.dose is not None:
         _check_dose(steering, known)

@@ -53,7 +53,7 @@ class DebugModel:
         data = item.encode() if isinstance(item, str) else item
         return np.frombuffer(hashlib.sha256(data).digest(), np.uint8)[:EMBED_DIM].astype(np.float32) + 1
 
-    def tokenise(self, text: str, truncate: bool) -> NDArray[Any]:
+    def tokenize(self, text: str, truncate: bool) -> NDArray[Any]:
         return self.prepare(text, truncate)
 
     def open(self, data: bytes) -> Picture:

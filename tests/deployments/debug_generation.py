@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deployments.generator.events import GenerateWork, Size
+from deployments.generator.events import GenerateTask, Size
 from services.errors import GenerationFailed, InvalidInput, MonofacetError
 from tests.support.waiting import PATIENCE_S
 
@@ -67,7 +67,7 @@ class DebugPipeline:
     def steps_of(self, prompt: str) -> int:
         return sum(batch.count(prompt) for batch in self.batches)
 
-    def prepare(self, work: GenerateWork) -> tuple[list[DebugSample], list[Size]]:
+    def prepare(self, work: GenerateTask) -> tuple[list[DebugSample], list[Size]]:
         request = work.request
         self.prepared.append(request.prompt)
         if request.prompt == "bad":

@@ -29,9 +29,9 @@ from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.server import DESCRIPTORS, GatewayServer
 from deployments.operations.served import NamesClash, read_served
 from deployments.operations.settings import Settings
-from services.bundle.load import CLIP_CONFIG, PROBE, Bundle, refresh_manifest
-from services.bundle.selfcheck import write_probe
-from services.errors import ProbeMismatch
+from services.bundle.load import CLIP_CONFIG, SELFCHECK, Bundle, refresh_manifest
+from services.bundle.selfcheck import write_selfcheck
+from services.errors import SelfCheckMismatch
 from services.modality.tables import ModalityTable
 from tests.deployments.conftest import array, error_details
 from tests.deployments.debug import DebugDictionary, DebugModel
@@ -284,10 +284,10 @@ def test_an_encoder_does_not_start_on_towers_that_answer_otherwise(tiny: Bundle,
     probe = probe_of_folder((path / CLIP_CONFIG).parent)
     settings = Settings(backend="torch", threads=1)
     for changed in (probe, dataclasses.replace(probe, captions=probe.captions[::-1])):
-        write_probe(path / PROBE, changed)
+        write_selfcheck(path / SELFCHECK, changed)
         refresh_manifest(path)
         if changed is probe:
             TowerModel(Bundle.load(path), settings).close()
         else:
-            with pytest.raises(ProbeMismatch, match="text tower"):
+            with pytest.raises(SelfCheckMismatch, match="text tower"):
                 TowerModel(Bundle.load(path), settings)

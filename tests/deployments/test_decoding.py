@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deployments.batching import DeadlineExpired
 from deployments.encoder.decoding import Decoding, Prepared
-from deployments.encoder.tasks import TravelsAlone, Work
+from deployments.encoder.tasks import EncodeTask, TravelsAlone
 from deployments.operations.settings import Settings
 from services.check import Check
 from services.encoding.formats.picture import Picture
@@ -67,9 +67,9 @@ async def begin(model: SlowModel) -> None:
 async def test_texts_wait_for_no_picture(model, decoding):
     held = []
     for _ in range(2):
-        held.append(asyncio.create_task(decoding([Work((b"slow",))], [None])))
+        held.append(asyncio.create_task(decoding([EncodeTask((b"slow",))], [None])))
         await begin(model)
-    (items,) = await asyncio.wait_for(decoding([Work(("a text",))], [None]), LONG_S)
+    (items,) = await asyncio.wait_for(decoding([EncodeTask(("a text",))], [None]), LONG_S)
     assert isinstance(items[0], Prepared)
     assert not any(task.done() for task in held)
     model.finish.set()
@@ -78,22 +78,22 @@ async def test_texts_wait_for_no_picture(model, decoding):
 
 
 async def test_pictures_wait_for_no_costly_one(model, decoding):
-    held = [asyncio.create_task(decoding([Work((b"costly",))], [None])) for _ in range(5)]
+    held = [asyncio.create_task(decoding([EncodeTask((b"costly",))], [None])) for _ in range(5)]
     await begin(model)
-    (items,) = await asyncio.wait_for(decoding([Work((b"a picture", "and a text"))], [None]), LONG_S)
+    (items,) = await asyncio.wait_for(decoding([EncodeTask((b"a picture", "and a text"))], [None]), LONG_S)
     assert [type(item) for item in items] == [Prepared, Prepared]
     assert not any(task.done() for task in held)
 
 
 async def test_a_costly_picture_is_sent_away_from_the_others_of_its_message(model, decoding):
-    works = [Work((b"a picture",)), Work(("text", b"costly")), Work(("text",))]
+    works = [EncodeTask((b"a picture",)), EncodeTask(("text", b"costly")), EncodeTask(("text",))]
     answers = await asyncio.wait_for(decoding(works, [None] * 3), LONG_S)
     assert [type(items[0]) for items in answers] == [Prepared, TravelsAlone, Prepared]
 
 
 async def test_items_keep_their_places(model, decoding):
     model.finish.set()
-    work = Work((b"costly 1", "text", b"bad", b"picture", b"costly 2"), each=True)
+    work = EncodeTask((b"costly 1", "text", b"bad", b"picture", b"costly 2"), each=True)
     (items,) = await asyncio.wait_for(decoding([work], [None]), LONG_S)
     expected = [model.prepare(item, False) if item != b"bad" else None for item in work.items]
     for item, array in zip(items, expected, strict=True):
@@ -108,17 +108,17 @@ async def test_items_keep_their_places(model, decoding):
 @pytest.mark.parametrize("name", [b"slow", b"costly"])
 async def test_the_deadline_ends_the_decoding(model, decoding, name):
     deadline = asyncio.get_running_loop().time() + 0.2
-    (items,) = await asyncio.wait_for(decoding([Work((name,))], [deadline]), LONG_S)
+    (items,) = await asyncio.wait_for(decoding([EncodeTask((name,))], [deadline]), LONG_S)
     assert isinstance(items[0], DeadlineExpired)
     assert model.ended.is_set()
 
 
 @pytest.mark.parametrize("name", [b"slow", b"costly"])
 async def test_a_caller_who_goes_ends_the_decoding(model, decoding, name):
-    task = asyncio.create_task(decoding([Work((name, name))], [None]))
+    task = asyncio.create_task(decoding([EncodeTask((name, name))], [None]))
     await begin(model)
     task.cancel()
     assert await asyncio.to_thread(model.ended.wait, LONG_S)
     # The thread is free again.
-    (items,) = await asyncio.wait_for(decoding([Work((b"a picture",))], [None]), LONG_S)
+    (items,) = await asyncio.wait_for(decoding([EncodeTask((b"a picture",))], [None]), LONG_S)
     assert isinstance(items[0], Prepared)

@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from deployments.encoder.tasks import Encoded, Reply, TravelsAlone, Work
+from deployments.encoder.tasks import Encoded, EncodeTask, Reply, TravelsAlone
 from deployments.gateway.encoder_client import EncoderClient
 from deployments.operations.metrics import Metrics
 from deployments.operations.settings import Settings
@@ -22,7 +22,7 @@ class Encoders:
         self.at_once = 0
         self.most_at_once = 0
 
-    async def send(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
+    async def send(self, works: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         name = self.names[self.messages % len(self.names)]
@@ -37,9 +37,9 @@ async def most_at_once(encoders: Encoders) -> int:
     settings = Settings(messages_in_flight=2, coalesce_items=1, max_batch_items=64)
     client = EncoderClient(encoders.send, settings, Metrics(), "torch")
     for _ in range(4):
-        await client.encode(Work(("warm",)))
+        await client.encode(EncodeTask(("warm",)))
     encoders.most_at_once = 0
-    await asyncio.gather(*(client.encode(Work(("a",))) for _ in range(40)))
+    await asyncio.gather(*(client.encode(EncodeTask(("a",))) for _ in range(40)))
     return encoders.most_at_once
 
 
@@ -61,7 +61,7 @@ async def test_replicas_are_those_that_answered_and_one_while_any_is_left(
     client = EncoderClient(encoders.send, Settings(), Metrics(), "torch", alive=lambda: alive)
     assert client.replicas == 1
     for _ in range(3):
-        await client.encode(Work(("a",)))
+        await client.encode(EncodeTask(("a",)))
     assert client.replicas == 3
     monkeypatch.setattr("deployments.gateway.encoder_client._FORGET_S", -1.0)
     assert client.replicas == 1
@@ -72,7 +72,7 @@ async def test_replicas_are_those_that_answered_and_one_while_any_is_left(
 async def test_texts_travel_apart_from_pictures_and_a_costly_picture_alone() -> None:
     messages: list[list[tuple[bytes | str, ...]]] = []
 
-    async def send(works: list[Work], remaining_s: list[float | None]) -> Reply:
+    async def send(works: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
         messages.append([work.items for work in works])
         await asyncio.sleep(0)
         answer = Encoded(np.zeros((1, 2), np.float32), np.ones(1, np.float32))
@@ -82,6 +82,6 @@ async def test_texts_travel_apart_from_pictures_and_a_costly_picture_alone() -> 
 
     client = EncoderClient(send, Settings(), Metrics(), "torch")
     items: list[tuple[bytes | str, ...]] = [("a",), (b"a",), ("b",), (b"costly",), (b"b", "b")]
-    answers = await asyncio.gather(*(client.encode(Work(item)) for item in items))
+    answers = await asyncio.gather(*(client.encode(EncodeTask(item)) for item in items))
     assert all(isinstance(answer, Encoded) for answer in answers)
     assert messages == [[("a",), ("b",)], [(b"a",), (b"costly",), (b"b", "b")], [(b"costly",)]]

@@ -15,7 +15,7 @@ import pytest
 
 from deployments.batching import BatcherClosed, GreedyBatcher
 from deployments.encoder.encoder import Encoder, EncoderFailed
-from deployments.encoder.tasks import Encoded, Reply, ScoreRequest, Work
+from deployments.encoder.tasks import Encoded, EncodeTask, Reply, ScoreRequest
 from deployments.operations import logs
 from deployments.operations.settings import Settings
 from tests.deployments.debug import DebugModel
@@ -33,7 +33,7 @@ def encoder_of(model: DebugModel) -> Encoder:
 
 
 async def encode(encoder: Encoder, *texts: str) -> Any:
-    reply: Reply = await encoder.encode([Work((text,)) for text in texts], [None] * len(texts))
+    reply: Reply = await encoder.encode([EncodeTask((text,)) for text in texts], [None] * len(texts))
     return list(reply.answers)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from deployments.batching import BatcherClosed, DeadlineExpired, QueueFull
 from deployments.generator.engine import Engine
-from deployments.generator.events import Event, Failed, Finished, GenerateWork, Preview, Progress
+from deployments.generator.events import Event, Failed, Finished, GenerateTask, Preview, Progress
 from deployments.generator.generator import Generator, PipelineModel
 from deployments.operations.settings import Settings
 from services.errors import GenerationFailed, InvalidInput
@@ -34,9 +34,9 @@ def generator(model: DebugPipeline, **settings: Any) -> Generator:
     return Generator(Settings(**settings), model)
 
 
-def work(prompt: str = "a", *seeds: int, **options: Any) -> GenerateWork:
+def work(prompt: str = "a", *seeds: int, **options: Any) -> GenerateTask:
     own = {name: options.pop(name) for name in ("unsteered", "preview_every", "caller") if name in options}
-    return GenerateWork(ImageRequest(prompt, **options), seeds or (1,), **own)
+    return GenerateTask(ImageRequest(prompt, **options), seeds or (1,), **own)
 
 
 async def collect(stream: AsyncIterator[Any]) -> list[Event]:

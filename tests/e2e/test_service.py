@@ -81,10 +81,10 @@ def test_the_answer_is_what_the_towers_say_in_process(
     backend = models.GetModel(model_service_pb2.GetModelRequest(), timeout=PATIENCE_S).model.runtime.backend
     model = TowerModel(served, Settings(backend=backend, precision="f32"))
     unit_image, norm_image = model.encode_images(np.stack([model.decode(model.open(i)) for i in images]))
-    unit_text, norm_text = model.encode_texts(np.stack([model.tokenise(t, False) for t in CAPTIONS]))
+    unit_text, norm_text = model.encode_texts(np.stack([model.tokenize(t, False) for t in CAPTIONS]))
     answered = array(answer.embeddings)
     assert np.isfinite(answered).all() and np.isfinite(answer.norms).all()
-    # The same kernels on the same pieces; threads may add in another order, a few units of 6e-8.
+    # The same kernels on the same chunks; threads may add in another order, a few units of 6e-8.
     np.testing.assert_allclose(answered, np.concatenate([unit_image, unit_text]), atol=1e-6)
     np.testing.assert_allclose(answer.norms, np.concatenate([norm_image, norm_text]), rtol=1e-5)
     assert [f.dictionary for f in answer.features] == ["sae"] * len(answered)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from services.bundle.load import Bundle
 from services.bundle.towers import load_towers
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from tests.support.service import start_service
 from tests.support.tiny_bundle import make_tiny_bundle
 
@@ -22,7 +22,7 @@ TEXT = "red circle"
 
 def local_embedding(bundle: Bundle) -> np.ndarray:
     towers = load_towers(bundle, "torch", threads=1)
-    return towers.encode_texts(Tokeniser(bundle.clip_config).tokenise([TEXT])).unit[0]
+    return towers.encode_texts(Tokenizer(bundle.clip_config).tokenize([TEXT])).unit[0]
 
 
 def test_two_bundles_are_served_at_once_and_chosen_per_request(tiny: Bundle, tmp_path: Path) -> None:

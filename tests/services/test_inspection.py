@@ -262,11 +262,11 @@ def test_a_dictionary_that_does_not_fit_leaves_the_bundle_as_it_was(copied: Path
 
 
 def test_a_probe_tells_how_much_a_dictionary_keeps(tiny: Bundle, copied: Path) -> None:
-    from services.bundle.load import CLIP_CONFIG, PROBE
-    from services.bundle.selfcheck import write_probe
+    from services.bundle.load import CLIP_CONFIG, SELFCHECK
+    from services.bundle.selfcheck import write_selfcheck
     from training.build.selfcheck import probe_of_folder
 
-    write_probe(copied / PROBE, probe_of_folder((copied / CLIP_CONFIG).parent))
+    write_selfcheck(copied / SELFCHECK, probe_of_folder((copied / CLIP_CONFIG).parent))
     refresh_manifest(copied)
     config = tiny.clip_config
     assert build_clip(config, tiny.clip_weights) is not None

@@ -13,15 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from services.bundle.load import CLIP_CONFIG, CLIP_WEIGHTS, PROBE, Bundle, refresh_manifest
+from services.bundle.load import CLIP_CONFIG, CLIP_WEIGHTS, SELFCHECK, Bundle, refresh_manifest
 from services.bundle.manifest import manifest_sha256
-from services.bundle.selfcheck import check_bundle, read_probe, write_probe
+from services.bundle.selfcheck import check_bundle, read_selfcheck, write_selfcheck
 from services.bundle.towers import load_towers
 from services.encoding.clip import build_clip, read_clip_config
 from services.encoding.images import ImagePreprocess
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from services.encoding.torch_backend import TorchTowers
-from services.errors import BundleFileError, ProbeMismatch
+from services.errors import BundleFileError, SelfCheckMismatch
 from training.build.assemble import copy_towers
 from training.build.selfcheck import PROBE_FILE, probe_of_folder
 from training.towers.embed import CONFIG_FILE, WEIGHTS_FILE
@@ -33,7 +33,7 @@ Change = Callable[[dict[str, Any]], None]
 def probed(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The tiny bundle with a probe by open_clip's own code."""
     path = Path(shutil.copytree(tiny.path, tmp_path_factory.mktemp("probed") / "tiny"))
-    write_probe(path / PROBE, probe_of_folder((path / CLIP_CONFIG).parent))
+    write_selfcheck(path / SELFCHECK, probe_of_folder((path / CLIP_CONFIG).parent))
     refresh_manifest(path)
     return Bundle.load(path)
 
@@ -46,7 +46,7 @@ def check(probed: Bundle, change: Change = lambda _: None, **options: Any) -> No
     changed.write_text(json.dumps(document))
     config = read_clip_config(changed)
     towers = options.get("towers") or TorchTowers(build_clip(config, probed.clip_weights), config)
-    assert check_bundle(probed, ImagePreprocess(config), Tokeniser(config), towers)
+    assert check_bundle(probed, ImagePreprocess(config), Tokenizer(config), towers)
 
 
 def test_the_service_answers_as_open_clip_itself_does(probed: Bundle) -> None:
@@ -94,7 +94,7 @@ def cleaned(document: dict[str, Any]) -> None:
 def test_a_model_under_another_configuration_is_refused_and_the_stage_named(
     probed: Bundle, change: Change, stage: str
 ) -> None:
-    with pytest.raises(ProbeMismatch, match=f"the {stage} ") as caught:
+    with pytest.raises(SelfCheckMismatch, match=f"the {stage} ") as caught:
         check(probed, change)
     assert [violation[:2] for violation in caught.value.violations] == [("probe", stage)]
 
@@ -102,15 +102,15 @@ def test_a_model_under_another_configuration_is_refused_and_the_stage_named(
 def test_a_context_of_another_length_is_refused(probed: Bundle) -> None:
     config = dataclasses.replace(probed.clip_config, context_length=12)
     towers = TorchTowers(build_clip(probed.clip_config, probed.clip_weights), probed.clip_config)
-    with pytest.raises(ProbeMismatch, match="context of 12 tokens; the towers were recorded with 16"):
-        check_bundle(probed, ImagePreprocess(config), Tokeniser(config), towers)
+    with pytest.raises(SelfCheckMismatch, match="context of 12 tokens; the towers were recorded with 16"):
+        check_bundle(probed, ImagePreprocess(config), Tokenizer(config), towers)
 
 
 def test_weights_that_are_not_a_number_are_refused(probed: Bundle) -> None:
     model = build_clip(probed.clip_config, probed.clip_weights)
     with torch.no_grad():
         model.visual.proj[0, 0] = float("nan")
-    with pytest.raises(ProbeMismatch, match="image tower"):
+    with pytest.raises(SelfCheckMismatch, match="image tower"):
         check(probed, towers=TorchTowers(model, probed.clip_config))
 
 
@@ -119,34 +119,34 @@ def test_a_folder_is_held_to_the_probe_that_it_brings(probed: Bundle, tmp_path: 
     source.mkdir()
     document = json.loads((probed.path / CLIP_CONFIG).read_text())
     shutil.copyfile(probed.path / CLIP_WEIGHTS, source / WEIGHTS_FILE)
-    shutil.copyfile(probed.path / PROBE, source / PROBE_FILE)
+    shutil.copyfile(probed.path / SELFCHECK, source / PROBE_FILE)
     for quick in (False, True):
         document["model_cfg"]["quick_gelu"] = quick
         (source / CONFIG_FILE).write_text(json.dumps(document))
         if quick:
-            with pytest.raises(ProbeMismatch):
+            with pytest.raises(SelfCheckMismatch):
                 copy_towers(source, tmp_path / "bundle")
         else:
             copy_towers(source, tmp_path / "bundle")
-            assert (tmp_path / "bundle" / PROBE).exists()
+            assert (tmp_path / "bundle" / SELFCHECK).exists()
 
 
 def test_a_probe_comes_back_as_it_was_written_and_nothing_else_is_taken_for_one(
     probed: Bundle, tmp_path: Path
 ) -> None:
-    probe = read_probe(probed.path / PROBE)
-    write_probe(tmp_path / "again.safetensors", probe)
-    assert (tmp_path / "again.safetensors").read_bytes() == (probed.path / PROBE).read_bytes()
+    probe = read_selfcheck(probed.path / SELFCHECK)
+    write_selfcheck(tmp_path / "again.safetensors", probe)
+    assert (tmp_path / "again.safetensors").read_bytes() == (probed.path / SELFCHECK).read_bytes()
     safetensors.torch.save_file({"a": torch.zeros(1)}, str(tmp_path / "other.safetensors"))
-    for name, why in (("other.safetensors", "not a probe"), ("gone.safetensors", "is not there")):
+    for name, why in (("other.safetensors", "not a self-check"), ("gone.safetensors", "is not there")):
         with pytest.raises(BundleFileError, match=why):
-            read_probe(tmp_path / name)
+            read_selfcheck(tmp_path / name)
 
 
 def test_a_bundle_without_a_probe_is_served_and_keeps_its_id(tiny: Bundle) -> None:
     assert tiny.manifest.probe is None
     config = tiny.clip_config
     towers = TorchTowers(build_clip(config, tiny.clip_weights), config)
-    assert not check_bundle(tiny, ImagePreprocess(config), Tokeniser(config), towers)
+    assert not check_bundle(tiny, ImagePreprocess(config), Tokenizer(config), towers)
     with_probe = dataclasses.replace(tiny.manifest, probe="clip/probe.safetensors")
     assert manifest_sha256(tiny.manifest) == tiny.sha256 != manifest_sha256(with_probe)

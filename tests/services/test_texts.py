@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.encoding import texts as texts_module
 from services.encoding.merges import merge
-from services.encoding.texts import TextLimits, Tokeniser
+from services.encoding.texts import TextLimits, Tokenizer
 from services.errors import TextTooLong
 from tests.services.test_images import config as clip_config
 from tests.support.waiting import PATIENCE_S
@@ -18,17 +18,17 @@ from tests.support.waiting import PATIENCE_S
 START, END = 49406, 49407
 
 
-def tokeniser(context_length: int = 16, **limits) -> Tokeniser:
+def tokenizer(context_length: int = 16, **limits) -> Tokenizer:
     import dataclasses
 
     config = dataclasses.replace(clip_config(), model_cfg={"text_cfg": {}}, context_length=context_length)
-    return Tokeniser(config, TextLimits(**limits)) if limits else Tokeniser(config)
+    return Tokenizer(config, TextLimits(**limits)) if limits else Tokenizer(config)
 
 
 @functools.cache
-def tokeniser_of(limit: int) -> Tokeniser:
-    """A tokeniser that reads so far and no further, so that short texts are long ones."""
-    made = tokeniser(16)
+def tokenizer_of(limit: int) -> Tokenizer:
+    """A tokenizer that reads so far and no further, so that short texts are long ones."""
+    made = tokenizer(16)
     made.limits = TextLimits(limit)
     return made
 
@@ -40,8 +40,8 @@ def _no_further(monkeypatch, request):
 
 
 @pytest.fixture(scope="module")
-def tok() -> Tokeniser:
-    return tokeniser()
+def tok() -> Tokenizer:
+    return tokenizer()
 
 
 @settings(max_examples=200)
@@ -49,41 +49,41 @@ def tok() -> Tokeniser:
 def test_tokens_are_open_clips(text):
     if "_of_text>" in text.lower():
         return
-    ours = TOK.tokenise([text], truncate=True)
+    ours = TOK.tokenize([text], truncate=True)
     assert np.array_equal(ours, THEIRS([text]).numpy())
 
 
-TOK = tokeniser()
+TOK = tokenizer()
 THEIRS = open_clip.get_tokenizer("ViT-B-32", context_length=16)
 
 
 def test_a_text_that_does_not_fit_is_refused_and_named(tok):
     with pytest.raises(TextTooLong) as caught:
-        tok.tokenise(["a cat", "cat " * 15, "a dog", "dog " * 99])
+        tok.tokenize(["a cat", "cat " * 15, "a dog", "dog " * 99])
     assert [path for path, *_ in caught.value.violations] == ["texts[1]", "texts[3]"]
     assert caught.value.reason == "TEXT_TOO_LONG"
 
 
 def test_a_text_that_just_fits_is_taken(tok):
-    tokens = tok.tokenise(["cat " * 14])
+    tokens = tok.tokenize(["cat " * 14])
     assert tokens[0, -1] == END
     assert (tokens != 0).all()
 
 
 def test_truncation_keeps_the_end_token(tok):
-    tokens = tok.tokenise(["cat " * 99], truncate=True)
+    tokens = tok.tokenize(["cat " * 99], truncate=True)
     assert tokens[0, 0] == START
     assert tokens[0, -1] == END
-    assert np.array_equal(tokens, tok.tokenise(["cat " * 14]))
+    assert np.array_equal(tokens, tok.tokenize(["cat " * 14]))
 
 
 def test_an_empty_text_is_start_and_end(tok):
-    assert tok.tokenise([""])[0, :3].tolist() == [START, END, 0]
+    assert tok.tokenize([""])[0, :3].tolist() == [START, END, 0]
 
 
 @pytest.mark.parametrize("special", ["<end_of_text>", "<START_OF_TEXT>"])
 def test_special_tokens_cannot_be_written_by_a_caller(tok, special):
-    tokens = tok.tokenise([f"a {special} cat"])[0]
+    tokens = tok.tokenize([f"a {special} cat"])[0]
     assert np.count_nonzero(tokens == END) == 1
     assert np.count_nonzero(tokens == START) == 1
 
@@ -125,10 +125,10 @@ def test_a_pair_made_by_a_merge_waits_until_all_occurrences_are_merged():
      "a" * 3_000, "xyzzy" * 500, "-" * 250 + " a red heart", "Donaudampfschifffahrtsgesellschaft" * 20],
 )  # fmt: skip
 def test_long_words_get_open_clips_tokens(text):
-    assert np.array_equal(LONG.tokenise([text], truncate=True), THEIRS([text], context_length=77).numpy())
+    assert np.array_equal(LONG.tokenize([text], truncate=True), THEIRS([text], context_length=77).numpy())
 
 
-LONG = tokeniser(77)
+LONG = tokenizer(77)
 PIECES = st.sampled_from(
     ["a red heart ", "don't! ", "cafÃ© ", "â€œquotedâ€\x9d ", "&amp;amp; ", "&#128512;", "<b>",
      "中文，", "naïve — ", "\n",
@@ -141,7 +141,7 @@ PIECES = st.sampled_from(
 def test_a_text_is_cut_where_open_clip_cuts_it_wherever_the_reading_stops(pieces, limit):
     text = ("".join(pieces) + "and so on ") * 12
     try:
-        ours = tokeniser_of(limit).tokenise([text], truncate=True)
+        ours = tokenizer_of(limit).tokenize([text], truncate=True)
     except TextTooLong:
         # Less than the context lies in what is read, which is refused and never answered otherwise.
         assert len(text) > limit
@@ -157,13 +157,13 @@ def test_a_document_is_cut_as_open_clip_cuts_it():
     ] * 3_000
     for text in ("\n".join(lines), " ".join(lines), " \n" * 50_000 + "a red heart", "紅い心，" * 20_000):
         theirs = THEIRS([text], context_length=77).numpy()
-        assert np.array_equal(LONG.tokenise([text], truncate=True), theirs)
+        assert np.array_equal(LONG.tokenize([text], truncate=True), theirs)
 
 
 @pytest.mark.parametrize("text", ["x" * 60_000, "\x01\n" * 30_000])
 def test_what_does_not_fill_the_context_within_reach_is_refused(text):
     with pytest.raises(TextTooLong, match="do not fill the context"):
-        LONG.tokenise([text], truncate=True)
+        LONG.tokenize([text], truncate=True)
 
 
 # In the square of a word's length these would take minutes; they take a part of a second.
@@ -176,19 +176,19 @@ def test_a_hostile_text_takes_no_time():
         "a" * 5_000 + " b" * 20_000,
         "e" + "\u0301\u0316" * 4_000,
     ]
-    LONG.tokenise(words, truncate=True)
+    LONG.tokenize(words, truncate=True)
 
 
 def test_without_truncation_a_very_long_text_is_refused_unread(tok):
     with pytest.raises(TextTooLong, match="characters"):
-        tok.tokenise(["cat " * 5_000])
+        tok.tokenize(["cat " * 5_000])
 
 
 def test_the_memory_of_words_is_bounded(monkeypatch):
     monkeypatch.setattr(texts_module, "MAX_REMEMBERED_WORDS", 100)
-    tok = tokeniser()
+    tok = tokenizer()
     for i in range(500):
-        tok.tokenise([f"word{i} strange{i}x {'long' * i}"], truncate=True)
+        tok.tokenize([f"word{i} strange{i}x {'long' * i}"], truncate=True)
     assert len(tok._remembered) <= 100
     assert max(map(len, tok._remembered)) <= texts_module.MAX_REMEMBERED_BYTES
-    assert np.array_equal(tok.tokenise(["a cat"]), TOK.tokenise(["a cat"]))
+    assert np.array_equal(tok.tokenize(["a cat"]), TOK.tokenize(["a cat"]))

@@ -24,9 +24,9 @@ from services.bundle.towers import load_towers
 from services.encoding.clip import build_clip, read_clip_config
 from services.encoding.load import choose_backend
 from services.encoding.openvino_backend import OpenVINOTowers, best_precision, ov
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from services.encoding.torch_backend import TorchTowers
-from services.encoding.towers import Embeddings, piece_sizes, text_length
+from services.encoding.towers import Embeddings, chunk_sizes, text_length
 from services.errors import ManifestError, UnsupportedModel
 from tests.support.tiny_bundle import MODEL, PREPROCESS
 
@@ -83,7 +83,7 @@ def pixels(n: int) -> np.ndarray:
 )
 def test_embeddings_are_open_clips_whatever_the_batch(tmp_path, backend, variant):
     config, model = make_model(tmp_path, variant)
-    images, tokens = pixels(13), Tokeniser(config).tokenise(TEXTS)
+    images, tokens = pixels(13), Tokenizer(config).tokenize(TEXTS)
     with torch.inference_mode():
         expected_images = model.encode_image(torch.from_numpy(images)).numpy()
         expected_texts = model.encode_text(torch.from_numpy(tokens)).numpy()
@@ -225,8 +225,8 @@ def test_a_config_says_everything_the_preprocessing_needs(tmp_path):
 
 
 @given(batch=st.integers(0, 300), largest=st.sampled_from([1, 8, 32]))
-def test_pieces_are_powers_of_two_that_add_up(batch, largest):
-    sizes = piece_sizes(batch, largest)
+def test_chunks_are_powers_of_two_that_add_up(batch, largest):
+    sizes = chunk_sizes(batch, largest)
     assert sum(sizes) == batch
     assert all(size <= largest and size & (size - 1) == 0 for size in sizes)
     assert sizes == sorted(sizes, reverse=True)

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from services.bundle.load import CLIP_CONFIG, Bundle
-from services.bundle.selfcheck import read_probe
+from services.bundle.selfcheck import read_selfcheck
 from services.dictionaries import load_dictionary
 from services.dictionaries.saelens import CONFIG, WEIGHTS, read_saelens
 from services.encoding.clip import (
@@ -24,7 +24,7 @@ from services.encoding.clip import (
     read_logit_scale,
     tower_fingerprint,
 )
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from services.encoding.torch_backend import TorchTowers
 from services.errors import BundleError, BundleFileError, ManifestError, UnsupportedModel
 from services.imaging.statistics import ActivationStatistics
@@ -102,7 +102,7 @@ def readers(tmp_path: Path) -> dict[str, Callable[[], Any]]:
         "logit scale": lambda: read_logit_scale(path),
         "dictionary": lambda: load_dictionary(tmp_path, "sae"),
         "SAELens": lambda: read_saelens(tmp_path),
-        "probe": lambda: read_probe(path),
+        "probe": lambda: read_selfcheck(path),
         "statistics": lambda: ActivationStatistics.read(path),
         "bias": lambda: BiasCalibration.read(config, path),
         "defence": lambda: DefenseCalibration.read(config, path),
@@ -144,7 +144,7 @@ def clip(tiny: Bundle, tmp_path: Path) -> Callable[..., ClipConfig]:
 
 def unit_texts(config: ClipConfig, weights: Path) -> torch.Tensor:
     towers = TorchTowers(build_clip(config, weights), config)
-    return torch.from_numpy(towers.encode_texts(Tokeniser(config).tokenise(["a red circle", "two"])).unit)
+    return torch.from_numpy(towers.encode_texts(Tokenizer(config).tokenize(["a red circle", "two"])).unit)
 
 
 def test_the_forms_of_weights_that_open_clip_takes_give_the_same_embeddings(

@@ -16,7 +16,7 @@ from services.bundle.manifest import Licence
 from services.dictionaries import NCL, SAE, Dictionary, Modality, Neurons, SAEPair
 from services.encoding.clip import build_clip, read_clip_config, tower_fingerprint
 from services.encoding.images import ImagePreprocess
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from services.encoding.torch_backend import TorchTowers
 from services.modality.tables import Label, ModalityTable, write_cards, write_thumbnails
 
@@ -55,7 +55,7 @@ def make_tiny_bundle(path: Path | str, seed: int = 0, name: str = "tiny") -> Bun
     towers = TorchTowers(build_clip(config, path / CLIP_WEIGHTS), config)
     pixels = np.stack([ImagePreprocess(config)(image) for image in images])
     e_image = torch.from_numpy(towers.encode_images(pixels).unit)
-    e_text = torch.from_numpy(towers.encode_texts(Tokeniser(config).tokenise(CAPTIONS)).unit)
+    e_text = torch.from_numpy(towers.encode_texts(Tokenizer(config).tokenize(CAPTIONS)).unit)
     for kind, dictionary in tiny_dictionaries(e_image, e_text).items():
         dictionary.save(path / "dictionaries", kind, tower_fingerprint=fingerprint, training={"seed": seed})
         write_tables(path, kind, dictionary, e_image, e_text, rng)

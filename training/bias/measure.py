@@ -10,7 +10,7 @@ import numpy as np
 from services.bias.cases import UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_scores, probability
 from services.bias.linear_probe import probe_scores
-from services.bias.measures import Labels, best_threshold, restored_scale, threshold_figures, weighted_auc
+from services.bias.measures import Labels, best_threshold, restored_scale, threshold_metrics, weighted_auc
 from services.bias.plan import Plan
 from services.modality.modalities import Modality
 from training.bias.data import ERAS, StudyData, codes
@@ -71,15 +71,15 @@ def quick(
     labels = Labels(cases.gender, codes_, int(codes_.max(initial=-1)) + 1, min_group)
     scores, ones = gender_scores(after, direction), np.ones((1, len(cases)))
     gendered = cases.gender != UNGENDERED
-    raw = threshold_figures(scores, labels, ones, np.zeros(1), logit_scale)
+    raw = threshold_metrics(scores, labels, ones, np.zeros(1), logit_scale)
     threshold = best_threshold(scores, labels, ones)
     scale = restored_scale(gender_scores(cases.e, direction), scores, labels, ones, logit_scale)
-    again = threshold_figures(scores, labels, ones, threshold, scale)
+    again = threshold_metrics(scores, labels, ones, threshold, scale)
     margins = probe_scores(after[gendered], cases.gender[gendered] == WOMAN, cases.cluster[gendered])
     probe_labels = Labels(cases.gender[gendered], np.full(int(gendered.sum()), -1), 0, min_group)
     # NaN is not above 0: without this, items that no fold could tell would all be called men.
     told = ones[:, gendered] * ~np.isnan(margins)
-    probe = threshold_figures(margins, probe_labels, told, np.zeros(1), logit_scale)
+    probe = threshold_metrics(margins, probe_labels, told, np.zeros(1), logit_scale)
     figures = {
         "auc": weighted_auc(scores[gendered], labels.woman[gendered], ones[:, gendered])[0],
         "skew": raw["skew"][0],

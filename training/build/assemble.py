@@ -16,15 +16,15 @@ from services.bundle.load import (
     CLIP_WEIGHTS,
     DICTIONARIES,
     MODALITY,
-    PROBE,
+    SELFCHECK,
     STEERING,
     Bundle,
 )
 from services.bundle.manifest import MANIFEST_NAME
-from services.bundle.selfcheck import check_probe, read_probe, write_probe
+from services.bundle.selfcheck import check_selfcheck, read_selfcheck, write_selfcheck
 from services.encoding.clip import build_clip, read_clip_config
 from services.encoding.images import ImagePreprocess
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from services.encoding.torch_backend import TorchTowers
 from training.build.errors import BuildError
 from training.build.selfcheck import PROBE_FILE, probe_of_folder
@@ -53,7 +53,7 @@ def copy_towers(clip: Path, bundle: Path, link: bool = False) -> None:
 
     Raises
     ------
-    ProbeMismatch
+    SelfCheckMismatch
         Where the service's towers answer otherwise.
     """
     for source, target in ((clip / CONFIG_FILE, CLIP_CONFIG), (clip / WEIGHTS_FILE, CLIP_WEIGHTS)):
@@ -66,14 +66,14 @@ def copy_towers(clip: Path, bundle: Path, link: bool = False) -> None:
                 pass
         shutil.copyfile(source, bundle / target)
     given = clip / PROBE_FILE
-    probe = read_probe(given) if given.exists() else probe_of_folder((bundle / CLIP_CONFIG).parent)
+    probe = read_selfcheck(given) if given.exists() else probe_of_folder((bundle / CLIP_CONFIG).parent)
     config = read_clip_config(bundle / CLIP_CONFIG)
     towers = TorchTowers(build_clip(config, bundle / CLIP_WEIGHTS), config)
-    tokeniser = Tokeniser(config)
-    check_probe(
-        probe, ImagePreprocess(config), lambda texts: tokeniser.tokenise(texts, truncate=True), towers
+    tokenizer = Tokenizer(config)
+    check_selfcheck(
+        probe, ImagePreprocess(config), lambda texts: tokenizer.tokenize(texts, truncate=True), towers
     )
-    write_probe(bundle / PROBE, probe)
+    write_selfcheck(bundle / SELFCHECK, probe)
 
 
 def copy_folders(

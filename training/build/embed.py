@@ -13,7 +13,7 @@ import numpy as np
 
 from services.encoding.clip import build_clip, read_clip_config, read_logit_scale, tower_fingerprint
 from services.encoding.images import ImagePreprocess, decode_image
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from services.encoding.torch_backend import TorchTowers
 from services.errors import ImageError
 from training.build.bad_rows import BAD_ROWS, check_bad_share, write_bad_rows
@@ -57,7 +57,7 @@ class Embedder:
         model = build_clip(self.config, clip / WEIGHTS_FILE)
         self.towers = TorchTowers(model, self.config, device=device)
         self.preprocess = ImagePreprocess(self.config)
-        self._tokeniser = Tokeniser(self.config)
+        self._tokenizer = Tokenizer(self.config)
 
     def images(self, images: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Return unit embeddings, (n, d), and norms, (n,), of preprocessed images."""
@@ -74,7 +74,7 @@ class Embedder:
         """Return unit embeddings, (n, d); texts that are too long are cut."""
         if not texts:
             return np.zeros((0, self.config.embed_dim), np.float32)
-        return self.towers.encode_texts(self._tokeniser.tokenise(texts, truncate=True)).unit
+        return self.towers.encode_texts(self._tokenizer.tokenize(texts, truncate=True)).unit
 
     def wordings(self, captions: Sequence[str], templates: Sequence[str]) -> np.ndarray:
         """Return unit embeddings of captions in every template, (templates, n, d)."""

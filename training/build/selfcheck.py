@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from services.bundle.selfcheck import Probe, record_probe, write_probe
+from services.bundle.selfcheck import SelfCheck, record_selfcheck, write_selfcheck
 from services.encoding.trimmed_open_clip import whole_open_clip
 
 PROBE_FILE = "probe.safetensors"
 
 
-def probe_of_folder(folder: Path) -> Probe:
+def probe_of_folder(folder: Path) -> SelfCheck:
     """Return the probe of the model in a folder, as open_clip itself loads and uses it."""
     open_clip = whole_open_clip()
     name = f"local-dir:{folder.resolve()}"
@@ -34,7 +34,7 @@ def probe_of_folder(folder: Path) -> Probe:
 
 
 @torch.no_grad()
-def probe_of_model(model: Any, preprocess: Any, tokenizer: Any) -> Probe:
+def probe_of_model(model: Any, preprocess: Any, tokenizer: Any) -> SelfCheck:
     """Return the probe of a model in memory, with its own transform and tokenizer, as open_clip makes all three."""
     threads = torch.get_num_threads()
     # How a product is cut into threads changes its last bits, and with them the bundle's hash.
@@ -45,12 +45,12 @@ def probe_of_model(model: Any, preprocess: Any, tokenizer: Any) -> Probe:
         torch.set_num_threads(threads)
 
 
-def _recorded(model: Any, preprocess: Any, tokenizer: Any) -> Probe:
+def _recorded(model: Any, preprocess: Any, tokenizer: Any) -> SelfCheck:
     def raw(embed: Any, batch: NDArray[Any]) -> NDArray[np.float32]:
         embeddings: NDArray[np.float32] = embed(torch.from_numpy(batch)).float().numpy()
         return embeddings
 
-    return record_probe(
+    return record_selfcheck(
         lambda picture: preprocess(picture).numpy(),
         lambda texts: tokenizer(list(texts)).numpy(),
         lambda pixels: raw(model.encode_image, pixels),
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    write_probe(arguments.folder / PROBE_FILE, probe_of_folder(arguments.folder))
+    write_selfcheck(arguments.folder / PROBE_FILE, probe_of_folder(arguments.folder))
     print(f"wrote {arguments.folder / PROBE_FILE}")
 
 

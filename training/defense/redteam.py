@@ -25,7 +25,7 @@ from services.defense import DefenseCalibration
 from services.encoding.clip import build_clip
 from services.encoding.images import ImagePreprocess, decode_image
 from services.encoding.text_tower import TextTower
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from services.errors import MonofacetError
 from training.defense.adaptive import Defended, adaptive, evasion
 from training.defense.attacks import Loss, apgd, feature_matching, pgd, untargeted
@@ -259,7 +259,7 @@ def embed_texts(bundle: Bundle, texts: tuple[str, ...]) -> torch.Tensor:
     """Return unit embeddings of texts, float32 (L, d)."""
     config = bundle.clip_config
     tower = TextTower(build_clip(config, bundle.clip_weights))
-    tokens = torch.from_numpy(Tokeniser(config).tokenise(list(texts), truncate=True))
+    tokens = torch.from_numpy(Tokenizer(config).tokenize(list(texts), truncate=True))
     with torch.inference_mode():
         raw = torch.cat([tower(piece) for piece in tokens.split(32)])
     return torch.nn.functional.normalize(raw, dim=-1).clone()

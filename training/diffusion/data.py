@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from services.encoding.clip import build_clip, read_clip_config
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from services.imaging.text_encoder import convert_text_tower, hidden_states
 from training.compute import mixed, pick_device, pick_precision
 from training.diffusion.drawings import Drawings, to_tensor
@@ -108,7 +108,7 @@ class Conditions:
         """
         config = read_clip_config(clip / CONFIG_FILE)
         encoder = convert_text_tower(build_clip(config, clip / WEIGHTS_FILE), config)
-        tokens = torch.from_numpy(Tokeniser(config).tokenise(["", *embeddings.captions], True))
+        tokens = torch.from_numpy(Tokenizer(config).tokenize(["", *embeddings.captions], True))
         states = hidden_states(encoder, tokens).half()
         position = np.full(int(embeddings.rows.max()) + 1, -1)
         position[embeddings.rows] = np.arange(len(embeddings.rows))

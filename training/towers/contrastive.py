@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def encode_text(model: open_clip.CLIP, tokens: Int[Tensor, "batch context"]) -> Float[Tensor, "batch d"]:
-    """Return unit text embeddings of tokenised texts.
+    """Return unit text embeddings of tokenized texts.
 
     Texts are encoded in two groups, short and long, each cut to its longest text: causal attention makes that
     exact, and most captions are a third of the longest.

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 
 from services.encoding.clip import ClipConfig, build_clip, read_clip_config, tower_fingerprint
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from services.encoding.torch_backend import TorchTowers
 from training.corpus.build import DEFAULT_DIR
 from training.towers.augment import Augment, AugmentSettings
@@ -163,7 +163,7 @@ class Embedder:
         self.fingerprint = tower_fingerprint(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
         model = build_clip(self.config, folder / WEIGHTS_FILE)
         self.towers = TorchTowers(model, self.config, threads=threads)
-        self.tokeniser = Tokeniser(self.config)
+        self.tokenizer = Tokenizer(self.config)
 
     def images(self, images: Float[torch.Tensor, "n 3 h w"]) -> tuple[np.ndarray, np.ndarray]:
         """Embed images in [0, 1]; returns unit embeddings and norms."""
@@ -208,7 +208,7 @@ class Embedder:
         units, norms = [], []
         for template in TEMPLATES:
             parts = [
-                self.towers.encode_texts(self.tokeniser.tokenise([template.format(c) for c in chunk], True))
+                self.towers.encode_texts(self.tokenizer.tokenize([template.format(c) for c in chunk], True))
                 for chunk in _chunks(captions, "captions")
             ]
             units.append(np.concatenate([p.unit for p in parts]))

@@ -81,7 +81,7 @@ class TextDistiller:
         self.steps, self.batch, self.peak = steps, batch, rate
         self._shares = weights / weights.sum()
         self._rng = np.random.default_rng(seed)
-        self._tokenise = open_clip.SimpleTokenizer(context_length=model.context_length)
+        self._tokenize = open_clip.SimpleTokenizer(context_length=model.context_length)
         visual = {id(p) for p in model.visual.parameters()}
         parameters = [p for p in model.parameters() if id(p) not in visual and p is not model.logit_scale]
         self.optimiser = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
@@ -109,7 +109,7 @@ class TextDistiller:
         progress = self.step / self.steps
         for group in self.optimiser.param_groups:
             group["lr"] = self.peak * min(1.0, (progress + 1e-3) / 0.05, (1.0 - progress) / 0.95)
-        embeddings = encode_text(self.model, self._tokenise(texts).to(targets.device))
+        embeddings = encode_text(self.model, self._tokenize(texts).to(targets.device))
         loss = (1.0 - (embeddings * targets).sum(-1)).mean()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,4 +1,4 @@
-"""What the defence finds of images, as the contract's messages."""
+"""What the defense finds of images, as the contract's messages."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Question:
 
     Attributes
     ----------
-    looks, twins, noise
+    looks, smoothed, noise
         As `services.defense.screen` wants them.
     choice, filter_all
         As `services.defense.screen` wants them.
@@ -88,7 +88,7 @@ class Question:
     """
 
     looks: Sequence[Look]
-    twins: Sequence[Look] | None
+    smoothed: Sequence[Look] | None
     noise: NDArray[np.float32]
     choice: FilterChoice
     filter_all: bool
@@ -116,7 +116,7 @@ def judge(
     """
     alike: dict[object, list[int]] = {}
     for i, question in enumerate(questions):
-        key = (question.choice, question.filter_all, question.twins is None, id(question.labels))
+        key = (question.choice, question.filter_all, question.smoothed is None, id(question.labels))
         alike.setdefault(key, []).append(i)
     answers: dict[int, Verdicts] = {}
     for places in alike.values():
@@ -125,7 +125,9 @@ def judge(
         screened = screen(
             [look for question in group for look in question.looks],
             np.concatenate([question.noise for question in group]),
-            None if one.twins is None else [twin for question in group for twin in question.twins or ()],
+            None
+            if one.smoothed is None
+            else [look for question in group for look in question.smoothed or ()],
             calibration,
             decoder.rows,
             decoder.origin,

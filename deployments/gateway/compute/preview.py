@@ -10,7 +10,7 @@ import numpy as np
 from monofacet.v1 import common_pb2
 from numpy.typing import NDArray
 
-from deployments.encoder.tasks import Features, Work
+from deployments.encoder.tasks import EncodeTask, Features
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.compute.decoders import Decoders
 from deployments.gateway.encoder_client import EncoderClient
@@ -106,7 +106,7 @@ class SteeringPreviews:
         places = ["input", *(f"steering.edits[{i}].reference" for i, _ in references)]
         try:
             check_texts(items, self._settings.max_text_bytes, truncate)
-            encoded = await self._encoder.encode(Work(items, name, truncate_text=truncate), remaining_s)
+            encoded = await self._encoder.encode(EncodeTask(items, name, truncate_text=truncate), remaining_s)
         except InvalidInput as error:
             raise _replaced(error, places) from error
         z = [_dense(features, space.n_features) for features in encoded.features]
@@ -150,7 +150,7 @@ class SteeringPreviews:
                 texts = captions(self._catalogue)
                 for start in range(sum(map(len, self._rows)), len(texts), _CHUNK):
                     part = tuple(texts[start : start + _CHUNK])
-                    work = Work(part, truncate_text=True, stream=self._stream)
+                    work = EncodeTask(part, truncate_text=True, stream=self._stream)
                     self._rows.append((await self._encoder.encode_patiently(work)).unit)
                 self._captions = texts, np.concatenate(self._rows)
                 self._rows.clear()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import bias_service_pb2_grpc
 
-from deployments.encoder.tasks import AuditRequest, Encoded, Work
+from deployments.encoder.tasks import AuditRequest, Encoded, EncodeTask
 from deployments.gateway.admission.audits import AuditItems, audit_settings
 from deployments.gateway.admission.client_streams import ClientStreams
 from deployments.gateway.catalogue import Catalogue
@@ -90,7 +90,7 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         # LEACE needs no features, and neither does a score without an ablation.
         needs_features = resolved is not None and resolved.plan.features is not None
         dictionary = resolved.message.dictionary if resolved is not None and needs_features else None
-        work = Work(items, dictionary, truncate_text=request.truncate_text)
+        work = EncodeTask(items, dictionary, truncate_text=request.truncate_text)
         try:
             check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
             encoded = await self._encoder.encode(work, context.time_remaining())
@@ -188,7 +188,7 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
             return
 
     async def _encode(self, chosen: Sequence[pb.LabelledItem], items: AuditItems, context: Any) -> Encoded:
-        work = Work(
+        work = EncodeTask(
             items_of(item.input for item in chosen),
             items.dictionary,
             truncate_text=items.settings.truncate_text,

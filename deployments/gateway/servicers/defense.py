@@ -10,7 +10,7 @@ from monofacet.v1 import defense_service_pb2 as pb
 from monofacet.v1 import defense_service_pb2_grpc
 
 from deployments.batching import GreedyBatcher
-from deployments.encoder.tasks import Encoded, Work
+from deployments.encoder.tasks import Encoded, EncodeTask
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.compute.decoders import Decoders
 from deployments.gateway.compute.defense import (
@@ -44,7 +44,7 @@ _JUDGED_TOGETHER = 64
 
 
 def read_calibration(bundle: Bundle) -> DefenseCalibration | None:
-    """Read the bundle's defence calibration; None where it has none."""
+    """Read the bundle's defense calibration; None where it has none."""
     entry = bundle.manifest.defense
     return (
         None
@@ -106,7 +106,7 @@ class DefenseServicer(defense_service_pb2_grpc.DefenseServiceServicer):
         """Judge each image, and filter those that are called adversarial."""
         calibration = self._calibration
         if calibration is None:
-            raise NotCalibrated("this bundle has no defence calibration")
+            raise NotCalibrated("this bundle has no defense calibration")
         count, asked = len(request.images), request.options
         if count + len(request.labels) > self._settings.max_items:
             message = (
@@ -115,11 +115,11 @@ class DefenseServicer(defense_service_pb2_grpc.DefenseServiceServicer):
             raise InvalidInput(message, [("images", message)])
         keep = asked.keep_residual if asked.HasField("keep_residual") else None
         choice = choose(calibration, MODES[asked.mode], keep, asked.second_look)
-        work = Work(
+        work = EncodeTask(
             (*(image.data for image in request.images), *request.labels),
             calibration.dictionary,
             truncate_text=request.truncate_text,
-            looks=2 if asked.second_look else 1,
+            passes=2 if asked.second_look else 1,
         )
         try:
             check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
@@ -151,10 +151,10 @@ class DefenseServicer(defense_service_pb2_grpc.DefenseServiceServicer):
         calibration: DefenseCalibration,
         choice: FilterChoice,
     ) -> Question:
-        count, twin = len(request.images), encoded.twin
+        count, smoothed = len(request.images), encoded.smoothed
         return Question(
             looks(encoded.unit[:count], encoded.features[:count]),
-            None if twin is None else looks(twin.unit[:count], twin.features[:count]),
+            None if smoothed is None else looks(smoothed.unit[:count], smoothed.features[:count]),
             encoded.noise[:count],
             choice,
             request.options.filter_all,
@@ -166,7 +166,7 @@ class DefenseServicer(defense_service_pb2_grpc.DefenseServiceServicer):
     async def _judge(self, questions: list[Question]) -> list[Verdicts]:
         calibration = self._calibration
         if calibration is None:
-            raise NotCalibrated("this bundle has no defence calibration")
+            raise NotCalibrated("this bundle has no defense calibration")
         decoder = (await self._decoders.get(calibration.dictionary))[Modality.IMAGE]
         arguments = (questions, calibration, decoder, self._settings.defense_false_positive_rate)
         if sum(len(question.looks) for question in questions) < _THREAD_ITEMS:

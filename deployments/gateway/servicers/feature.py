@@ -11,7 +11,7 @@ from typing import Any
 from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import feature_service_pb2_grpc
 
-from deployments.encoder.tasks import Encoded, Work
+from deployments.encoder.tasks import Encoded, EncodeTask
 from deployments.gateway.admission.item_stream import Chunks, StreamItem, Window
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.encoder_client import EncoderClient
@@ -185,12 +185,12 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
             bundle=self._bundle,
         )
 
-    def _work(self, items: tuple[bytes | str, ...], options: pb.EncodeOptions, where: str) -> Work:
+    def _work(self, items: tuple[bytes | str, ...], options: pb.EncodeOptions, where: str) -> EncodeTask:
         dictionary = None
         if options.HasField("dictionary"):
             dictionary = self._catalogue.resolve(options.dictionary, f"{where}.dictionary")
         limit = options.max_features if options.HasField("max_features") else None
-        return Work(items, dictionary, limit, options.truncate_text)
+        return EncodeTask(items, dictionary, limit, options.truncate_text)
 
 
 def wants_embeddings(options: pb.EncodeOptions) -> bool:

@@ -23,7 +23,7 @@ from deployments.gateway.interceptors.chain import current_caller
 from deployments.gateway.messages import check_named_texts, sparse, tensor, timings
 from deployments.gateway.pictures import picture, request_of_image
 from deployments.gateway.steering import steering_of, texts_of, work_of
-from deployments.generator.events import Event, Events, Failed, Finished, GenerateWork, Preview, Progress
+from deployments.generator.events import Event, Events, Failed, Finished, GenerateTask, Preview, Progress
 from deployments.operations.metrics import Metrics
 from deployments.operations.settings import Settings
 from services.bundle.manifest import DiffusionEntry
@@ -117,7 +117,7 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
             metrics.generation_steps.inc(record.items)
 
     async def _response(
-        self, event: Event, request: pb.GenerateRequest, work: GenerateWork, entry: DiffusionEntry
+        self, event: Event, request: pb.GenerateRequest, work: GenerateTask, entry: DiffusionEntry
     ) -> pb.GenerateResponse:
         if isinstance(event, Failed):
             raise event.error
@@ -127,14 +127,14 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
             response.progress.num_inference_steps = event.num_steps
             response.progress.waiting = event.waiting
             return response
-        twin, index = divmod(event.number, len(work.seeds))
+        unsteered, index = divmod(event.number, len(work.seeds))
         if isinstance(event, Preview):
-            response.preview.index, response.preview.unsteered = index, bool(twin)
+            response.preview.index, response.preview.unsteered = index, bool(unsteered)
             response.preview.step = event.step
             response.preview.image.data = picture(event.pixels, request.format)
             return response
         image = response.image
-        image.index, image.unsteered, image.seed = index, bool(twin), work.seeds[index]
+        image.index, image.unsteered, image.seed = index, bool(unsteered), work.seeds[index]
         image.delta = event.delta
         if event.dose is not None:
             image.dose = event.dose

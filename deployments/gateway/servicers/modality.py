@@ -10,7 +10,7 @@ from typing import Any
 from monofacet.v1 import modality_service_pb2 as pb
 from monofacet.v1 import modality_service_pb2_grpc
 
-from deployments.encoder.tasks import ScoreRequest, Work
+from deployments.encoder.tasks import EncodeTask, ScoreRequest
 from deployments.gateway.admission.client_streams import ClientStreams
 from deployments.gateway.admission.pairs import PairScores, score_settings
 from deployments.gateway.cards import card, cards
@@ -116,7 +116,7 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
             message = f"{len(request.inputs)} inputs; {self._settings.max_items} are allowed"
             raise InvalidInput(message, [("inputs", message)])
         name, table = self._catalogue.table(request.dictionary, "dictionary")
-        work = Work(items_of(request.inputs), name, truncate_text=request.truncate_text)
+        work = EncodeTask(items_of(request.inputs), name, truncate_text=request.truncate_text)
         try:
             check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
             encoded = await self._encoder.encode(work, context.time_remaining())
@@ -180,7 +180,7 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
             validate(message)
             items = tuple(p.image.data for p in message.batch.pairs)
             texts = tuple(p.text for p in message.batch.pairs)
-            work = Work(
+            work = EncodeTask(
                 (*items, *texts),
                 scores.dictionary,
                 truncate_text=asked.truncate_text,

@@ -12,7 +12,7 @@ from grpc import aio
 from monofacet.v1 import common_pb2
 from monofacet.v1 import imaging_service_pb2 as pb
 
-from deployments.encoder.tasks import Encoded, Reply, Work
+from deployments.encoder.tasks import Encoded, EncodeTask, Reply
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.compute import preview as previews
 from deployments.gateway.compute.decoders import Decoders
@@ -36,7 +36,7 @@ async def test_a_preview_is_what_the_steering_maths_says(
         request = preview()
         request.max_features = 64
         answer = await gateway.imaging.PreviewSteering(request)
-        unit, _ = model.encode_texts(model.tokenise("red circle", False)[None])
+        unit, _ = model.encode_texts(model.tokenize("red circle", False)[None])
         sae = dictionaries["sae"]
         z = sae.encode(torch.from_numpy(unit), Modality.TEXT)[0].numpy()
         text = tiny.modality("sae").label == "TEXT"
@@ -110,7 +110,7 @@ class SlowEncoder:
         self.going = asyncio.Event()
         self.answers = 0
 
-    async def send(self, works: list[Work], remaining_s: list[float | None]) -> Reply:
+    async def send(self, works: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
         if not self.answers:
             await self.going.wait()
         self.answers -= 1

@@ -35,7 +35,7 @@ from services.bias.measures import (
     best_threshold,
     by_chance,
     resample_weights,
-    threshold_figures,
+    threshold_metrics,
     weighted_auc,
 )
 from services.bias.null import feature_strata, matched_sets, p_value, scorer
@@ -78,7 +78,7 @@ def test_gaps_over_professions_are_fairlearns(seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels = random_labels(rng)
     scores = rng.normal(size=len(labels.gender)) + 0.5 * labels.woman
-    figures = threshold_figures(scores, labels, np.ones((1, len(scores))), np.array([0.1]), 1.0)
+    figures = threshold_metrics(scores, labels, np.ones((1, len(scores))), np.array([0.1]), 1.0)
     gendered = labels.gender != UNGENDERED
     truth, called = labels.woman[gendered], scores[gendered] > 0.1
     assert figures["accuracy"][0] == pytest.approx(accuracy_score(truth, called))
@@ -105,7 +105,7 @@ def test_a_gap_by_chance_is_its_mean_over_professions_dealt_anew() -> None:
         for gender in (WOMAN, MAN):
             side = np.flatnonzero((labels.gender == gender) & (group >= 0))
             group[side] = group[rng.permutation(side)]
-        figures = threshold_figures(
+        figures = threshold_metrics(
             scores, replace(labels, group=group), np.ones((1, len(scores))), np.array([0.1]), 1.0
         )
         dealt.append([figures[name][0] for name in OVER_PROFESSIONS])
@@ -113,7 +113,7 @@ def test_a_gap_by_chance_is_its_mean_over_professions_dealt_anew() -> None:
     # 5 standard errors of a mean over 200 permutations, and the brute force's own.
     for name, expected, deviation in zip(OVER_PROFESSIONS, mean, spread, strict=True):
         assert found[name] == pytest.approx(expected, abs=5 * deviation * (1 / 200 + 1 / 1000) ** 0.5)
-    own = threshold_figures(scores, labels, np.ones((1, len(scores))), np.array([0.1]), 1.0)
+    own = threshold_metrics(scores, labels, np.ones((1, len(scores))), np.array([0.1]), 1.0)
     assert own["equal_opportunity_gap"][0] > found["equal_opportunity_gap"] + 0.2
     assert np.isnan(by_chance(scores, labels, float("nan"), seed=0)["equal_opportunity_gap"])
 
@@ -123,7 +123,7 @@ def test_the_worst_group_is_the_smallest_accuracy_of_any_group_that_is_large_eno
     group = np.array([0, 0, 0, 1, 1, 2, 0, 0, 0, 1, 1, 1])
     scores = np.array([1, 1, -1, -1, -1, -1, -1, -1, -1, 1, -1, -1.0])
     labels = Labels(gender, group, 3, 3)
-    figures = threshold_figures(scores, labels, np.ones((1, 12)), np.zeros(1), 1.0)
+    figures = threshold_metrics(scores, labels, np.ones((1, 12)), np.zeros(1), 1.0)
     # Women: 2 of 6. Professions of three: women of 0 have 2/3, men of 0 have 1, men of 1 have 2/3.
     assert figures["worst_group_accuracy"][0] == pytest.approx(2 / 6)
     assert figures["gender_gap"][0] == pytest.approx(5 / 6 - 2 / 6)
@@ -142,7 +142,7 @@ def test_no_threshold_beats_the_best_one(seed: int) -> None:
 
         def balanced(t: float, w: np.ndarray = w) -> float:
             return float(
-                threshold_figures(scores, labels, w[None], np.array([t]), 1.0)["balanced_accuracy"][0]
+                threshold_metrics(scores, labels, w[None], np.array([t]), 1.0)["balanced_accuracy"][0]
             )
 
         candidates = np.concatenate([[-9.0, 9.0], np.unique(scores) + 0.1])
@@ -158,7 +158,7 @@ def test_a_shift_of_all_scores_changes_nothing_at_recalibrated_thresholds(seed: 
     scores = rng.normal(size=len(labels.gender))
     weights = np.ones((1, len(scores)))
     figures = [
-        threshold_figures(s, labels, weights, best_threshold(s, labels, weights), 3.0)
+        threshold_metrics(s, labels, weights, best_threshold(s, labels, weights), 3.0)
         for s in (scores, scores + shift)
     ]
     for name in figures[0]:

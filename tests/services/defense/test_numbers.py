@@ -74,12 +74,14 @@ def test_scores_do_not_depend_on_the_order_of_the_features() -> None:
 
 def test_scores_of_a_batch_are_those_of_its_images() -> None:
     looks = [WORLD.look(z, off) for z, off in zip(WORLD.attacked[:5], (0.0, 0.1, 0.2, 0.3, 0.4), strict=True)]
-    twins = [WORLD.look(z) for z in WORLD.clean[:5]]
+    smoothed = [WORLD.look(z) for z in WORLD.clean[:5]]
     noises = np.linspace(0, 4, 5)
-    together = detection_scores(Look.stack(looks), noises, Look.stack(twins), KNOWN, WORLD.rows, WORLD.origin)
+    together = detection_scores(
+        Look.stack(looks), noises, Look.stack(smoothed), KNOWN, WORLD.rows, WORLD.origin
+    )
     alone = [
-        detection_scores(look, level, twin, KNOWN, WORLD.rows, WORLD.origin)
-        for look, level, twin in zip(looks, noises, twins, strict=True)
+        detection_scores(look, level, smoothed, KNOWN, WORLD.rows, WORLD.origin)
+        for look, level, smoothed in zip(looks, noises, smoothed, strict=True)
     ]
     # float32 sums in another order.
     np.testing.assert_allclose(together, np.stack(alone), atol=2e-6)
@@ -90,13 +92,13 @@ def test_scores_of_a_batch_are_those_of_its_images() -> None:
 def test_what_is_found_of_an_image_does_not_depend_on_its_batch(mode: FilterMode, keep: bool) -> None:
     z = np.concatenate([WORLD.clean[-20:], WORLD.attacked[-20:]])
     looks = [WORLD.look(row, 0.1) for row in z]
-    twins = [WORLD.look(row) for row in np.concatenate([WORLD.clean[-20:], WORLD.clean[-20:]])]
+    smoothed = [WORLD.look(row) for row in np.concatenate([WORLD.clean[-20:], WORLD.clean[-20:]])]
     noises = np.zeros(len(looks))
     known = calibration(WORLD, KNOWN)
 
     def screened(chosen: slice) -> list[Screened]:
         return screen(
-            looks[chosen], noises[chosen], twins[chosen], known, WORLD.rows, WORLD.origin,
+            looks[chosen], noises[chosen], smoothed[chosen], known, WORLD.rows, WORLD.origin,
             choice=FilterChoice(mode, keep), false_positive_rate=0.05,
         )  # fmt: skip
 

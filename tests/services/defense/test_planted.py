@@ -77,14 +77,14 @@ def test_a_clean_image_is_left_alone() -> None:
 
 
 def test_restoring_takes_the_smoothed_pictures_activations_where_they_differ() -> None:
-    attacked, twin = WORLD.look(WORLD.attacked[-1]), WORLD.look(WORLD.clean[-1])
+    attacked, smoothed = WORLD.look(WORLD.attacked[-1]), WORLD.look(WORLD.clean[-1])
     (found,) = screen(
-        [attacked], [0.0], [twin], calibration(WORLD, KNOWN), WORLD.rows, WORLD.origin,
+        [attacked], [0.0], [smoothed], calibration(WORLD, KNOWN), WORLD.rows, WORLD.origin,
         choice=FilterChoice(FilterMode.RESTORE, keep_residual=False), false_positive_rate=0.05, filter_all=True,
     )  # fmt: skip
     assert found.found.reasons[Reason.UNSTABLE].any()
     # All that differ by more than the tolerance are restored; what is within it may stay.
-    np.testing.assert_allclose(found.filtered, found.found.twin, atol=KNOWN.tolerance)
+    np.testing.assert_allclose(found.filtered, found.found.smoothed, atol=KNOWN.tolerance)
 
 
 def test_what_clean_images_never_have_is_unseen_and_excessive() -> None:
@@ -99,11 +99,11 @@ def test_what_clean_images_never_have_is_unseen_and_excessive() -> None:
 
 def test_restoring_with_the_residual_keeps_the_smoothed_pictures() -> None:
     """An attack outside every feature is in the residual, so that is not the one to keep."""
-    attacked, twin = WORLD.look(WORLD.attacked[-1], off=0.8), WORLD.look(WORLD.clean[-1], off=0.1)
+    attacked, smoothed = WORLD.look(WORLD.attacked[-1], off=0.8), WORLD.look(WORLD.clean[-1], off=0.1)
     (found,) = screen(
-        [attacked], [0.0], [twin], calibration(WORLD, KNOWN), WORLD.rows, WORLD.origin,
+        [attacked], [0.0], [smoothed], calibration(WORLD, KNOWN), WORLD.rows, WORLD.origin,
         choice=FilterChoice(FilterMode.RESTORE, keep_residual=True), false_positive_rate=0.05, filter_all=True,
     )  # fmt: skip
     # Within the tolerance of the few features that were not restored.
-    assert found.unit @ twin.unit > 0.995
-    assert attacked.unit @ twin.unit < 0.9
+    assert found.unit @ smoothed.unit > 0.995
+    assert attacked.unit @ smoothed.unit < 0.9

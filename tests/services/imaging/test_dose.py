@@ -15,7 +15,7 @@ from services.imaging.edits import AttributeEdit, Edit, FromReference, Scale, Se
 from services.imaging.steering import dosed, edited, steer, turned
 from services.modality.modalities import Modality
 from services.modality.tables import Label
-from tests.services.imaging.test_steering import REFERENCE, ROWS, SPACE, D, Z, embedding, refer
+from tests.services.imaging.test_steering import REFERENCE, ROWS, SPACE, D, Z, embedding, encode_reference
 from tests.support.tiny_attributes import add_attributes, make_attributes
 from tests.support.tiny_bundle import make_tiny_bundle
 
@@ -41,7 +41,7 @@ def test_shrinkage_keeps_noise_from_being_blown_up() -> None:
 @pytest.mark.parametrize("dose", [0.02, 0.1, 0.2])
 def test_a_change_is_rescaled_to_the_dose_that_is_asked(dose: float) -> None:
     e = embedding()
-    steered = steer(e, Z, Steering((Edit(Label.IMAGE, Scale(3.0)),), dose=dose), DOSED, refer)
+    steered = steer(e, Z, Steering((Edit(Label.IMAGE, Scale(3.0)),), dose=dose), DOSED, encode_reference)
     moved = e.norm * (steered.unit.astype(np.float64) - e.unit)
     assert np.linalg.norm(moved @ KNOWN.whitening) == pytest.approx(dose, rel=1e-4)
     assert steered.dose == pytest.approx(dose, rel=1e-4)
@@ -49,7 +49,7 @@ def test_a_change_is_rescaled_to_the_dose_that_is_asked(dose: float) -> None:
 
 def test_edits_of_any_label_come_to_the_same_dose() -> None:
     doses = [
-        steer(embedding(), Z, Steering((Edit(label, Scale(2.0)),), dose=0.1), DOSED, refer).dose
+        steer(embedding(), Z, Steering((Edit(label, Scale(2.0)),), dose=0.1), DOSED, encode_reference).dose
         for label in (Label.IMAGE, Label.TEXT, Label.CROSS)
     ]
     np.testing.assert_allclose(doses, 0.1, rtol=1e-4)
@@ -58,8 +58,8 @@ def test_edits_of_any_label_come_to_the_same_dose() -> None:
 def test_a_change_towards_a_reference_ends_a_little_past_it() -> None:
     e = embedding()
     edit = Edit((0, 1, 2), FromReference(text="x"))
-    whole = steer(e, Z, Steering((edit,)), DOSED, refer)
-    far = steer(e, Z, Steering((edit,), dose=50.0), DOSED, refer)
+    whole = steer(e, Z, Steering((edit,)), DOSED, encode_reference)
+    far = steer(e, Z, Steering((edit,), dose=50.0), DOSED, encode_reference)
     change = (REFERENCE - Z)[[0, 1, 2]].astype(np.float64) @ ROWS[[0, 1, 2]]
     end = e.unit + MAX_OVERSHOOT * change
     np.testing.assert_allclose(far.unit, end / np.linalg.norm(end), atol=1e-6)
@@ -70,7 +70,9 @@ def test_a_change_towards_a_reference_ends_a_little_past_it() -> None:
 
 def test_a_dose_out_of_reach_is_refused() -> None:
     with pytest.raises(InvalidInput) as caught:
-        steer(embedding(), Z, Steering((Edit(Label.IMAGE, Scale(2.0)),), dose=1000.0), DOSED, refer)
+        steer(
+            embedding(), Z, Steering((Edit(Label.IMAGE, Scale(2.0)),), dose=1000.0), DOSED, encode_reference
+        )
     assert (caught.value.reason, caught.value.violations[0].path) == ("DOSE_OUT_OF_REACH", "dose")
 
 
@@ -86,23 +88,23 @@ def test_the_first_crossing_is_taken_where_the_dose_falls_again() -> None:
 def test_a_dose_needs_a_bundle_that_knows_doses_and_no_other_size() -> None:
     edit = (Edit(Label.IMAGE, Scale(2.0)),)
     with pytest.raises(SteeringUnsupported):
-        steer(embedding(), Z, Steering(edit, dose=0.1), SPACE, refer)
+        steer(embedding(), Z, Steering(edit, dose=0.1), SPACE, encode_reference)
     with pytest.raises(InvalidInput) as caught:
-        steer(embedding(), Z, Steering(edit, dose=0.1, delta=0.1), DOSED, refer)
+        steer(embedding(), Z, Steering(edit, dose=0.1, delta=0.1), DOSED, encode_reference)
     assert caught.value.violations[0].path == "dose"
-    assert steer(embedding(), Z, Steering(edit), SPACE, refer).dose is None
+    assert steer(embedding(), Z, Steering(edit), SPACE, encode_reference).dose is None
 
 
 def test_a_quantile_is_lengthened_to_the_unit_and_no_more_than_six_times() -> None:
     z = np.zeros_like(Z)
-    plain = edited(z, (Edit((1,), SetQuantile(0.5)),), SPACE, IMAGE, refer, NORM)
+    plain = edited(z, (Edit((1,), SetQuantile(0.5)),), SPACE, IMAGE, encode_reference, NORM)
     asked = KNOWN.dose(NORM * plain.astype(np.float64) @ ROWS)
     for wanted, factor in ((2.0 * asked, 2.0), (100.0 * asked, MAX_GAIN), (0.1 * asked, 1.0)):
         known = replace(KNOWN, config=replace(KNOWN.config, unit=wanted))
         space = replace(SPACE, attributes=known)
-        got = edited(z, (Edit((1,), SetQuantile(0.5)),), space, IMAGE, refer, NORM)
+        got = edited(z, (Edit((1,), SetQuantile(0.5)),), space, IMAGE, encode_reference, NORM)
         np.testing.assert_allclose(got, factor * plain, rtol=1e-5)
-        half = edited(z, (Edit((1,), SetQuantile(0.5), 0.5),), space, IMAGE, refer, NORM)
+        half = edited(z, (Edit((1,), SetQuantile(0.5), 0.5),), space, IMAGE, encode_reference, NORM)
         np.testing.assert_allclose(half, factor * plain / 2, rtol=1e-5)
 
 
@@ -110,7 +112,8 @@ def test_a_quantile_is_lengthened_to_the_unit_and_no_more_than_six_times() -> No
 def test_other_operations_reach_their_target_and_stop(operation: Scale | FromReference) -> None:
     edit = (Edit((0, 2), operation),)
     np.testing.assert_array_equal(
-        edited(Z, edit, DOSED, IMAGE, refer, NORM), edited(Z, edit, SPACE, IMAGE, refer, NORM)
+        edited(Z, edit, DOSED, IMAGE, encode_reference, NORM),
+        edited(Z, edit, SPACE, IMAGE, encode_reference, NORM),
     )
 
 
@@ -134,16 +137,20 @@ def test_strength_zero_of_an_attribute_is_the_very_array() -> None:
         Steering(attributes=(AttributeEdit("blue", 0.0),)),
         Steering(attributes=(AttributeEdit("blue"),), dose=0.0),
     ):
-        steered = steer(e, Z, steering, DOSED, refer)
+        steered = steer(e, Z, steering, DOSED, encode_reference)
         assert steered.unit is e.unit
         assert (steered.delta, steered.dose) == (0.0, 0.0)
 
 
 def test_attributes_and_edits_add_up() -> None:
     steering = Steering((Edit((1,), Scale(2.0)),), attributes=(AttributeEdit("blue"), AttributeEdit("smile")))
-    steered = steer(embedding(), Z, steering, DOSED, refer)
+    steered = steer(embedding(), Z, steering, DOSED, encode_reference)
     wanted = turned(
-        edited(Z, steering.edits, DOSED, IMAGE, refer, NORM), steering.attributes, DOSED, IMAGE, NORM
+        edited(Z, steering.edits, DOSED, IMAGE, encode_reference, NORM),
+        steering.attributes,
+        DOSED,
+        IMAGE,
+        NORM,
     )
     np.testing.assert_array_equal(steered.z_steered, wanted)
 

@@ -44,7 +44,7 @@ SPACE = FeatureSpace(
 )
 
 
-def refer(reference: FromReference) -> NDArray[np.float32]:
+def encode_reference(reference: FromReference) -> NDArray[np.float32]:
     return REFERENCE
 
 
@@ -56,7 +56,7 @@ def embedding(seed: int = 0, norm: float = 7.5) -> Embedding:
 def apply(
     *edits: Edit, modality: Modality = Modality.IMAGE, space: FeatureSpace = SPACE
 ) -> NDArray[np.float32]:
-    return edited(Z, edits, space, modality, refer)
+    return edited(Z, edits, space, modality, encode_reference)
 
 
 def test_scale_multiplies_and_leaves_the_others_alone() -> None:
@@ -162,7 +162,7 @@ def test_what_the_bundle_lacks_is_said() -> None:
 
 def test_the_residual_is_kept_and_the_norm_too() -> None:
     e = embedding()
-    steered = steer(e, Z, Steering((Edit((0, 1), FromReference(text="x")),)), SPACE, refer)
+    steered = steer(e, Z, Steering((Edit((0, 1), FromReference(text="x")),)), SPACE, encode_reference)
     moved = e.unit.astype(np.float64) + (REFERENCE[:2].astype(np.float64) - Z[:2]) @ ROWS[:2]
     moved /= np.linalg.norm(moved)
     np.testing.assert_allclose(steered.unit, moved, atol=1e-6)
@@ -177,7 +177,7 @@ def test_no_change_gives_back_the_very_embedding() -> None:
         Steering((Edit(Label.IMAGE, SetQuantile(0.9), strength=0.0),), delta=0.5),
         Steering((Edit(Label.IMAGE, SetQuantile(0.9)),), delta=0.0),
     ):
-        steered = steer(e, Z, steering, SPACE, refer)
+        steered = steer(e, Z, steering, SPACE, encode_reference)
         assert steered.unit is e.unit
         assert steered.delta == 0.0
 
@@ -214,7 +214,7 @@ def test_edits_that_leave_nothing_are_refused(delta: float | None) -> None:
     e = embedding()
     everything = Steering((Edit(tuple(range(D)), Scale(0.0)),), delta=delta)
     with pytest.raises(InvalidInput) as caught:
-        steer(e, e.unit, everything, neurons, refer)
+        steer(e, e.unit, everything, neurons, encode_reference)
     field, reason = ("edits", "INVALID_INPUT") if delta is None else ("delta", "DELTA_OUT_OF_REACH")
     assert (caught.value.violations[0][0], caught.value.reason) == (field, reason)
 
@@ -222,7 +222,7 @@ def test_edits_that_leave_nothing_are_refused(delta: float | None) -> None:
 def test_edits_of_different_features_become_equally_large() -> None:
     e = embedding()
     deltas = [
-        steer(e, Z, Steering((Edit(label, SetQuantile(0.9)),), delta=0.2), SPACE, refer).delta
+        steer(e, Z, Steering((Edit(label, SetQuantile(0.9)),), delta=0.2), SPACE, encode_reference).delta
         for label in (Label.IMAGE, Label.TEXT, Label.CROSS)
     ]
     np.testing.assert_allclose(deltas, 0.2, rtol=1e-6)

@@ -10,7 +10,7 @@ import torch
 
 from services.encoding.clip import ClipConfig, build_clip
 from services.encoding.text_tower import TextTower
-from services.encoding.texts import Tokeniser
+from services.encoding.texts import Tokenizer
 from services.errors import UnsupportedModel
 from services.imaging.text_encoder import build_tokenizer, convert_text_tower, hidden_states
 
@@ -52,7 +52,7 @@ def test_converted_tower_gives_the_same_token_states_and_embedding(
     tower: tuple[open_clip.CLIP, ClipConfig],
 ) -> None:
     model, config = tower
-    tokens = torch.from_numpy(Tokeniser(config).tokenise(CAPTIONS))
+    tokens = torch.from_numpy(Tokenizer(config).tokenize(CAPTIONS))
     converted = convert_text_tower(model, config)
     x = model.token_embedding(tokens) + model.positional_embedding
     expected = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
@@ -68,7 +68,7 @@ def test_tokenizer_gives_the_same_tokens(tmp_path: Path, tower: tuple[open_clip.
 
     stock = CLIPTokenizer.from_pretrained(tmp_path)
     found = stock(CAPTIONS, padding="max_length", truncation=True, return_tensors="np").input_ids
-    assert (found == Tokeniser(tower[1]).tokenise(CAPTIONS)).all()
+    assert (found == Tokenizer(tower[1]).tokenize(CAPTIONS)).all()
 
 
 def test_tower_that_is_not_causal_is_refused() -> None:

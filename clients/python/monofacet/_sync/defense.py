@@ -30,7 +30,7 @@ class DefenseCalls(SyncCore):
     ) -> types.FilterResult:
         """Judge images, and filter the embeddings of those that are called adversarial.
 
-        A verdict is evidence, not proof: an attacker who knows the defence evades it. The server's documentation
+        A verdict is evidence, not proof: an attacker who knows the defense evades it. The server's documentation
         says how often.
 
         Parameters

@@ -55,7 +55,7 @@ def filter_images(
 ) -> None:
     """Tell adversarial images from clean ones, and filter what an attack moved out of their embeddings.
 
-    CLEAN means that nothing was found; an attacker who knows the defence can see to that.
+    CLEAN means that nothing was found; an attacker who knows the defense can see to that.
     """
     check_out(session, out)
     labelled = read_inputs(images, ())

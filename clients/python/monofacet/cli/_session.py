@@ -121,7 +121,7 @@ def leave_pipe() -> NoReturn:
 
 
 def settle_streams() -> None:
-    """Have text that the terminal's encoding lacks shown as escapes, where Python would raise an error."""
+    """Show text that the terminal's encoding lacks as escapes, where Python would raise an error."""
     for stream in (sys.stdout, sys.stderr):
         # Names of files too, which may be no UTF-8.
         if isinstance(stream, io.TextIOWrapper):

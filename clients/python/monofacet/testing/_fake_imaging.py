@@ -36,7 +36,9 @@ class FakeImaging(FakeModel, imaging_service_pb2_grpc.ImagingServiceServicer):
         seeds = list(request.seeds) or list(range(request.num_images or 1))
         steps = request.num_inference_steps or STEPS
         numbers = [
-            (i, twin) for twin in (False, True)[: 1 + request.include_unsteered] for i in range(len(seeds))
+            (i, unsteered)
+            for unsteered in (False, True)[: 1 + request.include_unsteered]
+            for i in range(len(seeds))
         ]
         for step in range(1, steps + 1):
             progress = imaging_service_pb2.GenerateProgress(
@@ -44,12 +46,12 @@ class FakeImaging(FakeModel, imaging_service_pb2_grpc.ImagingServiceServicer):
             )
             yield imaging_service_pb2.GenerateResponse(progress=progress, bundle=BUNDLE)
             if request.preview_every and step % request.preview_every == 0 and step < steps:
-                for i, twin in numbers:
-                    preview = imaging_service_pb2.GeneratePreview(index=i, unsteered=twin, step=step)
-                    preview.image.data = self._file(request, seeds[i], twin, 8)
+                for i, unsteered in numbers:
+                    preview = imaging_service_pb2.GeneratePreview(index=i, unsteered=unsteered, step=step)
+                    preview.image.data = self._file(request, seeds[i], unsteered, 8)
                     yield imaging_service_pb2.GenerateResponse(preview=preview, bundle=BUNDLE)
-        for i, twin in numbers:
-            image = imaging_service_pb2.GeneratedImage(index=i, unsteered=twin, seed=seeds[i])
+        for i, unsteered in numbers:
+            image = imaging_service_pb2.GeneratedImage(index=i, unsteered=unsteered, seed=seeds[i])
             if request.prompt == BROKEN_PROMPT and seeds[i] % 2 == 0:
                 image.finish_reason = imaging_service_pb2.FINISH_REASON_FAILED
                 image.error.CopyFrom(
@@ -59,9 +61,9 @@ class FakeImaging(FakeModel, imaging_service_pb2_grpc.ImagingServiceServicer):
                 )
             else:
                 image.finish_reason = imaging_service_pb2.FINISH_REASON_COMPLETED
-                image.image.data = self._file(request, seeds[i], twin, 0)
+                image.image.data = self._file(request, seeds[i], unsteered, 0)
                 steered = request.steering.edits or request.steering.attributes
-                image.delta = 0.0 if twin or not steered else 0.25
+                image.delta = 0.0 if unsteered or not steered else 0.25
                 image.dose = 2 * image.delta
             yield imaging_service_pb2.GenerateResponse(image=image, timings=_timings(), bundle=BUNDLE)
 

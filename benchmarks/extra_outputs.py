@@ -1,6 +1,6 @@
-"""What the calls that ride on the encoder's one forward cost beside Encode: one table, and out/bench/riders.json.
+"""What calls that add outputs to the encoder's one forward cost beside Encode: a table, out/bench/extra_outputs.json.
 
-`python -m benchmarks.riders [--seconds 6] [--rounds 3] [--callers 32]`
+`python -m benchmarks.extra_outputs [--seconds 6] [--rounds 3] [--callers 32]`
 
 The same pictures, one a call, in a closed loop; rounds of the calls are interleaved and medians reported, because a
 machine's speed drifts. Cost is Encode's rate over the call's rate. A call that the bundle is not calibrated for is
@@ -135,7 +135,7 @@ def main(
     """Measure, print a table and write the JSON."""
     OUT.mkdir(parents=True, exist_ok=True)
     write_pictures(jpegs(64))
-    service = start_service(bundle, OUT / "riders.log")
+    service = start_service(bundle, OUT / "extra_outputs.log")
     try:
         rates = asyncio.run(measure(service.target, callers, seconds, rounds))
     finally:
@@ -162,7 +162,7 @@ def main(
         "target": TARGET,
         "met": all(costs[name] <= TARGET for name in ONE_FORWARD if name in costs),
     }
-    (OUT / "riders.json").write_text(json.dumps(document, indent=1) + "\n")
+    (OUT / "extra_outputs.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
