@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from deployments.encoder.tasks import EncoderInfo
+from deployments.encoder.tasks import EncoderInfo, ScoreRequest
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.encoder_client import Send
 from deployments.gateway.errors import UnknownModel
 from deployments.gateway.interceptors.chain import current_call
-from deployments.gateway.servicers.imaging import Stream
-from deployments.gateway.servicers.modality import Score
 from services.errors import InvalidInput
+from services.modality.tables import ModalityTable
+
+Score = Callable[[ScoreRequest], Awaitable[ModalityTable]]
+# Calls a method of the generator that answers in a stream: `deployments.cluster.handles.ModelHandle.stream`.
+Stream = Callable[..., AsyncIterator[Any]]
 
 # Of a name that nobody knows, so many characters are repeated to its caller.
 _ECHOED = 80

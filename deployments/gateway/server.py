@@ -30,7 +30,7 @@ from deployments.access.scopes import check_scopes, methods_of
 from deployments.batching import QueueFull
 from deployments.encoder.tasks import EncoderInfo
 from deployments.gateway.admission.client_streams import ClientStreams
-from deployments.gateway.bundles import Backend, Bundles, Routed
+from deployments.gateway.bundles import Backend, Bundles, Routed, Score, Stream
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.compute.decoders import Decoders
 from deployments.gateway.deferred import DeferredServices
@@ -51,8 +51,8 @@ from deployments.gateway.reflection import add_reflection
 from deployments.gateway.servicers.bias import BiasServicer, RunAudit
 from deployments.gateway.servicers.defense import DefenseServicer
 from deployments.gateway.servicers.feature import FeatureServicer
-from deployments.gateway.servicers.imaging import ImagingServicer, Stream
-from deployments.gateway.servicers.modality import ModalityServicer, Score
+from deployments.gateway.servicers.imaging import ImagingServicer
+from deployments.gateway.servicers.modality import ModalityServicer
 from deployments.gateway.servicers.model import ModelServicer
 from deployments.gateway.transport import options
 from deployments.generator.events import GeneratorInfo

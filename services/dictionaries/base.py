@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -13,12 +12,12 @@ import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from services.dictionary_file import KINDS, read_dictionary_json
 from services.errors import ManifestError
 from services.modality.modalities import Modality as Modality
+from services.sparse_row import SparseRow as SparseRow
 from services.weights import load_weights, misfit
 
 
@@ -159,22 +158,6 @@ def load_dictionary(directory: Path, name: str) -> Dictionary:
         # Assigned: what was built has sizes and no memory yet.
         dictionary.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
     return dictionary.eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class SparseRow:
-    """The non-zero activations of one input.
-
-    Attributes
-    ----------
-    indices : int32 array, shape (nnz,)
-        Features, ascending.
-    values : float32 array, shape (nnz,)
-        Their activations.
-    """
-
-    indices: NDArray[np.int32]
-    values: NDArray[np.float32]
 
 
 def sparse_rows(z: Float[Tensor, "batch n"]) -> list[SparseRow]:

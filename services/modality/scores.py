@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm, t
 
 from services.check import Check, nothing
-from services.dictionaries.base import SparseRow
+from services.sparse_row import SparseRow
 
 # A float32 array or a scipy.sparse.csr_array, shape (samples, n): they share the operators used here, but no
 # type.

@@ -11,10 +11,10 @@ from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import bias_service_pb2_grpc
 
 from deployments.encoder.tasks import AuditRequest, Encoded, EncodeTask
-from deployments.gateway.admission.audits import AuditItems, audit_settings
 from deployments.gateway.admission.client_streams import ClientStreams
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.compute.ablation import Ablations
+from deployments.gateway.compute.audit import AuditItems, audit_settings
 from deployments.gateway.compute.decoders import Decoders
 from deployments.gateway.compute.gender import classify_gender
 from deployments.gateway.encoder_client import EncoderClient

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,7 @@ from monofacet.v1 import imaging_service_pb2 as pb
 from monofacet.v1 import imaging_service_pb2_grpc
 
 from deployments.gateway.attributes import attribute
+from deployments.gateway.bundles import Stream
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.compute.decoders import Decoders
 from deployments.gateway.compute.preview import SteeringPreviews, strongest
@@ -28,9 +29,6 @@ from deployments.operations.metrics import Metrics
 from deployments.operations.settings import Settings
 from services.bundle.manifest import DiffusionEntry
 from services.errors import NoPipeline, UnknownAttribute
-
-# Calls a method of the generator that answers in a stream: `deployments.cluster.handles.ModelHandle.stream`.
-Stream = Callable[..., AsyncIterator[Any]]
 
 DEPLOYMENT = "generator"
 _GENERATE = "monofacet.v1.ImagingService/Generate"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 from monofacet.v1 import modality_service_pb2 as pb
 from monofacet.v1 import modality_service_pb2_grpc
 
-from deployments.encoder.tasks import EncodeTask, ScoreRequest
+from deployments.encoder.tasks import EncodeTask
 from deployments.gateway.admission.client_streams import ClientStreams
 from deployments.gateway.admission.pairs import PairScores, score_settings
+from deployments.gateway.bundles import Score
 from deployments.gateway.cards import card, cards
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.compute.modality import classify
@@ -24,8 +25,6 @@ from deployments.operations.metrics import Metrics
 from deployments.operations.settings import Settings
 from services.errors import InvalidInput
 from services.modality.tables import ModalityTable
-
-Score = Callable[[ScoreRequest], Awaitable[ModalityTable]]
 
 _CLASSIFY = "monofacet.v1.ModalityService/ClassifyModality"
 _SCORE = "monofacet.v1.ModalityService/ScoreModality"

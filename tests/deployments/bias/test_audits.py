@@ -14,7 +14,7 @@ from monofacet.v1 import bias_service_pb2 as pb
 from monofacet.v1 import common_pb2
 
 from deployments.encoder.tasks import Encoded, Features
-from deployments.gateway.admission.audits import AuditItems
+from deployments.gateway.compute.audit import AuditItems
 from tests.deployments.bias.conftest import CODE, words
 from tests.deployments.conftest import error_details, field_reasons
 from tests.support.gateway import Open
