@@ -172,18 +172,18 @@ def suspects(look: Look, smoothed: Look | None, statistics: FeatureStatistics) -
     """Return what speaks against each feature of images; `smoothed` is the look at the smoothed pictures."""
     other = look if smoothed is None else smoothed
     indices = np.union1d(look.indices, other.indices).astype(np.int64)
-    values, smoothed = _spread(look, indices), _spread(other, indices)
+    values, again = _spread(look, indices), _spread(other, indices)
     fires = values > 0
     return Suspects(
         indices,
         values,
-        smoothed,
+        again,
         {
             Reason.UNSEEN: fires & (statistics.firing_rate[indices] < RARE),
             Reason.EXCESS: values > np.maximum(statistics.upper[indices], 0),
             Reason.MOVED: fires & statistics.moved[indices],
             Reason.TEXT: fires & statistics.text[indices],
-            Reason.UNSTABLE: np.abs(values - smoothed) > statistics.tolerance,
+            Reason.UNSTABLE: np.abs(values - again) > statistics.tolerance,
         },
     )
 
