@@ -1,4 +1,4 @@
-"""A defence calibration for the tiny bundle: the noise of a picture alone decides, and is easy to foresee."""
+"""A defense calibration for the tiny bundle: the noise of a picture alone decides, and is easy to foresee."""
 
 from __future__ import annotations
 

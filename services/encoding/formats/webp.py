@@ -60,11 +60,11 @@ def read(data: bytes, max_parts: int) -> Picture:
     if size is None or not any(name in kept for name in last):
         raise CorruptImage("a WebP without pixels")
     width, height = size
-    pieces = [piece for kind, body in kept.items() for piece in _packed(kind, body)]
-    length = 4 + sum(map(len, pieces))
+    chunks = [chunk for kind, body in kept.items() for chunk in _packed(kind, body)]
+    length = 4 + sum(map(len, chunks))
     return Picture(
         "WEBP",
-        b"".join([b"RIFF", struct.pack("<I", length), b"WEBP", *pieces]),
+        b"".join([b"RIFF", struct.pack("<I", length), b"WEBP", *chunks]),
         width,
         height,
         width * height * PIXEL_S,
