@@ -17,6 +17,7 @@ from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._exceptions import CallError, InvalidInputError, Violation
 from monofacet._responses.bias import gender
+from monofacet._score_requests import PairBatcher, score_settings
 from monofacet._status import KINDS, error_from_rpc, error_from_status, shift_violations
 from monofacet.testing import status_with_details
 from monofacet.testing._calls import MockRpcError
@@ -174,7 +175,7 @@ def test_what_is_none_stays_unset_in_a_request() -> None:
     options = requests.encode_options(None, None, False, True)
     assert not options.ListFields()
     assert requests.encode_options("", None, False, True).HasField("dictionary")
-    assert not requests.score_settings(types.ScoreSettings()).settings.ListFields()
+    assert not score_settings(types.ScoreSettings()).settings.ListFields()
 
 
 def test_an_unknown_condition_is_refused_by_name() -> None:
@@ -183,7 +184,7 @@ def test_an_unknown_condition_is_refused_by_name() -> None:
 
 
 def test_pairs_are_gathered_and_none_is_lost() -> None:
-    batcher = requests.PairBatcher(batch_size=3)
+    batcher = PairBatcher(batch_size=3)
     messages = [
         message for position in range(8) for message in batcher.add((b"x", str(position), f"g{position}"))
     ]
@@ -194,14 +195,14 @@ def test_pairs_are_gathered_and_none_is_lost() -> None:
 
 
 def test_large_pairs_are_sent_apart() -> None:
-    batcher = requests.PairBatcher(max_bytes=1000)
+    batcher = PairBatcher(max_bytes=1000)
     messages = [message for _ in range(3) for message in batcher.add((b"x" * 600, "t"))] + batcher.rest()
     assert [len(message.batch.pairs) for message in messages] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("pair", [(b"x",), b"xy", (b"x", "t", "g", "more"), (3, "t")])
 def test_what_is_no_pair_is_named_by_its_place(pair: object) -> None:
-    batcher = requests.PairBatcher()
+    batcher = PairBatcher()
     batcher.add((b"x", "t"))
     with pytest.raises(monofacet.InputError, match=r"pairs\[1\]"):
         batcher.add(pair)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from services.bias.audit import AuditSettings, Verdict, audit, audit_scores
 from services.bias.cases import MAN, UNGENDERED, WOMAN
 from services.bias.gender import gender_scores
 from services.bias.leace import Leace
-from services.bias.null_tests import null_tests
+from services.bias.null import null_tests
 from services.bias.plan import Plan
 from services.errors import NotEnoughItems
 from services.modality.modalities import Modality

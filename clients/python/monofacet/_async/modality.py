@@ -10,6 +10,7 @@ from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._async.core import AsyncCore
 from monofacet._inputs import Input, Pair
+from monofacet._score_requests import PairBatcher, score_settings
 from monofacet.v1 import modality_service_pb2_grpc
 
 
@@ -88,8 +89,8 @@ class ModalityCalls(AsyncCore):
         """
         table = await self._upload(
             self._stub(modality_service_pb2_grpc.ModalityServiceStub).ScoreModality,
-            requests.score_settings(settings or types.ScoreSettings()),
-            requests.PairBatcher(),
+            score_settings(settings or types.ScoreSettings()),
+            PairBatcher(),
             pairs,
             timeout,
         )

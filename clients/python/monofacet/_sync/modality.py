@@ -9,6 +9,7 @@ from monofacet import _requests as requests
 from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._inputs import Input, Pair
+from monofacet._score_requests import PairBatcher, score_settings
 from monofacet._sync.core import SyncCore
 from monofacet.v1 import modality_service_pb2_grpc
 
@@ -184,8 +185,8 @@ class ModalityCalls(SyncCore):
         """
         table = self._upload(
             self._stub(modality_service_pb2_grpc.ModalityServiceStub).ScoreModality,
-            requests.score_settings(settings or types.ScoreSettings()),
-            requests.PairBatcher(),
+            score_settings(settings or types.ScoreSettings()),
+            PairBatcher(),
             pairs,
             timeout,
         )

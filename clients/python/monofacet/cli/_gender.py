@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
 from monofacet import _exceptions as exceptions
 from monofacet._bias_requests import LabelledItem
@@ -18,18 +16,12 @@ from monofacet._inputs import image_bytes
 from monofacet._tables import Row, TableError, gender_of, help_text, picture_folder, read_csv, texts_of
 from monofacet._types import (
     Ablation,
-    AblationAudit,
     AblationMode,
-    AuditResult,
     AuditSettings,
-    AuditVerdict,
-    Change,
-    Estimate,
-    GenderResult,
-    GenderScore,
 )
-from monofacet.cli._gender_page import VERDICTS, page
-from monofacet.cli._inputs import Inputs, Texts, Truncate, read_inputs, shorten
+from monofacet.cli._gender_page import page
+from monofacet.cli._gender_tables import show_audits, show_classes
+from monofacet.cli._inputs import Inputs, Texts, Truncate, read_inputs
 from monofacet.cli._out import STDOUT, check_out, write_out
 from monofacet.cli._session import Session, connected, print_json
 
@@ -38,25 +30,6 @@ app = typer.Typer(
     help="How gendered the towers see people, and what removing features does about it.",
     no_args_is_help=True,
 )
-
-VERDICT_COLOURS = {
-    AuditVerdict.EFFECT: "green",
-    AuditVerdict.SILENCED: "yellow",
-    AuditVerdict.NOT_SPECIFIC: "yellow",
-    AuditVerdict.THRESHOLD_ONLY: "yellow",
-    AuditVerdict.NO_EFFECT: "white",
-}
-MEASURES = {
-    "accuracy": "accuracy",
-    "recall_woman": "recall of women",
-    "recall_man": "recall of men",
-    "gender_gap": "gap between them",
-    "worst_group_accuracy": "worst group",
-    "equal_opportunity_gap": "equal-opportunity gap",
-    "equalized_odds_gap": "equalized-odds gap",
-    "demographic_parity_gap": "demographic-parity gap",
-    "skew": "skew of the ungendered",
-}
 
 Features = Annotated[
     str | None, typer.Option("--features", help="Remove these features: ids, separated by commas.")
@@ -161,30 +134,7 @@ def classify(
             fields = {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}
             print_json({"id": name, **fields, "ablation": result.ablation})
         return
-    _show_classes(session, names, result, recommended)
-
-
-def _show_classes(
-    session: Session, names: list[str], result: GenderResult, recommended: Ablation | None
-) -> None:
-    ablated = result.ablation is not None
-    title = f"{result.bundle}, nothing removed"
-    if result.ablation is not None:
-        own = " (the bundle's recommendation)" if result.ablation == recommended else ""
-        of = f" of {result.ablation.dictionary}" if result.ablation.dictionary else ""
-        title = f"{result.bundle}, without {result.ablation}{of}{own}: {result.set_size} features"
-    columns = ["input", "score", "P(woman)", "calibrated"]
-    table = Table(*columns, *(["after", "calibrated", "kept", "removed"] if ablated else []), title=title)
-    for name, item in zip(names, result.classifications, strict=True):
-        row = [escape(shorten(name)), f"{item.before.score:+.3f}", *_probabilities(item.before)]
-        if ablated and item.after is not None:
-            row += [*_probabilities(item.after), _number(item.kept), str(item.ablated_features)]
-        table.add_row(*row)
-    session.console.print(table)
-
-
-def _probabilities(score: GenderScore) -> list[str]:
-    return [f"{score.p_woman:.3f}", f"{score.p_woman_calibrated:.3f}"]
+    show_classes(session, names, result, recommended)
 
 
 @app.command("audit")
@@ -257,7 +207,7 @@ def audit(
     if session.as_json:
         print_json(result)
     else:
-        _show(session, result)
+        show_audits(session, result)
         if html is not None and html != STDOUT:
             session.progress.print(f"the page is {html}")
     for name in unreadable:
@@ -371,86 +321,3 @@ def _readable(items: list[LabelledItem], skip: bool, unreadable: list[str]) -> I
                 unreadable.append(str(error))
                 continue
         yield item
-
-
-def _show(session: Session, result: AuditResult) -> None:
-    console = session.console
-    console.print(
-        f"{result.bundle}: {result.women} women, {result.men} men, {result.ungendered} ungendered"
-        + (f", {result.skipped} left out" if result.skipped else "")
-    )
-    for found in result.audits:
-        colour = VERDICT_COLOURS[found.verdict]
-        console.print(
-            f"\n[bold]{escape(str(found.ablation))}[/] ({found.set_size} features): "
-            f"[{colour}]{found.verdict}[/] - {VERDICTS[found.verdict]}"
-        )
-        console.print(_measures(found))
-        if found.professions:
-            console.print(_professions(found))
-    for item in result.skipped_items[:20]:
-        console.print(
-            f"left out: item {item.index} {escape(item.id)}: {escape(item.message)} ({item.reason})"
-        )
-
-
-def _measures(found: AblationAudit) -> Table:
-    table = Table(
-        "", "before", "after", "difference", "recalibrated: before", "after", "difference", "null p"
-    )
-    p = {test.measure: f"{test.p:.3f}" for test in found.nulls}
-    table.add_row("AUC, woman against man", *_cells(found.auc), "", "", "", p.get("AUC", ""))
-    table.add_row("retrained probe", *_cells(found.probe), "", "", "", "")
-    for name, title in MEASURES.items():
-        raw, again = getattr(found.raw, name), getattr(found.recalibrated, name)
-        table.add_row(title, *_cells(raw), *_cells(again), p.get(name.upper(), ""))
-    table.caption = f"cosine kept {found.kept:.3f}, neighbours kept {found.neighbours_kept:.0%}" + (
-        "" if found.null_energy_ratio is None else f", energy of random sets {found.null_energy_ratio:.2f}"
-    )
-    if found.harms:
-        table.caption += f"; worse after it: {', '.join(found.harms).replace('_', ' ')}"
-    return table
-
-
-def _professions(found: AblationAudit) -> Table:
-    table = Table(
-        "profession", "women / men / none", "accuracy", "after", "P(woman) of the ungendered", "after"
-    )
-    for item in found.professions[:40]:
-        table.add_row(
-            escape(item.profession),
-            f"{item.women} / {item.men} / {item.ungendered}",
-            _estimate(item.accuracy.before),
-            _estimate(item.accuracy.after),
-            _estimate(item.p_woman.before),
-            _estimate(item.p_woman.after),
-        )
-    return table
-
-
-def _cells(change: Change) -> list[str]:
-    difference = change.difference
-    shown = "" if difference.value is None else f"{difference.value:+.3f}"
-    if difference.low is not None and difference.high is not None:
-        shown += f" [{difference.low:+.3f}, {difference.high:+.3f}]"
-    return [
-        _number(change.before.value) + _by_chance(change.before_by_chance),
-        _number(change.after.value) + _by_chance(change.after_by_chance),
-        escape(shown),
-    ]
-
-
-def _by_chance(value: float | None) -> str:
-    return "" if value is None else f" (chance {value:.3f})"
-
-
-def _estimate(estimate: Estimate) -> str:
-    if estimate.value is None:
-        return ""
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.2f}"
-    return escape(f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]")
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
