@@ -40,7 +40,7 @@ COPY bundles bundles
 # Compiled now: later the file system is read-only.
 RUN pip install --no-deps --editable . && python -m compileall -q services deployments
 USER 1000:1000
-EXPOSE 9000 9100
+EXPOSE 9000 8080 9100
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["monofacet", "health"]
 CMD ["monofacet", "serve"]
 
@@ -52,6 +52,6 @@ RUN pip install --no-deps --editable . && python -m compileall -q services deplo
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 1000:1000
-EXPOSE 9000 9100
+EXPOSE 9000 8080 9100
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s CMD ["monofacet", "health"]
 CMD ["monofacet", "serve"]

@@ -33,6 +33,10 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="gRPC port; 0 takes a free one. Default: 9000.")] = None,
+    http_port: Annotated[
+        int | None,
+        typer.Option(help="HTTP port; 0 takes a free one. Default: 8080; where --port is 0, a free one."),
+    ] = None,
     metrics_port: Annotated[
         int | None, typer.Option(help="Prometheus port; 0 takes a free one. Default: 9100.")
     ] = None,
@@ -65,7 +69,7 @@ def serve(
         str | None, typer.Option(help="debug, info, warning or error. Default: info, a line a call.")
     ] = None,
 ) -> None:
-    """Serve a bundle over gRPC until SIGTERM, SIGHUP or Ctrl-C; calls in flight are finished first.
+    """Serve a bundle over gRPC and HTTP until SIGTERM, SIGHUP or Ctrl-C; calls in flight are finished first.
 
     Every other knob is an environment variable MONOFACET_<NAME>: see docs/operations.md.
     """
@@ -76,6 +80,7 @@ def serve(
         "bundles": tuple(bundle) if bundle else None,
         "host": host,
         "port": port,
+        "http_port": http_port,
         "metrics_port": metrics_port,
         "backend": backend,
         "threads": threads,
@@ -185,6 +190,8 @@ def _check(settings: Settings) -> None:
         raise typer.Exit(2) from error
     _check_port(settings.host, settings.port)
     _check_port(settings.metrics_host, settings.metrics_port)
+    if settings.http:
+        _check_port(settings.host, settings.http_port)
     if settings.health_port:
         _check_port(settings.host, settings.health_port)
     if tokens is None and settings.tls_client_ca is None and not is_loopback(settings.host):

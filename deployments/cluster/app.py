@@ -74,7 +74,8 @@ class GatewayReplica:
         if settings.drain_file is not None:
             settings.drain_file.unlink(missing_ok=True)
             self._watching = asyncio.create_task(self._drain_once_there(settings.drain_file))
-        self._ports = await self._server.open()
+        grpc_port, metrics_port = await self._server.open()
+        self._ports = grpc_port, metrics_port, self._server.http_port
         log.info("listening")
         warming = asyncio.create_task(self._serve_when_warm())
         warming.add_done_callback(self._warming_ended)
@@ -122,8 +123,8 @@ class GatewayReplica:
         log.info("draining: %s is there", file.name)
         await self._server.drain()
 
-    def ports(self) -> tuple[int, int]:
-        """Return the gRPC port and the metrics port."""
+    def ports(self) -> tuple[int, int, int]:
+        """Return the gRPC port, the metrics port and the HTTP port; of the last 0 where none is served."""
         return self._ports
 
     async def warmed(self) -> str:

@@ -100,9 +100,11 @@ def run(settings: Settings, scratch: Scratch, link: Link, began: float) -> int:
         if why:
             say(f"not serving: {why}", err=True)
         else:
+            scheme = "http" if settings.tls_certificate is None else "https"
+            http = f"HTTP on {scheme}://{joined(settings.host, ports[2])}, " if ports[2] else ""
             say(
                 f"ready: {','.join(ids)} on {joined(settings.host, ports[0])}, metrics on "
-                f"http://{joined(settings.metrics_host, ports[1])}/metrics, "
+                f"http://{joined(settings.metrics_host, ports[1])}/metrics, {http}"
                 f"after {time.perf_counter() - began:.1f} s"
             )
         link.wait()
@@ -125,12 +127,12 @@ def _verified(settings: Settings) -> list[str]:
     return ids
 
 
-def _serve(settings: Settings, progress: Progress) -> tuple[Any, tuple[int, int], str]:
+def _serve(settings: Settings, progress: Progress) -> tuple[Any, tuple[int, int, int], str]:
     """Start the application and wait until it is warm.
 
     Returns
     -------
-    The gateway's handle, its two ports, and why it does not serve (empty when it does).
+    The gateway's handle, its ports (gRPC, metrics, HTTP), and why it does not serve (empty when it does).
     """
     from ray import serve as ray_serve
     from ray.serve.schema import LoggingConfig

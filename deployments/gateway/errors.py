@@ -74,6 +74,10 @@ class RequestSlow(GatewayError):
     """The request did not come in time, and others waited for the room that it takes."""
 
 
+class StreamNeedsHttp2(GatewayError):
+    """The call streams both ways and came over HTTP/1.1."""
+
+
 class AnswerNotTaken(GatewayError):
     """The caller did not take an answer in time."""
 
@@ -165,6 +169,7 @@ TABLE: tuple[tuple[type[BaseException], Answer], ...] = (
     (TooManyCalls, Answer(_Code.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS", retry=True)),
     (StreamIdle, Answer(_Code.ABORTED, "STREAM_IDLE")),
     (RequestSlow, Answer(_Code.RESOURCE_EXHAUSTED, "REQUEST_SLOW", retry=True)),
+    (StreamNeedsHttp2, Answer(_Code.UNIMPLEMENTED, "STREAM_NEEDS_HTTP2")),
     (AnswerNotTaken, Answer(_Code.ABORTED, "ANSWER_NOT_TAKEN")),
     (QueueFull, Answer(_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "the queue is full; try later", retry=True)),
     (DeadlineExpired, Answer(_Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED", "the deadline passed")),
@@ -207,9 +212,10 @@ def _pack(status: status_pb2.Status, detail: object) -> None:
 
 def _cut(text: str, max_bytes: int) -> str:
     """Return `text` with its end left out where it has more than `max_bytes` of UTF-8."""
-    encoded = text.encode()
+    # Half a surrogate pair, which JSON may hold, is no character that could be told.
+    encoded = text.encode(errors="replace")
     if len(encoded) <= max_bytes:
-        return text
+        return encoded.decode()
     return encoded[: max_bytes - 3].decode(errors="ignore") + "..."
 
 

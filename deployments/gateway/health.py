@@ -54,6 +54,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._ending = True
         self._tell()
 
+    def serving(self) -> dict[str, bool]:
+        """Return whether each service serves, by name; the empty name is the server."""
+        return {name: status == pb.HealthCheckResponse.SERVING for name, status in self._status.items()}
+
     def _tell(self) -> None:
         # Each watcher waits for the event that was there when it looked.
         self._changed.set()

@@ -167,12 +167,15 @@ class GatewayServer:
         self._traces, self._stop_traces = None, _nothing
         if settings.otlp_endpoint:
             self._traces, self._stop_traces = start_tracing(settings.otlp_endpoint, self.bundle_id)
-        self._server: Any = aio.server(interceptors=[self._chain()], options=options(settings, largest))
+        chain = self._chain()
+        self._server: Any = aio.server(interceptors=[chain], options=options(settings, largest))
         self._alive = dict.fromkeys(self._bundles, True)
         self._draining = False
         self._encoders: list[EncoderClient] = []
         self._services = DeferredServices()
         self._server.add_generic_rpc_handlers((self._services,))
+        self._http = self._http_server(chain) if settings.http else None
+        self.http_port = 0
         # Of the bundles whose images are made here.
         self._alive_generators: dict[str, bool] = {}
         self._model_servicer: ModelServicer | None = None
@@ -185,6 +188,18 @@ class GatewayServer:
         shown("max_client_streams", settings.max_client_streams, lambda: self._client_streams.streams)
         shown("max_held_bytes", settings.max_held_bytes, lambda: self._requests.bytes)
         shown("max_streams", settings.max_streams, lambda: self._requests.streams)
+
+    def _http_server(self, chain: Chain) -> Any:
+        """Return the server of the HTTP port, whose calls go through the same chain."""
+        # Here: who serves no HTTP imports nothing of it.
+        from deployments.gateway.http.app import application
+        from deployments.gateway.http.calls import Calls
+        from deployments.gateway.http.server import HttpServer
+
+        calls = Calls(chain, self._services)
+        return HttpServer(
+            self._settings, application(self._settings, calls, DESCRIPTORS, self._health.serving)
+        )
 
     def _chain(self) -> Chain:
         settings, metrics = self._settings, self.metrics
@@ -253,6 +268,10 @@ class GatewayServer:
         ------
         RuntimeError, OSError
             When a port is taken.
+
+        Notes
+        -----
+        `http_port` is the port of HTTP from here on; 0 where none is served.
         """
         settings = self._settings
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -265,6 +284,8 @@ class GatewayServer:
         else:
             port = self._server.add_secure_port(address, self._certificate.credentials())
         await self._server.start()
+        if self._http is not None:
+            self.http_port = await self._http.open()
         self._looking = asyncio.create_task(self._look_at_tokens())
         if settings.health_port:
             # Plain text, for whoever reaches it: what it reads is bounded by gRPC itself.
@@ -415,6 +436,9 @@ class GatewayServer:
             await asyncio.sleep(self._settings.linger_s)
         self._admission.close()
         self._requests.drain()
+        closing = (
+            asyncio.create_task(self._http.close(self._settings.drain_s)) if self._http is not None else None
+        )
         stopping: asyncio.Task[None] | None = None
         if self._health_server is not None:
             # Health has a port of its own, so this one closes at once: open connections are told to go to
@@ -430,6 +454,8 @@ class GatewayServer:
             finished = True
         # Health stays reachable until here, so that a prober reads NOT_SERVING and not a refused connection.
         await (stopping or self._server.stop(1.0))
+        if closing is not None:
+            await closing
         if self._health_server is not None:
             await self._health_server.stop(None)
         if self._metrics_server is not None:

@@ -26,6 +26,7 @@ OWN = frozenset(
         "bundles",
         "host",
         "port",
+        "http_port",
         "health_port",
         "metrics_host",
         "metrics_port",

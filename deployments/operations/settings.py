@@ -28,6 +28,7 @@ EMBEDDED_BUNDLE = Path(__file__).resolve().parents[2] / "bundles" / "emoji"
 Backend = Literal["auto", "torch", "openvino"]
 # What Kubernetes sets MONOFACET_PORT to in every pod beside a Service named monofacet.
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.+:\d+")
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s,]+")
 _BUNDLE_ID = re.compile(r"[^@\s]+@[0-9a-f]{12,64}")
 
 
@@ -104,6 +105,22 @@ class Settings(BaseSettings):
         le=65535,
         description="Port on `host` of a second, plain-text server that answers health checks alone; 0 for "
         "none. Kubernetes' probes speak neither TLS nor tokens.",
+    )
+    http: bool = Field(
+        True,
+        description="Also serve HTTP on `host`: Connect, gRPC-Web and JSON for every call, and OpenAI's routes.",
+    )
+    http_port: int = Field(
+        8080,
+        ge=0,
+        le=65535,
+        description="HTTP port; 0 takes a free one, as does no setting where `port` is 0.",
+    )
+    # Not decoded by pydantic-settings, which would take nothing but JSON.
+    http_cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose pages may call over HTTP, as `https://app.example`, or `*` for any. In the "
+        "environment separated by commas, or a JSON list. Empty: none but the server's own.",
     )
     metrics_host: str = Field(
         "127.0.0.1",
@@ -499,6 +516,14 @@ class Settings(BaseSettings):
             if not (name.endswith("port") and isinstance(value, str) and _SERVICE_LINK.fullmatch(value))
         }
 
+    @model_validator(mode="before")
+    @classmethod
+    def _free_ports(cls, values: Any) -> Any:
+        """Take a free port for HTTP, too, where one is asked for: such servers stand side by side."""
+        if str(values.get("port", "")) == "0":
+            return {"http_port": 0, **values}
+        return values
+
     @field_validator("host", "metrics_host")
     @classmethod
     def _bare(cls, value: str) -> str:
@@ -517,7 +542,7 @@ class Settings(BaseSettings):
             return json.loads(value)
         return tuple(path for path in value.split(os.pathsep) if path)
 
-    @field_validator("bundle_ids", mode="before")
+    @field_validator("bundle_ids", "http_cors_origins", mode="before")
     @classmethod
     def _listed_ids(cls, value: Any) -> Any:
         """Read a list from the environment."""
@@ -526,6 +551,17 @@ class Settings(BaseSettings):
         if value.lstrip().startswith("["):
             return json.loads(value)
         return tuple(id.strip() for id in value.split(",") if id.strip())
+
+    @field_validator("http_cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse what no browser sends as its origin."""
+        for origin in value:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: `https://host` or `https://host:port`, without a path"
+                )
+        return value
 
     @field_validator("bundle_ids")
     @classmethod
@@ -570,6 +606,7 @@ class Settings(BaseSettings):
             )
         listening = [
             ("port", self.host, self.port),
+            ("http_port", self.host, self.http_port if self.http else 0),
             ("health_port", self.host, self.health_port),
             ("metrics_port", self.metrics_host, self.metrics_port),
         ]

@@ -64,7 +64,7 @@ EXTRAS: dict[str, Values] = {
         "image": {"tag": "1.2.3", "pullSecrets": [{"name": "registry"}]},
         "settings": {"max_request_bytes": 33_554_432, "drain_s": 60, "log_level": "debug"},
         "bundle": {"existingClaim": "bundle"},
-        "service": {"type": "LoadBalancer", "port": 443, "annotations": {"a": "b"}},
+        "service": {"type": "LoadBalancer", "port": 443, "httpPort": 8443, "annotations": {"a": "b"}},
         "gateway": {"replicas": 3, **PLACEMENT, "affinity": {"nodeAffinity": {}}},
         "head": PLACEMENT,
         "ray": {"authMode": "token", "redis": {"address": "redis:6379", "passwordSecretName": "redis"}},
@@ -262,6 +262,7 @@ def test_services_monitors_and_budgets_select_the_pods_they_mean(values: Values)
     expected = arguments(values)
     assert ports == {
         "grpc": expected["port"],
+        "http": expected["http_port"],
         "health": expected["health_port"],
         "metrics": expected["metrics_port"],
     }
@@ -272,7 +273,9 @@ def test_services_monitors_and_budgets_select_the_pods_they_mean(values: Values)
             if selects(service["spec"]["selector"], pod["metadata"]["labels"])
         ]
         assert chosen == ["gateway"]
-        assert [port["targetPort"] for port in service["spec"]["ports"]] == ["grpc"]
+        # Who balances calls itself calls over gRPC.
+        named = ["grpc"] if service["spec"].get("clusterIP") == "None" else ["grpc", "http"]
+        assert [port["targetPort"] for port in service["spec"]["ports"]] == named
     for monitor in of_kind(values, "PodMonitor"):
         selector = monitor["spec"]["selector"]["matchLabels"]
         assert [n for n, pod in made.items() if selects(selector, pod["metadata"]["labels"])] == ["gateway"]

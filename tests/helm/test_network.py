@@ -13,7 +13,7 @@ from tests.helm.chart import NAMESPACE, PLAIN, Manifest, Values, of_kind, pods, 
 VALUES: Values = {**PLAIN, "generator": {"enabled": True}}
 # A port of Ray's that nobody named: workers listen on many.
 RAY_WORKER = 10_002
-GRPC, HEALTH, METRICS, GCS, DASHBOARD, CLIENT = 9000, 9001, 9100, 6379, 8265, 10_001
+GRPC, HTTP, HEALTH, METRICS, GCS, DASHBOARD, CLIENT = 9000, 8080, 9001, 9100, 6379, 8265, 10_001
 COMPONENTS = ("head", "gateway", "encoder", "generator")
 
 
@@ -89,7 +89,7 @@ PROMETHEUS = Peer({"app.kubernetes.io/name": "prometheus"}, "monitoring")
 OPERATOR = Peer({"app.kubernetes.io/component": "kuberay-operator"}, "kuberay-system")
 DNS = Peer({"k8s-app": "kube-dns"}, "kube-system")
 OUTSIDE = Peer(None)
-PORTS = (GRPC, HEALTH, METRICS, GCS, DASHBOARD, CLIENT, RAY_WORKER)
+PORTS = (GRPC, HTTP, HEALTH, METRICS, GCS, DASHBOARD, CLIENT, RAY_WORKER)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ PORTS = (GRPC, HEALTH, METRICS, GCS, DASHBOARD, CLIENT, RAY_WORKER)
     [
         (STRANGER, set()),
         (OUTSIDE, set()),
-        (NEIGHBOUR, {("gateway", GRPC)}),
+        (NEIGHBOUR, {("gateway", GRPC), ("gateway", HTTP)}),
         (PROMETHEUS, {("gateway", METRICS)}),
         (OPERATOR, {("head", DASHBOARD)}),
     ],

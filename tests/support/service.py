@@ -20,7 +20,9 @@ from deployments.cluster.supervisor import descendants
 # Ray and three Python processes that import torch, on a machine that may be busy with something else.
 START_TIMEOUT_S = 420.0
 STOP_TIMEOUT_S = 90.0
-READY = re.compile(r"monofacet: ready: (?P<bundle>\S+) on (?P<target>\S+), metrics on (?P<metrics>\S+),")
+READY = re.compile(
+    r"monofacet: ready: (?P<bundle>\S+) on (?P<target>\S+), metrics on (?P<metrics>\S+), HTTP on (?P<http>\S+),"
+)
 
 
 @dataclass
@@ -33,6 +35,8 @@ class Service:
         `host:port` of the gRPC server.
     metrics_url
         Where Prometheus would scrape.
+    http_url
+        Where HTTP is served.
     bundle
         Id of the bundle it serves.
     process
@@ -43,6 +47,7 @@ class Service:
 
     target: str
     metrics_url: str
+    http_url: str
     bundle: str
     process: subprocess.Popen[bytes]
     log: Path
@@ -111,8 +116,8 @@ def start_service(
     while time.monotonic() < deadline and process.poll() is None:
         match = until.search(log.read_text(errors="replace"))
         if match:
-            found = {"target": "", "metrics": "", "bundle": "", **match.groupdict()}
-            return Service(found["target"], found["metrics"], found["bundle"], process, log)
+            found = {"target": "", "metrics": "", "http": "", "bundle": "", **match.groupdict()}
+            return Service(found["target"], found["metrics"], found["http"], found["bundle"], process, log)
         time.sleep(0.1)
     process.terminate()
     try:

@@ -46,6 +46,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "monofacet.grpcPort" -}}9000{{- end -}}
 {{- define "monofacet.healthPort" -}}9001{{- end -}}
 {{- define "monofacet.metricsPort" -}}9100{{- end -}}
+{{- define "monofacet.httpPort" -}}8080{{- end -}}
 
 {{/* The longest that a gateway takes to stop: a test holds the defaults equal to those of the settings. */}}
 {{- define "monofacet.stopSeconds" -}}
@@ -59,6 +60,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- $set := dict
   "host" "0.0.0.0"
   "port" (include "monofacet.grpcPort" . | int)
+  "http_port" (include "monofacet.httpPort" . | int)
   "health_port" (include "monofacet.healthPort" . | int)
   "metrics_host" "0.0.0.0"
   "metrics_port" (include "monofacet.metricsPort" . | int)
@@ -216,6 +218,7 @@ spec:
       {{- else if eq .component "gateway" }}
       ports:
         - {name: grpc, containerPort: {{ include "monofacet.grpcPort" $root }}}
+        - {name: http, containerPort: {{ include "monofacet.httpPort" $root }}}
         - {name: health, containerPort: {{ include "monofacet.healthPort" $root }}}
         - {name: metrics, containerPort: {{ include "monofacet.metricsPort" $root }}}
       # SERVING only once the models are warm; NOT_SERVING while draining. A port of its own, since probes speak

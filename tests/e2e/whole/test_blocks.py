@@ -23,7 +23,7 @@ from tests.support.service import Service
 from tests.support.waiting import CALL_S
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGES = ("README.md", "docs/quickstart.md", "docs/from-feature-to-picture.md")
+PAGES = ("README.md", "docs/http.md", "docs/quickstart.md", "docs/from-feature-to-picture.md")
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # Blocks that are not run here, by page and by how their first line begins, and why.
@@ -145,7 +145,10 @@ def test_a_block_runs(
     variables = {"FEATURE": str(feature), "MONOFACET_TARGET": service.target, "COLUMNS": "160", "PATH": path}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    code = block.code.replace("127.0.0.1:9000", service.target).replace("FEATURE=7", f"FEATURE={feature}")
+    code = block.code.replace("127.0.0.1:9000", service.target).replace(
+        "http://127.0.0.1:8080", service.http_url
+    )
+    code = code.replace("FEATURE=7", f"FEATURE={feature}")
     if block.language == "python":
         exec(compile(code, block.page, "exec"), {"__name__": "__main__"})
         return
