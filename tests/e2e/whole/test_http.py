@@ -12,7 +12,7 @@ import openai
 import pytest
 from monofacet import Client, SteeringEdit
 
-from services.bundle import Bundle
+from services.bundle.load import Bundle
 from tests.support.service import Service
 
 
