@@ -23,7 +23,7 @@ ROUND_TRIPS = 3
 # What is turned, if the bundle has it; the first so many rows are drawn, then features take the place of attributes.
 TURNED = (
     ("red heart", "blue"), ("baby", "dark skin"), ("red apple", "brown"), ("automobile", "blue"),
-    ("man teacher", "light skin"), ("man teacher", "woman"),
+    ("man teacher", "light skin"), ("man teacher", "woman"), ("tulip", "yellow"), ("crying face", "smile"),
 )  # fmt: skip
 ROWS = 5
 STRENGTHS = (0.0, 0.5, 1.0)
