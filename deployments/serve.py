@@ -96,7 +96,8 @@ def serve(
     }
     with Signals() as signals:
         settings = _settings({name: value for name, value in flags.items() if value is not None})
-        _watch_over(settings, _scratch(settings), signals, started)
+        scratch = _scratch(settings)
+        _watch_over(with_free_http_port(settings), scratch, signals, started)
 
 
 def _scratch(settings: Settings) -> Scratch:
@@ -190,7 +191,7 @@ def _check(settings: Settings) -> None:
         raise typer.Exit(2) from error
     _check_port(settings.host, settings.port)
     _check_port(settings.metrics_host, settings.metrics_port)
-    if settings.http:
+    if settings.http and "http_port" in settings.model_fields_set:
         _check_port(settings.host, settings.http_port)
     if settings.health_port:
         _check_port(settings.host, settings.health_port)
@@ -200,10 +201,27 @@ def _check(settings: Settings) -> None:
         )
 
 
+def with_free_http_port(settings: Settings) -> Settings:
+    """Return the settings with a free port for HTTP where the default one is taken: nobody asked for that one."""
+    if not settings.http or "http_port" in settings.model_fields_set:
+        return settings
+    if not (why := _port_refused(settings.host, settings.http_port)):
+        return settings
+    _say(f"HTTP takes a free port, for {settings.http_port} is not to be had: {why}", err=True)
+    return settings.model_copy(update={"http_port": 0})
+
+
 def _check_port(host: str, port: int) -> None:
     """Stop with one line where a server could listen at none of the host's addresses, or where one is taken."""
     from deployments.operations.settings import joined
 
+    if why := _port_refused(host, port):
+        _say(f"cannot listen on {joined(host, port)}: {why}", err=True)
+        raise typer.Exit(2)
+
+
+def _port_refused(host: str, port: int) -> str:
+    """Return why a server cannot listen there; empty where it can."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         refused = [error for *where, address in found if (error := _refused(where, address))]
@@ -212,9 +230,8 @@ def _check_port(host: str, port: int) -> None:
             if error.errno != errno.EADDRNOTAVAIL or len(refused) == len(found):
                 raise error
     except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or "no such host"
-        _say(f"cannot listen on {joined(host, port)}: {why}", err=True)
-        raise typer.Exit(2) from error
+        return getattr(error, "strerror", None) or "no such host"
+    return ""
 
 
 def _refused(where: list[Any], address: Any) -> OSError | None:

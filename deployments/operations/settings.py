@@ -114,7 +114,7 @@ class Settings(BaseSettings):
         8080,
         ge=0,
         le=65535,
-        description="HTTP port; 0 takes a free one, as does no setting where `port` is 0.",
+        description="HTTP port; 0 takes a free one, as does no setting where `port` is 0 or 8080 is taken.",
     )
     # Not decoded by pydantic-settings, which would take nothing but JSON.
     http_cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -519,8 +519,10 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _free_ports(cls, values: Any) -> Any:
-        """Take a free port for HTTP, too, where one is asked for: such servers stand side by side."""
-        if str(values.get("port", "")) == "0":
+        """Take a free port for HTTP where gRPC's is free, too, or another port is HTTP's default."""
+        default = str(cls.model_fields["http_port"].default)
+        others = {str(values.get(name, "")) for name in ("metrics_port", "health_port")}
+        if str(values.get("port", "")) in ("0", default) or default in others:
             return {"http_port": 0, **values}
         return values
 

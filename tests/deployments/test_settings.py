@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import socket
+from contextlib import suppress
 
 import pytest
 from pydantic import ValidationError
 
 from deployments.operations.settings import Settings, joined, service_links
+from deployments.serve import with_free_http_port
 from services.encoding.images import MAX_PIXELS
 
 
@@ -29,7 +32,7 @@ def test_a_senseless_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         Settings()
 
 
-@pytest.mark.parametrize("name", ["port", "health_port", "metrics_port"])
+@pytest.mark.parametrize("name", ["port", "health_port", "http_port", "metrics_port"])
 def test_the_address_of_a_service_of_kubernetes_is_no_port_that_was_set(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -105,3 +108,19 @@ def test_no_two_servers_share_a_port() -> None:
     # 0 is a free one for each, and another address has ports of its own.
     assert Settings(port=0, metrics_port=0).metrics_port == 0
     assert Settings(metrics_port=9000, metrics_host="127.0.0.2").metrics_port == 9000
+
+
+def test_http_gives_its_default_port_up_to_whoever_has_it() -> None:
+    assert Settings().http_port == 8080
+    for others in ({"port": 0}, {"port": 8080}, {"metrics_port": 8080}, {"health_port": 8080}):
+        assert Settings(**others).http_port == 0
+    with pytest.raises(ValidationError, match="port and http_port are both 8080"):
+        Settings(port=8080, http_port=8080)
+    with socket.socket() as taken:
+        # Where another program has it, so much the better.
+        with suppress(OSError):
+            taken.bind(("127.0.0.1", 8080))
+            taken.listen()
+        assert with_free_http_port(Settings()).http_port == 0
+        assert with_free_http_port(Settings(http_port=8080)).http_port == 8080
+    assert not with_free_http_port(Settings(http=False)).http

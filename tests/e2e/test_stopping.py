@@ -313,6 +313,7 @@ def test_the_next_start_sweeps_what_a_killed_one_left_and_a_storm_of_signals_is_
         ([], {"MONOFACET_TOKENS": "alice read never hunter2"}, "tokens: line 1: the fourth word"),
         ([], {"MONOFACET_MAX_ITEMS": "0"}, "max_items: "),
         (["--metrics-port", "TAKEN"], {}, "cannot listen on 127.0.0.1:"),
+        (["--http-port", "TAKEN"], {}, "cannot listen on 127.0.0.1:"),
     ],
 )
 def test_a_wrong_setting_stops_the_start_with_one_line(
