@@ -22,8 +22,8 @@ STEERED = "woman firefighter"
 ROUND_TRIPS = 3
 # What is turned, if the bundle has it; the first so many rows are drawn, then features take the place of attributes.
 TURNED = (
-    ("red heart", "blue"), ("baby", "dark skin"), ("red apple", "brown"), ("automobile", "blue"),
-    ("man teacher", "light skin"), ("man teacher", "woman"), ("tulip", "yellow"), ("crying face", "smile"),
+    ("red heart", "blue"), ("thumbs up", "medium skin"), ("man farmer", "woman"), ("grinning face", "frown"),
+    ("tulip", "yellow"), ("umbrella", "red"), ("baby", "dark skin"), ("man teacher", "light skin"),
 )  # fmt: skip
 ROWS = 5
 STRENGTHS = (0.0, 0.5, 1.0)
