@@ -223,7 +223,7 @@ def rows(v: Values) -> list[Row]:
         lambda: Row(
             "the same by the noise in the picture alone, without any feature (AUROC)",
             number(v["noise_alone"]),
-            f"all scores {number(v['all_scores'])}: features add little",
+            f"all scores of one look {number(v['all_scores'])}",
             "`python -m training.defense.run`",
         ),
         lambda: Row(
