@@ -55,6 +55,7 @@ EXPECTED = {
     DeadlineExpired: (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     TimeoutError: (CODE.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     errors.StreamIdle: (CODE.ABORTED, "STREAM_IDLE"),
+    errors.StreamNeedsHttp2: (CODE.UNIMPLEMENTED, "STREAM_NEEDS_HTTP2"),
     errors.RequestSlow: (CODE.RESOURCE_EXHAUSTED, "REQUEST_SLOW"),
     errors.AnswerNotTaken: (CODE.ABORTED, "ANSWER_NOT_TAKEN"),
     errors.EncoderUnavailable: (CODE.UNAVAILABLE, "MODEL_UNAVAILABLE"),

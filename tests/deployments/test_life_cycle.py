@@ -185,7 +185,7 @@ async def test_limits_are_shown_beside_their_use(open_gateway: Open) -> None:
 
 LOGGING = """
 import logging, structlog, time
-from deployments import logs
+from deployments.operations import logs
 logs.configure({form!r}, "info", "gateway")
 structlog.stdlib.get_logger("monofacet.calls").info("call", code="OK", text="ä\\n{{}}")
 logging.getLogger("monofacet.gateway").warning("cut off after %d s", 3)

@@ -53,6 +53,20 @@ def _sign(
     ends: float = 2,
 ) -> x509.Certificate:
     now = datetime.now(UTC)
+    # What Python 3.13 asks of certificates: who signed, and that the signer may.
+    usage = dict.fromkeys(
+        (
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "encipher_only",
+            "decipher_only",
+        ),
+        False,
+    )
+    own = x509.SubjectKeyIdentifier.from_public_key(public)
+    signers = x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -63,5 +77,11 @@ def _sign(
         .not_valid_after(now + timedelta(days=ends))
         .add_extension(x509.BasicConstraints(authority, None), critical=True)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(own, critical=False)
+        .add_extension(signers, critical=False)
+        .add_extension(
+            x509.KeyUsage(digital_signature=True, key_cert_sign=authority, crl_sign=authority, **usage),
+            critical=True,
+        )
         .sign(key, hashes.SHA256())
     )

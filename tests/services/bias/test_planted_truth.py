@@ -273,7 +273,7 @@ def test_an_audit_asks_in_each_of_its_loops_whether_to_go_on(world: World) -> No
         SETTINGS,
         lambda: asking.add(sys._getframe(1).f_code.co_name),
     )
-    assert asking == {"audit_scores", "figures", "_professions", "_probe", "probe_scores", "neighbours_kept"}
+    assert asking == {"audit_scores", "metrics", "_professions", "_probe", "probe_scores", "neighbours_kept"}
 
 
 def test_only_the_professions_that_are_answered_are_computed(
