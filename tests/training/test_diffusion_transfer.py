@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def test_least_squares_finds_a_linear_map() -> None:
 def test_weights_fitted_to_turned_towers_predict_what_the_teacher_predicts(trainer: TransferTrainer) -> None:
     index = torch.arange(16)
     trainer.unet.load_state_dict(trainer.teacher.unet.state_dict())
-    unfitted = float(trainer.batch_loss(index))
+    with torch.no_grad():
+        unfitted = float(trainer.batch_loss(index))
     trainer.copy_weights()
     assert float(trainer.batch_loss(index)) < 1e-3 * unfitted
 
@@ -94,6 +96,30 @@ def test_training_brings_the_prediction_nearer_to_the_teachers_and_goes_on_after
     assert trainer.step == SETTINGS.steps
     for name, value in trainer.unet.state_dict().items():
         torch.testing.assert_close(value, kept[name])
+
+
+def test_a_pipeline_of_the_new_towers_is_gone_on_from_with_every_layer(
+    trainer: TransferTrainer,
+    data: DiffusionData,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    trainer.copy_weights()
+    trainer.average = {k: v.clone() for k, v in trainer.unet.state_dict().items()}
+    folder = tmp_path / "bundle" / "diffusion"
+    trainer.exported().save_pretrained(folder / "unet")
+    entry = folder / "monofacet.json"
+    entry.write_text(json.dumps({"tower_fingerprint": trainer.conditions.fingerprint}))
+    new = replace(data, conditions=trainer.conditions, held_out=trainer.held_out)
+    other = TransferTrainer(new, trainer.teacher, SETTINGS, tmp_path, CPU, torch.float32, ("",))
+    other.start_from(tmp_path / "bundle")
+    for name, value in trainer.unet.state_dict().items():
+        torch.testing.assert_close(other.unet.state_dict()[name], value, atol=2e-4, rtol=2e-3)
+    drawing = other.unet.conv_in.weight.clone()
+    other.train_step()
+    assert not torch.equal(other.unet.conv_in.weight, drawing)
+    entry.write_text(json.dumps({"tower_fingerprint": "of others"}))
+    with pytest.raises(ValueError, match="not trained on these towers"):
+        other.start_from(tmp_path / "bundle")
 
 
 def test_embeddings_of_other_captions_are_refused(data: DiffusionData, tmp_path: Path) -> None:  # noqa: F811

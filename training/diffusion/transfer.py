@@ -57,6 +57,8 @@ class TransferTrainer(DiffusionTrainer):
         Its UNet takes raw embeddings (its equaliser is the identity); its data are the same drawings, by its towers.
     settings, folder, device, precision
         Of `DiffusionTrainer`.
+    layers : tuple[str, ...]
+        Those whose names hold one of these are trained.
     """
 
     def __init__(
@@ -67,13 +69,14 @@ class TransferTrainer(DiffusionTrainer):
         folder: Path,
         device: torch.device,
         precision: torch.dtype,
+        layers: tuple[str, ...] = CONDITIONING,
     ) -> None:
         super().__init__(data, settings, folder, device, precision)
         if not (self.conditions.captions == teacher.conditions.captions).all():
             raise ValueError("the two sets of embeddings are not of the same captions")
         self.teacher = teacher
         for name, parameter in self.unet.named_parameters():
-            parameter.requires_grad_(any(part in name for part in CONDITIONING))
+            parameter.requires_grad_(any(part in name for part in layers))
         self.optimisers = build_optimisers(self.unet, settings)
 
     def batch_loss(self, index: Tensor) -> Tensor:
@@ -86,6 +89,25 @@ class TransferTrainer(DiffusionTrainer):
         with torch.no_grad():
             target = self.teacher.predict(noisy, times, teacher_states, teacher_labels)
         return F.mse_loss(self.predict(noisy, times, states, labels), target)
+
+    @torch.no_grad()
+    def start_from(self, bundle: Path) -> None:
+        """Take the weights of a bundle's pipeline that was trained on these towers.
+
+        Raises
+        ------
+        ValueError
+            Where it holds other towers.
+        """
+        entry = json.loads((bundle / "diffusion" / "monofacet.json").read_text())
+        if entry["tower_fingerprint"] != self.conditions.fingerprint:
+            raise ValueError(f"{bundle} was not trained on these towers")
+        unet = UNet2DConditionModel.from_pretrained(bundle / "diffusion" / "unet", torch_dtype=torch.float32)
+        first, d = unet.class_embedding.linear_1, len(self.equaliser)
+        # A pipeline's UNet takes raw embeddings.
+        back = torch.linalg.inv(self.equaliser.cpu().double())
+        first.weight[:, :d] = (first.weight[:, :d].double() @ back.T).float()
+        self.unet.load_state_dict(unet.state_dict())
 
     @torch.no_grad()
     def copy_weights(self) -> None:
@@ -181,6 +203,8 @@ def main() -> None:
         "--teacher", type=Path, default=Path("bundles/emoji"), help="a bundle with a pipeline"
     )
     parser.add_argument("--teacher-embeddings", type=Path, required=True, help="by the teacher's towers")
+    parser.add_argument("--start", type=Path, help="a bundle of the new towers whose pipeline is trained on")
+    parser.add_argument("--layers", choices=("conditioning", "all"), default="conditioning")
     parser.add_argument("--steps", type=int, default=DEFAULTS.steps)
     parser.add_argument("--batch", type=int, default=DEFAULTS.batch)
     parser.add_argument("--lr", type=float, default=DEFAULTS.lr)
@@ -196,10 +220,16 @@ def main() -> None:
     data = DiffusionData.build(
         drawings, arguments.clip, arguments.embeddings, vae, arguments.out / "latents.npz"
     )
-    trainer = TransferTrainer(data, teacher, settings, arguments.out, teacher.device, teacher.precision)
+    layers = CONDITIONING if arguments.layers == "conditioning" else ("",)
+    trainer = TransferTrainer(
+        data, teacher, settings, arguments.out, teacher.device, teacher.precision, layers
+    )
     (arguments.out / "settings.json").write_text(json.dumps(asdict(settings), indent=2) + "\n")
     if arguments.resume:
         trainer.resume()
+    elif arguments.start is not None:
+        trainer.start_from(arguments.start)
+        trainer.average = {k: v.clone() for k, v in trainer.unet.state_dict().items()}
     else:
         trainer.copy_weights()
         before, after = trainer.fit_class_embedding(arguments.fit_steps)
