@@ -67,6 +67,10 @@ work/corpus/corpus.parquet: training/corpus/node_modules/.package-lock.json | se
 
 corpus: work/corpus/corpus.parquet  ## Fetch the drawings and rasterise them
 
+# A step frees and takes the same large blocks again: kept by the process, 8% of its time is saved.
+clip: export MALLOC_MMAP_THRESHOLD_ := 33554432
+clip: export MALLOC_TRIM_THRESHOLD_ := 17179869184
+clip: export MALLOC_TOP_PAD_ := 268435456
 clip: corpus  ## Train the towers (an hour or two on one core with AMX; resumes by `--resume`)
 	$(BIN)/python -m training.towers.train --out work/clip
 

@@ -149,7 +149,7 @@ class Row:
 def percent(figure: Any) -> str:
     """Write a share with its interval; KeyError where it has none."""
     value = figure["value"] if "value" in figure else figure["mean"]
-    return f"{value:.0%} [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+    return f"{value:.0%} [{100 * figure['low']:z.0f}, {100 * figure['high']:.0f}]"
 
 
 def number(figure: Any) -> str:

@@ -41,7 +41,7 @@ def collect(kept: dict[str, Any], bundle: Path, bench: Path | None) -> dict[str,
 
 def share(figure: dict[str, float]) -> str:
     """Write a share with its interval."""
-    return f"{figure['value']:.0%} [{figure['low']:.0%}, {figure['high']:.0%}]"
+    return f"{figure['value']:.0%} [{figure['low']:z.0%}, {figure['high']:z.0%}]"
 
 
 def signed(figure: dict[str, float]) -> str:

@@ -16,7 +16,7 @@ from training.diffusion.data import Conditions, DiffusionData
 from training.diffusion.train import DiffusionTrainer
 from training.diffusion.transfer import TransferTrainer, least_squares
 
-SETTINGS = replace(SMALL, noisy_share=0.0, steps=30, batch=16, lr=1e-3)
+SETTINGS = replace(SMALL, noisy_share=0.0, mixed_share=0.3, steps=30, batch=16, lr=1e-3)
 
 
 def turned(known: Conditions) -> Conditions:

@@ -46,6 +46,9 @@ class DiffusionSettings:
         for what it says and not for which drawing it is.
     noisy_share : float
         How often the embedding is noised, by a level up to `noisy_level` of 1,000.
+    mixed_share : float
+        How often the embedding is moved towards another's, by any share of the way, as steering moves it. The drawing
+        that belongs to such an embedding is known to a teacher alone (`training.diffusion.transfer`).
     average : float
         Decay of the weights' moving average, a step.
     """
@@ -64,6 +67,7 @@ class DiffusionSettings:
     sibling_share: float = 0.20
     noisy_share: float = 0.25
     noisy_level: int = 300
+    mixed_share: float = 0.0
     average: float = 0.9995
     seed: int = 0
 

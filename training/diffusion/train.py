@@ -122,8 +122,8 @@ class DiffusionTrainer:
         """
         s, n = self.settings, len(index)
         caption = conditions.caption[index]
-        kind, source, template, sibling, noisy, pick = torch.rand(
-            6, n, generator=generator, device=self.device
+        kind, source, template, sibling, noisy, pick, mixed, way = torch.rand(
+            8, n, generator=generator, device=self.device
         )
         # As often the bare caption as all templates together: prompts are mostly bare.
         chosen = ((template * 2 - 1).clamp(min=0) * len(conditions.texts)).long()
@@ -137,6 +137,8 @@ class DiffusionTrainer:
         embeddings = torch.where(
             (source < s.image_share).unsqueeze(1), images, conditions.texts[chosen, caption]
         )
+        way = way * (mixed < s.mixed_share)
+        embeddings = torch.lerp(embeddings, embeddings.roll(1, 0), way.unsqueeze(1))
         levels = torch.randint(0, s.noisy_level, (n,), generator=generator, device=self.device)
         labels = self.class_vector(embeddings, levels * (noisy < s.noisy_share), generator)
         # In order: the embedding alone, both, the prompt alone, neither.

@@ -31,7 +31,7 @@ from training.diffusion.drawings import Drawings
 from training.diffusion.model import DiffusionSettings, build_optimisers
 from training.diffusion.train import DiffusionTrainer, add_paths
 
-DEFAULTS = DiffusionSettings(steps=1000, batch=64, lr=1e-3, decay=0.8, average=0.99)
+DEFAULTS = DiffusionSettings(steps=1000, batch=64, lr=1e-3, decay=0.8, mixed_share=0.3, average=0.99)
 # Cross-attention, the class embedding, and what scales and shifts every block by it.
 CONDITIONING = ("attn2.", "class_embedding.", "time_emb_proj.")
 
