@@ -9,7 +9,9 @@ model that was trained for hours on one pair of towers needs minutes on the next
    trained to give what the teacher's gives for the same drawing or caption.
 2. The layers that tell the UNet what to draw (`CONDITIONING`) learn to have it predict what the teacher predicts for
    the same noisy drawing; how things are drawn stays as it is. The teacher's v has not the noise that the data's has,
-   so that a step teaches more.
+   so that a step teaches more, and it knows what belongs to an embedding between two drawings, where steering goes.
+
+``--start BUNDLE --layers all`` goes on from a pipeline of the new towers instead, with every layer.
 """
 
 from __future__ import annotations
