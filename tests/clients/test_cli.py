@@ -62,8 +62,9 @@ def test_encode_as_json_prints_a_line_an_input(run: Run, picture: Path) -> None:
     assert len(lines[1]["features"]["indices"]) == 2
 
 
-def test_encode_takes_folders_and_standard_input(run: Run, picture: Path) -> None:
-    done = run("encode", picture.parent, "-", "--json", input="one\n\ntwo\n")
+@pytest.mark.parametrize("written", ["one\n\ntwo\n", "\ufeffone\r\ntwo\r\n"], ids=["Linux", "Windows"])
+def test_encode_takes_folders_and_standard_input(run: Run, picture: Path, written: str) -> None:
+    done = run("encode", picture.parent, "-", "--json", input=written)
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == [str(picture), "one", "two"]
 
 

@@ -50,7 +50,8 @@ def read_inputs(arguments: Iterable[str], texts: Iterable[str]) -> list[tuple[st
             raise exceptions.InputError("an input is empty")
         path = Path(argument)
         if argument == "-":
-            lines = (line.rstrip("\r\n") for line in sys.stdin)
+            # Windows writes a byte order mark before the first line.
+            lines = (line.rstrip("\r\n") for line in sys.stdin.read().removeprefix("\ufeff").split("\n"))
             inputs.extend((line, line) for line in lines if line)
         elif _is_directory(path):
             images = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
