@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,16 @@ class Service:
         return descendants(self.process.pid)
 
 
+def unwind_on_sigterm() -> None:
+    """Let SIGTERM end this process through its context managers and `finally`, which stop what they started.
+
+    Python's default ends it at once, and the service goes on without it.
+    """
+    unset = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if unset and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def start_service(
     bundle: Path,
     log: Path,
@@ -98,6 +109,7 @@ def start_service(
     RuntimeError
         With its output, when it ends or does not become ready in time.
     """
+    unwind_on_sigterm()
     command = [
         *prefix, sys.executable, "-c", "from monofacet.cli import main; main()",
         "serve", "--bundle", str(bundle), "--port", "0", "--metrics-port", "0", *arguments,

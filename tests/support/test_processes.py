@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +32,26 @@ def test_one_that_ends_in_time_is_nobody_s_fault() -> None:
     with nothing_left(grace_s=60):
         process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.5)"])
     assert process.wait(PATIENCE_S) == 0
+
+
+def test_sigterm_ends_what_a_process_started_before_the_process() -> None:
+    script = f"""
+import subprocess
+from tests.support.service import unwind_on_sigterm
+unwind_on_sigterm()
+child = subprocess.Popen({SLEEP!r})
+try:
+    print(child.pid, flush=True)
+    child.wait()
+finally:
+    child.kill()
+    child.wait()
+    print("ended", flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read() == "ended\n"
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{child}").exists()
