@@ -1,4 +1,4 @@
-"""Installs the foreign client's two packages."""
+"""Installs the packages of the clients that run in node."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import pytest
 HERE = Path(__file__).parent
 
 
+Run = Callable[..., Any]
+
+
 @pytest.fixture(scope="session")
-def node_encode(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path, str], Any]:
-    """Run ``encode.mjs TARGET IMAGE TEXT`` and read what it prints."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
+def node(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Run a script of this folder with arguments and read what it prints, as JSON."""
+    program, npm = shutil.which("node"), shutil.which("npm")
+    if program is None or npm is None:
         pytest.skip("node and npm are not installed")
     installed, wanted = HERE / "node_modules" / ".package-lock.json", HERE / "package-lock.json"
     if not installed.exists() or installed.stat().st_mtime < wanted.stat().st_mtime:
@@ -32,10 +35,9 @@ def node_encode(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path
             pytest.skip(f"npm ci failed: {done.stderr[-300:]}")
         assert done.returncode == 0, done.stderr
 
-    def run(target: str, image: Path, text: str) -> Any:
-        done = subprocess.run(
-            [node, HERE / "encode.mjs", target, image, text], capture_output=True, text=True, timeout=600
-        )
+    def run(script: str, *arguments: object) -> Any:
+        command = [program, HERE / script, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

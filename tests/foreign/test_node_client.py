@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import pytest
 from monofacet import Client
 from monofacet.testing import run_server
 
+from tests.foreign.conftest import Run
 from tests.support.waiting import CALL_S
 
-NodeEncode = Callable[[str, Path, str], Any]
 TEXT = "ein roter Kreis 🔴"
 
 
@@ -28,8 +27,8 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def compare(target: str, picture: Path, node_encode: NodeEncode) -> None:
-    foreign = node_encode(target, picture, TEXT)
+def compare(target: str, picture: Path, node: Run) -> None:
+    foreign = node("encode.mjs", target, picture, TEXT)
     with Client(target, timeout=CALL_S) as client:
         ours = client.encode([picture, TEXT], dictionary="")
     assert foreign["bundle"] == ours.bundle
@@ -46,18 +45,18 @@ def compare(target: str, picture: Path, node_encode: NodeEncode) -> None:
     assert [answer["error"] for answer in foreign["streamed"]] == [None, "INVALID_ARGUMENT", None]
 
 
-def test_node_and_python_read_the_same_from_a_fake(picture: Path, node_encode: NodeEncode) -> None:
+def test_node_and_python_read_the_same_from_a_fake(picture: Path, node: Run) -> None:
     with run_server() as target:
-        compare(target, picture, node_encode)
+        compare(target, picture, node)
 
 
 def test_node_and_python_read_the_same_from_the_service(
-    running_service: Any, picture: Path, node_encode: NodeEncode
+    running_service: Any, picture: Path, node: Run
 ) -> None:
-    compare(running_service.target, picture, node_encode)
+    compare(running_service.target, picture, node)
 
 
 def test_the_service_refuses_a_foreign_clients_empty_batch(
-    running_service: Any, picture: Path, node_encode: NodeEncode
+    running_service: Any, picture: Path, node: Run
 ) -> None:
-    assert node_encode(running_service.target, picture, TEXT)["refused"] == "INVALID_ARGUMENT"
+    assert node("encode.mjs", running_service.target, picture, TEXT)["refused"] == "INVALID_ARGUMENT"
