@@ -44,8 +44,9 @@ format: setup  ## Format the code and the contract
 bench: setup  ## Measure; prints a table and writes out/bench/*.json
 	$(BIN)/python -m benchmarks.encode
 
-protos: setup  ## Generate the stubs and docs/api.md from protos/
+protos: setup  ## Generate the stubs and docs/api.md from protos/, and the synchronous client from the asyncio one
 	$(BIN)/python clients/python/tools/generate.py
+	$(BIN)/python clients/python/tools/sync_side.py
 	$(BIN)/python docs/reference
 
 docs: setup  ## Write docs/api.md from the contract

@@ -29,6 +29,18 @@ def test_generating_the_stubs_again_changes_nothing(tmp_path: Path) -> None:
         assert made[name] == committed[name], f"{name} is not what protos/ say: run `make protos`"
 
 
+def test_generating_the_synchronous_client_again_changes_nothing(tmp_path: Path) -> None:
+    generator = ROOT / "clients" / "python" / "tools" / "sync_side.py"
+    subprocess.run([sys.executable, generator, tmp_path], check=True, capture_output=True)
+    side = ROOT / "clients" / "python" / "monofacet" / "_sync"
+    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    committed = {path.name: path.read_text() for path in side.glob("*.py")}
+    # The one module that is written by hand, on both sides.
+    assert committed.keys() - made.keys() == {"transport.py"}
+    for name in made:
+        assert made[name] == committed[name], f"{name} is not what _async/{name} says: run `make protos`"
+
+
 @pytest.mark.parametrize("arguments", [["lint"], ["format", "--diff", "--exit-code"]])
 def test_buf_has_nothing_to_say(arguments: list[str], tmp_path: Path) -> None:
     # An empty cache and no proxy: whatever is needed is in the repository.

@@ -17,7 +17,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.rpc import code_pb2, status_pb2
 from grpc import aio
-from monofacet._async.core import Ending
+from monofacet._async.transport import Ending
 from monofacet.v1 import feature_service_pb2
 
 from services.bundle.load import Bundle

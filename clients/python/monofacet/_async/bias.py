@@ -13,7 +13,7 @@ from monofacet.v1 import bias_service_pb2_grpc
 
 
 class BiasCalls(ModelCalls):
-    """How gendered the towers see people; the calls of `Client`."""
+    """How gendered the towers see people, and what removing features does about it."""
 
     async def classify_gender(
         self,
@@ -23,7 +23,29 @@ class BiasCalls(ModelCalls):
         truncate: bool = False,
         timeout: float | None = None,
     ) -> types.GenderResult:
-        """Tell how gendered each input is, before and after an ablation; see `Client.classify_gender`."""
+        """Tell how gendered each input is, before and after an ablation.
+
+        Parameters
+        ----------
+        inputs
+            As for `encode`; split in the same way.
+        ablation
+            What to remove. Default nothing; `Model.recommended_ablation` is the bundle's own choice.
+        truncate
+            Cut texts at the tower's context length instead of refusing them.
+        timeout
+            Seconds for each call, all its tries included.
+
+        Returns
+        -------
+        GenderResult
+            In the order of the inputs.
+
+        Raises
+        ------
+        InputError
+            If an input or the ablation cannot be sent.
+        """
         answers, sizes = await self._in_parts(
             inputs,
             self._stub(bias_service_pb2_grpc.BiasServiceStub).ClassifyGender,
@@ -39,13 +61,33 @@ class BiasCalls(ModelCalls):
         *,
         timeout: float | None = None,
     ) -> types.AuditResult:
-        """Audit what ablations do to labelled inputs of your own; see `Client.audit_gender`.
+        """Audit what ablations do to labelled inputs of your own.
 
-        The items may be asynchronous.
+        Parameters
+        ----------
+        items
+            Inputs with their labels. They are read as they are sent. The iterable may be asynchronous.
+        settings
+            Ablations, intervals, null and seed. Default the bundle's own choice of what to remove.
+        timeout
+            Seconds for the whole call. Default `Timeout.stream`.
+
+        Returns
+        -------
+        AuditResult
+            One audit an ablation, with the settings as used.
+
+        Raises
+        ------
+        InputError
+            If an item cannot be read; the call is ended.
+        CallError
+            If the call fails. It is not tried again.
         """
         asked = settings or types.AuditSettings()
         if not asked.ablations:
-            asked = requests.with_ablations(asked, (await self.model()).recommended_ablation)
+            described = await self.model()
+            asked = requests.with_ablations(asked, described.recommended_ablation)
         response = await self._upload(
             self._stub(bias_service_pb2_grpc.BiasServiceStub).AuditGender,
             requests.audit_settings(asked),

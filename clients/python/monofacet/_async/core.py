@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import (
-    AsyncIterable,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Sequence,
-)
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -23,14 +13,13 @@ from google.protobuf.message import Message
 from monofacet import _exceptions as exceptions
 from monofacet import _responses as responses
 from monofacet import _types as types
-from monofacet._async.links import Link, Links
+from monofacet._async.transport import Links, blocking, iterate, pending, uploading, usable
 from monofacet._base import BaseClient, Batcher, Deadline, Tries, is_small, split_within
 from monofacet._config import MAX_IN_FLIGHT, TLS, Retry, Timeout
 from monofacet._inputs import Input, to_inputs
 from monofacet._status import shift_violations
 from monofacet.v1 import common_pb2, model_service_pb2, model_service_pb2_grpc
 
-Item = TypeVar("Item")
 Response = TypeVar("Response")
 
 
@@ -59,9 +48,7 @@ class AsyncCore(BaseClient):
             max_in_flight=max_in_flight,
             channel=channel,
         )
-        # Read now, so that a wrong path fails here and not in the first call.
-        self._credentials = self._connection.credentials()
-        self._links = Links(lambda: Link(channel or self._open(), max_in_flight), owned=channel is None)
+        self._links = Links(self._connection, max_in_flight, channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -76,12 +63,6 @@ class AsyncCore(BaseClient):
         if self._is_owner:
             await self._links.close()
 
-    def _open(self) -> grpc.aio.Channel:
-        options = self._connection.options()
-        if self._credentials is None:
-            return grpc.aio.insecure_channel(self.target, options=options)
-        return grpc.aio.secure_channel(self.target, self._credentials, options=options)
-
     def _stub(self, kind: type[Any]) -> Any:
         return self._links.here().stubs[kind]
 
@@ -90,24 +71,13 @@ class AsyncCore(BaseClient):
         if self._links.closed:
             raise exceptions.ClosedError
         try:
-            return method(request, timeout=deadline.left(), metadata=self._metadata)
-        except grpc.aio.UsageError as error:
-            # gRPC's own, for a channel that was closed by whoever gave it.
-            raise exceptions.ClosedError from error
+            with usable():
+                return method(request, timeout=deadline.left(), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
 
     def _failed(self, error: grpc.RpcError) -> exceptions.MonofacetError:
         return self._failure(error, self._links.closed)
-
-    @contextlib.contextmanager
-    def _cut(self) -> Iterator[None]:
-        """Tell the end of a call whose client was closed, which gRPC cancels, from a cancellation of the caller."""
-        try:
-            yield
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if not self._links.closed or (task is not None and task.cancelling()):
-                raise
-            raise exceptions.ClosedError("the client was closed while the call ran") from error
 
     async def _again(self, attempt: Callable[[], Awaitable[Response]], deadline: Deadline) -> Response:
         """Try until there is an answer, or an error that another try would not mend."""
@@ -120,27 +90,23 @@ class AsyncCore(BaseClient):
                 wait = tries.wait(error)
                 if wait is None:
                     raise
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(link.closed.wait(), wait)
+            await link.wait(wait)
 
     async def _next(self, answers: AsyncIterator[Any]) -> Any:
         """Return the next answer of a stream; None at its end."""
-        with self._cut():
+        with self._links.cut():
             return await anext(answers, None)
 
     @contextlib.asynccontextmanager
     async def _place(self, deadline: Deadline) -> AsyncIterator[None]:
         """Wait for a place among the calls in flight, and hold it."""
-        places = self._links.here().places
-        try:
-            async with asyncio.timeout(deadline.left()):
-                await places.acquire()
-        except TimeoutError:
+        link = self._links.here()
+        if not await link.enter(deadline.left()):
             self._no_place(deadline)
         try:
             yield
         finally:
-            places.release()
+            link.leave()
 
     async def _call(self, method: Callable[..., Awaitable[Any]], request: Any, timeout: float | None) -> Any:
         deadline = Deadline(self._timeout.call if timeout is None else timeout)
@@ -151,7 +117,7 @@ class AsyncCore(BaseClient):
     async def _once(self, method: Callable[..., Awaitable[Any]], request: Any, deadline: Deadline) -> Any:
         """Make a call with one answer, once."""
         try:
-            with self._cut():
+            with self._links.cut():
                 return await self._begin(method, request, deadline)
         except grpc.RpcError as error:
             raise self._failed(error) from error
@@ -169,8 +135,7 @@ class AsyncCore(BaseClient):
         """Send a batch as one request or several; return the answers, and how many inputs each is for."""
         # Labels, or the features of an ablation: every part repeats them.
         besides = self._addressed(request([])).ByteSize()
-        # Files are read and images encoded in a thread: both would hold up the loop.
-        batch = await asyncio.to_thread(to_inputs, inputs)
+        batch = await blocking(to_inputs, inputs)
         small = is_small(batch, reserved, besides)
         parts = [batch] if small else split_within(batch, await self._server_limits(), reserved, besides)
         answers = []
@@ -197,27 +162,16 @@ class AsyncCore(BaseClient):
         async def messages() -> AsyncIterator[Message]:
             yield self._addressed(first)
             async for item in iterate(items):
-                for message in await asyncio.to_thread(batcher.add, item):
+                for message in await blocking(batcher.add, item):
                     yield message
             for message in batcher.rest():
                 yield message
 
-        upload = Upload(messages())
-        call = self._begin(method, aiter(upload), deadline)
-        ending = Ending(call)
-        try:
-            with self._cut():
-                response = await call
-            upload.check()
-        except grpc.RpcError as error:
-            upload.check()
-            raise self._failed(await ending.settle(error)) from error
-        except asyncio.CancelledError:
-            upload.check()
-            raise
-        finally:
-            call.cancel()
-        return response
+        def begin(sent: AsyncIterator[Message]) -> Any:
+            return self._begin(pending(method), sent, deadline)
+
+        async with uploading(messages(), begin, self._failed) as call:
+            return await self._links.answer(call)
 
     async def _server_limits(self) -> types.Limits | None:
         if self._limits is None:
@@ -228,125 +182,3 @@ class AsyncCore(BaseClient):
                 return None
             self._limits = responses.limits(response.model.limits)
         return self._limits
-
-
-async def iterate(items: Iterable[Item] | AsyncIterable[Item]) -> AsyncIterator[Item]:
-    """Go over either kind of iterable.
-
-    Parameters
-    ----------
-    items
-        Asynchronous, or not; then, unless it is a sequence, each step runs in a thread, since it may read files.
-
-    Yields
-    ------
-    object
-        The items.
-    """
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-        return
-    if isinstance(items, Sequence):
-        for item in items:
-            yield item
-        return
-    iterator = iter(items)
-    # A StopIteration cannot cross a future, so the end is a value.
-    end = object()
-    while (item := await asyncio.to_thread(_step, iterator, end)) is not end:
-        yield item
-
-
-def _step(iterator: Iterator[Any], end: object) -> Any:
-    return next(iterator, end)
-
-
-class Upload:
-    """Runs the caller's iterable as gRPC asks for it, and brings what it raises back to the caller.
-
-    gRPC would cancel the call, which looks like a cancellation of the caller.
-    """
-
-    def __init__(self, messages: AsyncIterator[Any]) -> None:
-        self._messages = messages
-        self._failure: BaseException | None = None
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        try:
-            async for message in self._messages:
-                yield message
-        except Exception as error:
-            self._failure = error
-            raise
-
-    def check(self) -> None:
-        """Raise what the iterable raised, if anything."""
-        if self._failure is not None:
-            raise self._failure
-
-
-# Seconds for the status to arrive after a write has failed because of it: they come from the same packet.
-_STATUS_FOLLOWS_S = 1.0
-
-
-class Ending:
-    """Keeps the status that the server ended a streaming call with.
-
-    If the server ends a call while the client still sends, a write fails, and grpc.aio then puts INTERNAL in the
-    place of the server's status (grpc/grpc#36066), whichever comes first: why the call was refused would be lost.
-
-    Parameters
-    ----------
-    call
-        Of grpc.aio, just begun.
-    """
-
-    def __init__(self, call: Any) -> None:
-        self._status: grpc.aio.AioRpcError | None = None
-        self._arrived = asyncio.Event()
-        call.add_done_callback(self._keep)
-
-    def _keep(self, call: Any) -> None:
-        # Called for each status that is set, the one that stands for a failed write too; nothing in it may wait.
-        code, trailing = _at_once(call.code()), _at_once(call.trailing_metadata())
-        if self._status is None and not _is_of_a_failed_write(code, trailing):
-            initial = _at_once(call.initial_metadata()) or grpc.aio.Metadata()
-            self._status = grpc.aio.AioRpcError(
-                code, initial, trailing or grpc.aio.Metadata(), _at_once(call.details())
-            )
-            self._arrived.set()
-
-    async def settle(self, error: grpc.RpcError) -> grpc.RpcError:
-        """Choose what a failed call is known by.
-
-        Parameters
-        ----------
-        error
-            What gRPC raised.
-
-        Returns
-        -------
-        grpc.RpcError
-            With the server's status, if there is one.
-        """
-        call: Any = error
-        if _is_of_a_failed_write(call.code(), call.trailing_metadata()):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._arrived.wait(), _STATUS_FOLLOWS_S)
-            return self._status or error
-        return error
-
-
-def _is_of_a_failed_write(code: grpc.StatusCode, trailing: Any) -> bool:
-    return code is grpc.StatusCode.INTERNAL and not trailing
-
-
-def _at_once(value: Coroutine[Any, Any, Any]) -> Any:
-    """Return what a coroutine returns without waiting; None if it would wait."""
-    try:
-        value.send(None)
-    except StopIteration as end:
-        return end.value
-    value.close()
-    return None

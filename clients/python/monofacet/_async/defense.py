@@ -28,7 +28,35 @@ class DefenseCalls(AsyncCore):
         truncate: bool = False,
         timeout: float | None = None,
     ) -> types.FilterResult:
-        """Judge images, and filter those that are called adversarial; see `Client.filter_adversarial`."""
+        """Judge images, and filter the embeddings of those that are called adversarial.
+
+        A verdict is evidence, not proof: an attacker who knows the defense evades it. The server's documentation
+        says how often.
+
+        Parameters
+        ----------
+        images
+            Images as `encode` takes them; split in the same way.
+        labels
+            What they may show, for the zero-shot label: 2 to 255 texts. Default the bundle's own.
+        mode, keep_residual
+            How suspicious features are filtered. Default the bundle's choice.
+        second_look
+            Also encode each picture smoothed: the best evidence, at the price of a second forward.
+        filter_all
+            Filter images whose verdict is CLEAN, too.
+        max_features
+            Suspicious features listed an image, 0 to 1,000.
+        truncate
+            Cut long labels instead of refusing them.
+        timeout
+            Seconds for each call, all its tries included.
+
+        Returns
+        -------
+        FilterResult
+            In the order of the images.
+        """
         texts = requests.label_texts(labels)
         options = requests.filter_options(mode, keep_residual, second_look, filter_all, max_features)
         answers, sizes = await self._in_parts(

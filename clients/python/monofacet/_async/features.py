@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
-
-import grpc
+from typing import Any
 
 from monofacet import _requests as requests
 from monofacet import _responses as responses
 from monofacet import _types as types
-from monofacet._async.core import AsyncCore, Ending, Upload, iterate
+from monofacet._async.core import AsyncCore
+from monofacet._async.transport import iterate, take, uploading
 from monofacet._base import Deadline
 from monofacet._inputs import Input
 from monofacet._streaming import Ledger
@@ -30,7 +29,42 @@ class FeatureCalls(AsyncCore):
         embeddings: bool = True,
         timeout: float | None = None,
     ) -> types.EncodeResult:
-        """Encode a batch of images and texts; see `Client.encode`."""
+        """Encode a batch of images and texts.
+
+        A batch past the server's limits (256 inputs, 32 MiB) is split into several calls, one after the
+        other; the result is that of the whole batch. If one input is bad the whole batch fails, and the error
+        names every bad input of the call that it was in.
+
+        Parameters
+        ----------
+        inputs
+            Strings are texts; path objects, bytes, data URIs, PIL images, arrays and tensors are images: floats in
+            [0, 1], bool, uint16 or integers in [0, 255] of shape [height, width], or with 1, 3 or 4 channels last or
+            first. One alone is a batch of one; an array with four axes is a batch of images.
+        dictionary
+            The dictionary whose features are wanted; an empty string is the default one; None for no
+            features.
+        max_features
+            Keep only this many features an input, the largest. Default all active ones.
+        truncate
+            Cut texts at the tower's context length instead of refusing them.
+        embeddings
+            False to leave the embeddings out of the answer.
+        timeout
+            Seconds for each call, all its tries included. Default `Timeout.call`.
+
+        Returns
+        -------
+        EncodeResult
+            In the order of the inputs.
+
+        Raises
+        ------
+        InputError
+            If an input cannot be sent.
+        CallError
+            If the call fails.
+        """
         options = requests.encode_options(dictionary, max_features, truncate, embeddings)
         answers, sizes = await self._in_parts(
             inputs,
@@ -50,9 +84,31 @@ class FeatureCalls(AsyncCore):
         embeddings: bool = True,
         timeout: float | None = None,
     ) -> AsyncIterator[types.StreamResult]:
-        """Encode a corpus, item by item; see `Client.stream_encode`. The items may be asynchronous.
+        """Encode a corpus, item by item.
 
+        The items are read as the server takes them, so that a corpus need not fit the
+        memory. A bad item is its own result and does not end the stream.
         To leave the loop early and end the call at once, use `contextlib.aclosing`.
+
+        Parameters
+        ----------
+        items
+            Inputs as `encode` takes them, or pairs of an id and an input. Ids are positions by default.
+            The iterable may be asynchronous.
+        dictionary, max_features, truncate, embeddings
+            As for `encode`.
+        timeout
+            Seconds for the whole stream. Default `Timeout.stream`.
+
+        Yields
+        ------
+        StreamResult
+            One an item, in order.
+
+        Raises
+        ------
+        CallError
+            If the stream fails. What was yielded before is good.
         """
         options = requests.encode_options(dictionary, max_features, truncate, embeddings)
         return self._stream(items, options, Deadline(self._timeout.stream if timeout is None else timeout))
@@ -68,30 +124,18 @@ class FeatureCalls(AsyncCore):
         async def messages() -> AsyncIterator[feature_service_pb2.StreamEncodeRequest]:
             yield self._addressed(feature_service_pb2.StreamEncodeRequest(options=options))
             async for item in iterate(items):
-                # Files are read and pictures encoded in a thread; a hop for each text would cost more than the text.
-                _, value = requests.stream_item(0, item)
-                cheap = isinstance(value, str | bytes)
-                message = ledger.take(item) if cheap else await asyncio.to_thread(ledger.take, item)
+                message = await take(ledger, item)
                 if message is not None:
                     yield message
 
-        upload = Upload(messages())
-        stub = self._stub(feature_service_pb2_grpc.FeatureServiceStub)
-        call = self._begin(stub.StreamEncode, aiter(upload), deadline)
-        ending = Ending(call)
-        try:
+        def begin(sent: AsyncIterator[feature_service_pb2.StreamEncodeRequest]) -> Any:
+            stub = self._stub(feature_service_pb2_grpc.FeatureServiceStub)
+            return self._begin(stub.StreamEncode, sent, deadline)
+
+        async with uploading(messages(), begin, self._failed) as call:
             answers = aiter(call)
             while (response := await self._next(answers)) is not None:
                 for result in ledger.answer(response):
                     yield result
-            upload.check()
-            for result in ledger.close():
-                yield result
-        except grpc.RpcError as error:
-            upload.check()
-            raise self._failed(await ending.settle(error)) from error
-        except asyncio.CancelledError:
-            upload.check()
-            raise
-        finally:
-            call.cancel()
+        for result in ledger.close():
+            yield result

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Unpack
 
 import grpc
@@ -11,6 +10,7 @@ import grpc
 from monofacet import _imaging_requests as requests
 from monofacet import _types as types
 from monofacet._async.core import AsyncCore
+from monofacet._async.transport import blocking
 from monofacet._base import Deadline
 from monofacet._inputs import Image, Input
 from monofacet._responses import imaging as responses
@@ -28,25 +28,49 @@ class ImagingCalls(AsyncCore):
         timeout: float | None = None,
         **options: Unpack[types.GenerateOptions],
     ) -> types.GenerationResult:
-        """Make images; see `Client.generate`."""
-        # Files are read and images encoded in a thread: both would hold up the loop.
-        request = await asyncio.to_thread(requests.generate, prompt, options)
-        return await self._gather(self._events(request, timeout), on_event)
+        """Make images.
 
-    async def generate_events(
+        Parameters
+        ----------
+        prompt
+            What to draw.
+        on_event
+            Called with each event as it comes: progress with every step, previews if asked for, images.
+        timeout
+            Seconds for the whole call. Default `Timeout.stream`.
+        **options
+            Seeds, edits and all the rest: see `GenerateOptions`.
+
+        Returns
+        -------
+        GenerationResult
+            In the order of the seeds. An image that failed has its `error` set.
+
+        Raises
+        ------
+        InputError
+            If something cannot be sent.
+        CallError
+            If the call fails.
+        """
+        return await self._gather(self.generate_events(prompt, timeout=timeout, **options), on_event)
+
+    def generate_events(
         self, prompt: str = "", *, timeout: float | None = None, **options: Unpack[types.GenerateOptions]
     ) -> AsyncIterator[types.GenerationEvent]:
-        """Make images, event by event; see `Client.generate_events`.
+        """Make images, event by event. To leave early and stop the work at once, use `contextlib.aclosing`.
 
-        To leave the loop early and stop the work at once, use `contextlib.aclosing`.
+        Parameters
+        ----------
+        prompt, timeout, **options
+            As for `generate`.
+
+        Yields
+        ------
+        GenerationProgress, GenerationPreview or GeneratedImage
+            As they come.
         """
-        request = await asyncio.to_thread(requests.generate, prompt, options)
-        events = self._events(request, timeout)
-        try:
-            async for event in events:
-                yield event
-        finally:
-            await events.aclose()  # type: ignore[attr-defined]
+        return self._events(blocking(requests.generate, prompt, options), timeout)
 
     async def generate_like(
         self,
@@ -55,9 +79,26 @@ class ImagingCalls(AsyncCore):
         on_event: Callable[[types.GenerationEvent], None] | None = None,
         timeout: float | None = None,
     ) -> types.GenerationResult:
-        """Make an image again from itself; see `Client.generate_like`."""
-        request = await asyncio.to_thread(requests.request_of, image)
-        return await self._gather(self._events(request, timeout), on_event)
+        """Make an image again from itself: a PNG of `generate` carries its request.
+
+        Parameters
+        ----------
+        image
+            The PNG: a path object or bytes.
+        on_event, timeout
+            As for `generate`.
+
+        Returns
+        -------
+        GenerationResult
+            With one image; from the same bundle, device and backend the same bytes.
+
+        Raises
+        ------
+        InputError
+            If the image carries no request.
+        """
+        return await self._gather(self._events(blocking(requests.request_of, image), timeout), on_event)
 
     async def preview_steering(
         self,
@@ -73,28 +114,85 @@ class ImagingCalls(AsyncCore):
         truncate: bool = False,
         timeout: float | None = None,
     ) -> types.SteeringPreview:
-        """Tell what edits do to an embedding; see `Client.preview_steering`."""
+        """Tell what edits do to the embedding of a text or an image, without making an image.
+
+        Parameters
+        ----------
+        value
+            A text or an image.
+        edits
+            In order.
+        attributes
+            Attributes to turn, after the edits.
+        dose
+            Rescales the whole change to this dose, 0 to 4, in a bundle that knows doses.
+        dictionary
+            Its name; empty for the default one.
+        delta
+            Rescales the whole change to this size, 0 to 2.
+        max_captions, max_features
+            Listed before and after.
+        truncate
+            Cut texts at the tower's context length instead of refusing them.
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        SteeringPreview
+            Before and after.
+        """
         several = [edits] if isinstance(edits, types.SteeringEdit) else edits
 
         def make() -> imaging_service_pb2.PreviewSteeringRequest:
             steering = requests.steering(several, dictionary, delta=delta, attributes=attributes, dose=dose)
             return requests.preview_steering(value, steering, max_captions, max_features, truncate)
 
+        request = await blocking(make)
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
-        request = await asyncio.to_thread(make)
         return responses.steering_preview(await self._call(stub.PreviewSteering, request, timeout))
 
     async def attributes(self, *, timeout: float | None = None) -> types.AttributeList:
-        """List the attributes that pictures can be steered by; see `Client.attributes`."""
+        """List the attributes that pictures can be steered by, each with what it was measured to do.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        AttributeList
+            Empty in a bundle without any.
+        """
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         request = imaging_service_pb2.ListAttributesRequest()
         return responses.attributes(await self._call(stub.ListAttributes, request, timeout))
 
     async def attribute(self, name: str, *, timeout: float | None = None) -> types.Attribute:
-        """Get one attribute by its name; see `Client.attribute`."""
+        """Get one attribute by its name.
+
+        Parameters
+        ----------
+        name
+            Of the attribute.
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        Attribute
+            Its card.
+
+        Raises
+        ------
+        CallError
+            With the code NOT_FOUND if there is no such attribute.
+        """
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         request = requests.get_attribute(name)
-        return responses.attribute((await self._call(stub.GetAttribute, request, timeout)).attribute)
+        response = await self._call(stub.GetAttribute, request, timeout)
+        return responses.attribute(response.attribute)
 
     async def _gather(
         self,
@@ -109,10 +207,11 @@ class ImagingCalls(AsyncCore):
         return responses.generation_result(gathered)
 
     async def _events(
-        self, request: imaging_service_pb2.GenerateRequest, timeout: float | None
+        self, request: Awaitable[imaging_service_pb2.GenerateRequest], timeout: float | None
     ) -> AsyncIterator[types.GenerationEvent]:
+        made = await request
         deadline = Deadline(self._timeout.stream if timeout is None else timeout)
-        call, answers, first = await self._start(request, deadline)
+        call, answers, first = await self._start(made, deadline)
         try:
             if first is not None:
                 yield responses.generation_event(first)

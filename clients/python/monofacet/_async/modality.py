@@ -20,7 +20,22 @@ class ModalityCalls(AsyncCore):
     async def features(
         self, *, limit: int | None = None, timeout: float | None = None, **query: Unpack[types.FeatureQuery]
     ) -> AsyncIterator[types.FeatureCard]:
-        """Iterate over the features of a dictionary; see `Client.features`."""
+        """Iterate over the features of a dictionary; pages are fetched as they are needed.
+
+        Parameters
+        ----------
+        limit
+            At most so many features. Default all.
+        timeout
+            Seconds for each page.
+        **query
+            Which features, and in which order: see `FeatureQuery`. Default all, by feature id.
+
+        Yields
+        ------
+        FeatureCard
+            In order.
+        """
         token, left = "", requests.limit(limit)
         while left > 0:
             size = int(min(left, requests.DEFAULT_PAGE_SIZE))
@@ -39,7 +54,24 @@ class ModalityCalls(AsyncCore):
         timeout: float | None = None,
         **query: Unpack[types.FeatureQuery],
     ) -> types.FeaturePage:
-        """Get one page of features, with their total; see `Client.features_page`."""
+        """Get one page of features, with their total. `features` fetches all pages.
+
+        Parameters
+        ----------
+        page_size
+            Features a page, 1 to 1,000.
+        page_token
+            `FeaturePage.next_page_token` of the page before. Default the first page.
+        timeout
+            Seconds for the call, all its tries included.
+        **query
+            As for `features`.
+
+        Returns
+        -------
+        FeaturePage
+            In order.
+        """
         request = requests.list_features(query, page_size, page_token)
         stub = self._stub(modality_service_pb2_grpc.ModalityServiceStub)
         return responses.feature_page(await self._call(stub.ListFeatures, request, timeout))
@@ -53,7 +85,29 @@ class ModalityCalls(AsyncCore):
         max_texts: int | None = None,
         timeout: float | None = None,
     ) -> types.FeatureDetail:
-        """Get one feature, with the images and texts that activate it most; see `Client.feature`."""
+        """Get one feature, with the images and texts that activate it most.
+
+        Parameters
+        ----------
+        feature
+            Feature id.
+        dictionary
+            Its name; empty for the default one.
+        max_images, max_texts
+            At most so many, 0 to 100. Default all that the bundle has.
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        FeatureDetail
+            With PIL images.
+
+        Raises
+        ------
+        NotFoundError
+            If there is no such feature or dictionary.
+        """
         request = requests.get_feature(feature, dictionary, max_images, max_texts)
         stub = self._stub(modality_service_pb2_grpc.ModalityServiceStub)
         return responses.feature_detail(await self._call(stub.GetFeature, request, timeout))
@@ -67,7 +121,26 @@ class ModalityCalls(AsyncCore):
         truncate: bool = False,
         timeout: float | None = None,
     ) -> types.ClassificationResult:
-        """Tell how the energy of each input is spread over the labels; see `Client.classify_modality`."""
+        """Tell how the energy of each input is spread over features about images, texts and both.
+
+        Parameters
+        ----------
+        inputs
+            As for `encode`; split in the same way.
+        dictionary
+            Its name; empty for the default one.
+        top_features
+            Features listed an input, 0 to 100.
+        truncate
+            Cut texts at the tower's context length instead of refusing them.
+        timeout
+            Seconds for each call, all its tries included.
+
+        Returns
+        -------
+        ClassificationResult
+            In the order of the inputs.
+        """
         answers, sizes = await self._in_parts(
             inputs,
             self._stub(modality_service_pb2_grpc.ModalityServiceStub).ClassifyModality,
@@ -83,9 +156,30 @@ class ModalityCalls(AsyncCore):
         *,
         timeout: float | None = None,
     ) -> types.ModalityTable:
-        """Score the features on pairs of your own; see `Client.score_modality`.
+        """Score the features of a dictionary on image-text pairs of your own.
 
-        The pairs may be asynchronous.
+        Parameters
+        ----------
+        pairs
+            Images as `encode` takes them, with their texts, and optionally a group: pairs of one group, such
+            as several pictures of one concept, are not independent. They are read as they are sent.
+            The iterable may be asynchronous.
+        settings
+            Dictionary, band, intervals and seed. Default the server's.
+        timeout
+            Seconds for the whole call. Default `Timeout.stream`.
+
+        Returns
+        -------
+        ModalityTable
+            One card a feature, with the settings as used.
+
+        Raises
+        ------
+        InputError
+            If a pair cannot be sent; the call is ended.
+        CallError
+            If the call fails. It is not tried again.
         """
         table = await self._upload(
             self._stub(modality_service_pb2_grpc.ModalityServiceStub).ScoreModality,

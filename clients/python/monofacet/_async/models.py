@@ -16,19 +16,61 @@ class ModelCalls(AsyncCore):
     """What the server serves, within which limits, and whether it is ready."""
 
     async def model(self, bundle: str = "", *, timeout: float | None = None) -> types.Model:
-        """Describe one bundle; see `Client.model`."""
+        """Describe one bundle.
+
+        Parameters
+        ----------
+        bundle
+            Its name or id; empty for the one that answers this client's calls.
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        Model
+            With its files and every limit of the server.
+        """
         stub = self._stub(model_service_pb2_grpc.ModelServiceStub)
         response = await self._call(stub.GetModel, model_service_pb2.GetModelRequest(bundle=bundle), timeout)
         return responses.model(response.model, response.server_version)
 
     async def models(self, *, timeout: float | None = None) -> tuple[types.Model, ...]:
-        """Describe every bundle that the server serves; see `Client.models`."""
+        """Describe every bundle that the server serves.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for the call, all its tries included.
+
+        Returns
+        -------
+        tuple of Model
+            Without their files; the server's default first.
+        """
         stub = self._stub(model_service_pb2_grpc.ModelServiceStub)
         response = await self._call(stub.ListModels, model_service_pb2.ListModelsRequest(), timeout)
         return tuple(responses.model(message, response.server_version) for message in response.models)
 
     async def health(self, service: str = "", *, timeout: float = 5.0) -> str:
-        """Ask whether the server, or one service of it, is ready; see `Client.health`."""
+        """Ask whether the server, or one service of it, is ready. Never tried again: the answer is about now.
+
+        Parameters
+        ----------
+        service
+            Full name such as ``monofacet.v1.FeatureService``; empty for the whole server.
+        timeout
+            Seconds.
+
+        Returns
+        -------
+        str
+            ``SERVING``, ``NOT_SERVING``, or ``SERVICE_UNKNOWN``.
+
+        Raises
+        ------
+        UnavailableError
+            If nothing answers.
+        """
         deadline = Deadline(timeout)
         stub = self._stub(health_pb2_grpc.HealthStub)
         request = health_pb2.HealthCheckRequest(service=service)

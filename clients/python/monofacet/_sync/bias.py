@@ -1,3 +1,4 @@
+# Generated from ../_async/bias.py by tools/sync_side.py: edit that one, and run `make protos`.
 """Calls of BiasService."""
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class BiasCalls(ModelCalls):
         """
         asked = settings or types.AuditSettings()
         if not asked.ablations:
-            asked = requests.with_ablations(asked, self.model().recommended_ablation)
+            described = self.model()
+            asked = requests.with_ablations(asked, described.recommended_ablation)
         response = self._upload(
             self._stub(bias_service_pb2_grpc.BiasServiceStub).AuditGender,
             requests.audit_settings(asked),

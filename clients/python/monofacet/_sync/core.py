@@ -1,11 +1,10 @@
+# Generated from ../_async/core.py by tools/sync_side.py: edit that one, and run `make protos`.
 """What all calls of the synchronous client go through."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -15,31 +14,14 @@ from google.protobuf.message import Message
 from monofacet import _exceptions as exceptions
 from monofacet import _responses as responses
 from monofacet import _types as types
-from monofacet._base import STUBS, BaseClient, Batcher, Deadline, Tries, is_small, split_within
+from monofacet._base import BaseClient, Batcher, Deadline, Tries, is_small, split_within
 from monofacet._config import MAX_IN_FLIGHT, TLS, Retry, Timeout
 from monofacet._inputs import Input, to_inputs
 from monofacet._status import shift_violations
+from monofacet._sync.transport import Links, blocking, iterate, pending, uploading, usable
 from monofacet.v1 import common_pb2, model_service_pb2, model_service_pb2_grpc
 
 Response = TypeVar("Response")
-
-
-class Link:
-    """A channel with its stubs, and the places of the calls in flight.
-
-    Parameters
-    ----------
-    channel
-        To the server.
-    places
-        Calls that may be in flight.
-    """
-
-    def __init__(self, channel: grpc.Channel, places: int) -> None:
-        self.channel = channel
-        self.stubs = {kind: kind(channel) for kind in STUBS}  # type: ignore[abstract, call-arg, unused-ignore]
-        self.places = threading.BoundedSemaphore(places)
-        self.closed = threading.Event()
 
 
 class SyncCore(BaseClient):
@@ -67,14 +49,7 @@ class SyncCore(BaseClient):
             max_in_flight=max_in_flight,
             channel=channel,
         )
-        self._link = Link(channel if channel is not None else self._open(), max_in_flight)
-
-    def _open(self) -> grpc.Channel:
-        credentials = self._connection.credentials()
-        options = self._connection.options()
-        if credentials is None:
-            return grpc.insecure_channel(self.target, options=options)
-        return grpc.secure_channel(self.target, credentials, options=options)
+        self._links = Links(self._connection, max_in_flight, channel)
 
     def __enter__(self) -> Self:
         return self
@@ -86,35 +61,29 @@ class SyncCore(BaseClient):
 
     def close(self) -> None:
         """Close the connection. Calls in progress, and all later ones, raise a `ClosedError`."""
-        if not self._is_owner:
-            return
-        self._link.closed.set()
-        if self._given_channel is None:
-            self._link.channel.close()
+        if self._is_owner:
+            self._links.close()
 
     def _stub(self, kind: type[Any]) -> Any:
-        return self._link.stubs[kind]
+        return self._links.here().stubs[kind]
 
     def _begin(self, method: Callable[..., Any], request: Any, deadline: Deadline) -> Any:
         """Make a call with one answer, or start one with several."""
-        if self._link.closed.is_set():
+        if self._links.closed:
             raise exceptions.ClosedError
         try:
-            return method(request, timeout=deadline.left(), metadata=self._metadata)
+            with usable():
+                return method(request, timeout=deadline.left(), metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._failed(error) from error
-        except ValueError as error:
-            # gRPC's own, for a channel that was closed in the meantime, or by whoever gave it.
-            if "closed" not in str(error):
-                raise
-            raise exceptions.ClosedError from error
 
     def _failed(self, error: grpc.RpcError) -> exceptions.MonofacetError:
-        return self._failure(error, self._link.closed.is_set())
+        return self._failure(error, self._links.closed)
 
     def _again(self, attempt: Callable[[], Response], deadline: Deadline) -> Response:
         """Try until there is an answer, or an error that another try would not mend."""
         tries = Tries(self._retry, deadline)
+        link = self._links.here()
         while True:
             try:
                 return attempt()
@@ -122,23 +91,37 @@ class SyncCore(BaseClient):
                 wait = tries.wait(error)
                 if wait is None:
                     raise
-            self._link.closed.wait(wait)
+            link.wait(wait)
+
+    def _next(self, answers: Iterator[Any]) -> Any:
+        """Return the next answer of a stream; None at its end."""
+        with self._links.cut():
+            return next(answers, None)
 
     @contextlib.contextmanager
     def _place(self, deadline: Deadline) -> Iterator[None]:
         """Wait for a place among the calls in flight, and hold it."""
-        if not self._link.places.acquire(timeout=deadline.left()):
+        link = self._links.here()
+        if not link.enter(deadline.left()):
             self._no_place(deadline)
         try:
             yield
         finally:
-            self._link.places.release()
+            link.leave()
 
     def _call(self, method: Callable[..., Any], request: Any, timeout: float | None) -> Any:
         deadline = Deadline(self._timeout.call if timeout is None else timeout)
         self._addressed(request)
         with self._place(deadline):
-            return self._again(lambda: self._begin(method, request, deadline), deadline)
+            return self._again(lambda: self._once(method, request, deadline), deadline)
+
+    def _once(self, method: Callable[..., Any], request: Any, deadline: Deadline) -> Any:
+        """Make a call with one answer, once."""
+        try:
+            with self._links.cut():
+                return self._begin(method, request, deadline)
+        except grpc.RpcError as error:
+            raise self._failed(error) from error
 
     def _in_parts(
         self,
@@ -153,7 +136,7 @@ class SyncCore(BaseClient):
         """Send a batch as one request or several; return the answers, and how many inputs each is for."""
         # Labels, or the features of an ablation: every part repeats them.
         besides = self._addressed(request([])).ByteSize()
-        batch = to_inputs(inputs)
+        batch = blocking(to_inputs, inputs)
         small = is_small(batch, reserved, besides)
         parts = [batch] if small else split_within(batch, self._server_limits(), reserved, besides)
         answers = []
@@ -167,29 +150,29 @@ class SyncCore(BaseClient):
         return answers, [len(part) for part in parts]
 
     def _upload(
-        self, method: Any, first: Message, batcher: Batcher, items: Iterable[Any], timeout: float | None
+        self,
+        method: Any,
+        first: Message,
+        batcher: Batcher,
+        items: Iterable[Any],
+        timeout: float | None,
     ) -> Any:
         """Send a message and then the items, as gRPC asks for them; return the one answer."""
         deadline = Deadline(self._timeout.stream if timeout is None else timeout)
 
         def messages() -> Iterator[Message]:
             yield self._addressed(first)
-            for item in items:
-                yield from batcher.add(item)
-            yield from batcher.rest()
+            for item in iterate(items):
+                for message in blocking(batcher.add, item):
+                    yield message
+            for message in batcher.rest():
+                yield message
 
-        upload = Upload(messages())
-        call = self._begin(method.future, iter(upload), deadline)
-        upload.started(call)
-        try:
-            response = call.result()
-            upload.check()
-        except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            upload.check()
-            raise self._failed(error) from error
-        finally:
-            call.cancel()
-        return response
+        def begin(sent: Iterator[Message]) -> Any:
+            return self._begin(pending(method), sent, deadline)
+
+        with uploading(messages(), begin, self._failed) as call:
+            return self._links.answer(call)
 
     def _server_limits(self) -> types.Limits | None:
         if self._limits is None:
@@ -200,30 +183,3 @@ class SyncCore(BaseClient):
                 return None
             self._limits = responses.limits(response.model.limits)
         return self._limits
-
-
-class Upload:
-    """Runs the caller's iterable in gRPC's thread, and brings what it raises back to the caller.
-
-    gRPC would log the exception and fail the call as UNKNOWN, which says nothing about a missing file.
-    """
-
-    def __init__(self, messages: Iterator[Any]) -> None:
-        self._messages = messages
-        self._call: Future[Any] = Future()
-        self._failure: BaseException | None = None
-
-    def started(self, call: Any) -> None:
-        self._call.set_result(call)
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from self._messages
-        except Exception as error:
-            self._failure = error
-            # The thread may get here before the call was handed over.
-            self._call.result().cancel()
-
-    def check(self) -> None:
-        if self._failure is not None:
-            raise self._failure

@@ -1,3 +1,4 @@
+# Generated from ../_async/defense.py by tools/sync_side.py: edit that one, and run `make protos`.
 """Calls of DefenseService."""
 
 from __future__ import annotations

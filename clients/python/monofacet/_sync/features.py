@@ -1,10 +1,10 @@
+# Generated from ../_async/features.py by tools/sync_side.py: edit that one, and run `make protos`.
 """Calls of FeatureService."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-
-import grpc
+from typing import Any
 
 from monofacet import _requests as requests
 from monofacet import _responses as responses
@@ -12,7 +12,8 @@ from monofacet import _types as types
 from monofacet._base import Deadline
 from monofacet._inputs import Input
 from monofacet._streaming import Ledger
-from monofacet._sync.core import SyncCore, Upload
+from monofacet._sync.core import SyncCore
+from monofacet._sync.transport import iterate, take, uploading
 from monofacet.v1 import feature_service_pb2, feature_service_pb2_grpc
 
 
@@ -87,8 +88,8 @@ class FeatureCalls(SyncCore):
         """Encode a corpus, item by item.
 
         The items are read as the server takes them, in another thread, so that a corpus need not fit the
-        memory. A bad item is its own result and does not end the stream. Leaving the loop early ends the
-        call.
+        memory. A bad item is its own result and does not end the stream.
+        Leaving the loop early ends the call.
 
         Parameters
         ----------
@@ -122,22 +123,19 @@ class FeatureCalls(SyncCore):
 
         def messages() -> Iterator[feature_service_pb2.StreamEncodeRequest]:
             yield self._addressed(feature_service_pb2.StreamEncodeRequest(options=options))
-            for item in items:
-                message = ledger.take(item)
+            for item in iterate(items):
+                message = take(ledger, item)
                 if message is not None:
                     yield message
 
-        upload = Upload(messages())
-        stub = self._stub(feature_service_pb2_grpc.FeatureServiceStub)
-        call = self._begin(stub.StreamEncode, iter(upload), deadline)
-        upload.started(call)
-        try:
-            for response in call:
-                yield from ledger.answer(response)
-            upload.check()
-            yield from ledger.close()
-        except grpc.RpcError as error:
-            upload.check()
-            raise self._failed(error) from error
-        finally:
-            call.cancel()
+        def begin(sent: Iterator[feature_service_pb2.StreamEncodeRequest]) -> Any:
+            stub = self._stub(feature_service_pb2_grpc.FeatureServiceStub)
+            return self._begin(stub.StreamEncode, sent, deadline)
+
+        with uploading(messages(), begin, self._failed) as call:
+            answers = iter(call)
+            while (response := self._next(answers)) is not None:
+                for result in ledger.answer(response):
+                    yield result
+        for result in ledger.close():
+            yield result

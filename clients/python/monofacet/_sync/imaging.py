@@ -1,3 +1,4 @@
+# Generated from ../_async/imaging.py by tools/sync_side.py: edit that one, and run `make protos`.
 """Calls of ImagingService."""
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from monofacet._base import Deadline
 from monofacet._inputs import Image, Input
 from monofacet._responses import imaging as responses
 from monofacet._sync.core import SyncCore
+from monofacet._sync.transport import blocking
 from monofacet.v1 import imaging_service_pb2, imaging_service_pb2_grpc
 
 
@@ -69,7 +71,7 @@ class ImagingCalls(SyncCore):
         GenerationProgress, GenerationPreview or GeneratedImage
             As they come.
         """
-        return self._events(requests.generate(prompt, options), timeout)
+        return self._events(blocking(requests.generate, prompt, options), timeout)
 
     def generate_like(
         self,
@@ -97,7 +99,7 @@ class ImagingCalls(SyncCore):
         InputError
             If the image carries no request.
         """
-        return self._gather(self._events(requests.request_of(image), timeout), on_event)
+        return self._gather(self._events(blocking(requests.request_of, image), timeout), on_event)
 
     def preview_steering(
         self,
@@ -142,8 +144,12 @@ class ImagingCalls(SyncCore):
             Before and after.
         """
         several = [edits] if isinstance(edits, types.SteeringEdit) else edits
-        steering = requests.steering(several, dictionary, delta=delta, attributes=attributes, dose=dose)
-        request = requests.preview_steering(value, steering, max_captions, max_features, truncate)
+
+        def make() -> imaging_service_pb2.PreviewSteeringRequest:
+            steering = requests.steering(several, dictionary, delta=delta, attributes=attributes, dose=dose)
+            return requests.preview_steering(value, steering, max_captions, max_features, truncate)
+
+        request = blocking(make)
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         return responses.steering_preview(self._call(stub.PreviewSteering, request, timeout))
 
@@ -186,31 +192,32 @@ class ImagingCalls(SyncCore):
         """
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         request = requests.get_attribute(name)
-        return responses.attribute(self._call(stub.GetAttribute, request, timeout).attribute)
+        response = self._call(stub.GetAttribute, request, timeout)
+        return responses.attribute(response.attribute)
 
     def _gather(
         self,
         events: Iterator[types.GenerationEvent],
         on_event: Callable[[types.GenerationEvent], None] | None,
     ) -> types.GenerationResult:
-        def told() -> Iterator[types.GenerationEvent]:
-            for event in events:
-                if on_event is not None:
-                    on_event(event)
-                yield event
-
-        return responses.generation_result(told())
+        gathered = []
+        for event in events:
+            if on_event is not None:
+                on_event(event)
+            gathered.append(event)
+        return responses.generation_result(gathered)
 
     def _events(
         self, request: imaging_service_pb2.GenerateRequest, timeout: float | None
     ) -> Iterator[types.GenerationEvent]:
+        made = request
         deadline = Deadline(self._timeout.stream if timeout is None else timeout)
-        call, answers, first = self._start(request, deadline)
+        call, answers, first = self._start(made, deadline)
         try:
             if first is not None:
                 yield responses.generation_event(first)
-            for response in answers:
-                yield responses.generation_event(response)
+                while (response := self._next(answers)) is not None:
+                    yield responses.generation_event(response)
         except grpc.RpcError as error:
             raise self._failed(error) from error
         finally:
@@ -227,7 +234,7 @@ class ImagingCalls(SyncCore):
             call = self._begin(stub.Generate, request, deadline)
             answers = iter(call)
             try:
-                return call, answers, next(answers, None)
+                return call, answers, self._next(answers)
             except grpc.RpcError as error:
                 raise self._failed(error) from error
 

@@ -1,3 +1,4 @@
+# Generated from ../_async/modality.py by tools/sync_side.py: edit that one, and run `make protos`.
 """Calls of ModalityService."""
 
 from __future__ import annotations
@@ -72,11 +73,8 @@ class ModalityCalls(SyncCore):
             In order.
         """
         request = requests.list_features(query, page_size, page_token)
-        return responses.feature_page(
-            self._call(
-                self._stub(modality_service_pb2_grpc.ModalityServiceStub).ListFeatures, request, timeout
-            )
-        )
+        stub = self._stub(modality_service_pb2_grpc.ModalityServiceStub)
+        return responses.feature_page(self._call(stub.ListFeatures, request, timeout))
 
     def feature(
         self,
@@ -111,9 +109,8 @@ class ModalityCalls(SyncCore):
             If there is no such feature or dictionary.
         """
         request = requests.get_feature(feature, dictionary, max_images, max_texts)
-        return responses.feature_detail(
-            self._call(self._stub(modality_service_pb2_grpc.ModalityServiceStub).GetFeature, request, timeout)
-        )
+        stub = self._stub(modality_service_pb2_grpc.ModalityServiceStub)
+        return responses.feature_detail(self._call(stub.GetFeature, request, timeout))
 
     def classify_modality(
         self,

@@ -1,3 +1,4 @@
+# Generated from ../_async/models.py by tools/sync_side.py: edit that one, and run `make protos`.
 """Calls of ModelService and of the standard health service."""
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class ModelCalls(SyncCore):
         Model
             With its files and every limit of the server.
         """
-        request = model_service_pb2.GetModelRequest(bundle=bundle)
-        response = self._call(self._stub(model_service_pb2_grpc.ModelServiceStub).GetModel, request, timeout)
+        stub = self._stub(model_service_pb2_grpc.ModelServiceStub)
+        response = self._call(stub.GetModel, model_service_pb2.GetModelRequest(bundle=bundle), timeout)
         return responses.model(response.model, response.server_version)
 
     def models(self, *, timeout: float | None = None) -> tuple[types.Model, ...]:
@@ -47,11 +48,8 @@ class ModelCalls(SyncCore):
         tuple of Model
             Without their files; the server's default first.
         """
-        response = self._call(
-            self._stub(model_service_pb2_grpc.ModelServiceStub).ListModels,
-            model_service_pb2.ListModelsRequest(),
-            timeout,
-        )
+        stub = self._stub(model_service_pb2_grpc.ModelServiceStub)
+        response = self._call(stub.ListModels, model_service_pb2.ListModelsRequest(), timeout)
         return tuple(responses.model(message, response.server_version) for message in response.models)
 
     def health(self, service: str = "", *, timeout: float = 5.0) -> str:
@@ -75,9 +73,10 @@ class ModelCalls(SyncCore):
             If nothing answers.
         """
         deadline = Deadline(timeout)
+        stub = self._stub(health_pb2_grpc.HealthStub)
         request = health_pb2.HealthCheckRequest(service=service)
         try:
-            response = self._begin(self._stub(health_pb2_grpc.HealthStub).Check, request, deadline)
+            response = self._once(stub.Check, request, deadline)
         except exceptions.NotFoundError:
             return "SERVICE_UNKNOWN"
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
