@@ -13,7 +13,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import typer
-from monofacet import _responses as responses
+from monofacet import FeatureCard
+from monofacet._convert import read
 from monofacet.cli import _features as cli_features
 from monofacet.cli import app
 from monofacet.cli._plugins import add_plugins
@@ -151,10 +152,10 @@ def test_a_feature_without_a_name_says_so(run: Run) -> None:
     model = FakeModel()
     card = model.card(2)
     card.name = ""
-    shown = cli_features._about_the_name(responses.modality.card(card))
+    shown = cli_features._about_the_name(read(FeatureCard, card))
     assert shown == "No name: the phrase it detects best has an AUC of 0.90."
     card.ClearField("name_auc")
-    shown = cli_features._about_the_name(responses.modality.card(card))
+    shown = cli_features._about_the_name(read(FeatureCard, card))
     assert shown == "No name: no phrase of the captions goes with it."
 
 

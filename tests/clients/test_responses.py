@@ -15,8 +15,8 @@ import pytest
 from monofacet import _requests as requests
 from monofacet import _responses as responses
 from monofacet import _types as types
+from monofacet._convert import array, read
 from monofacet._exceptions import CallError, InvalidInputError, Violation
-from monofacet._responses.bias import gender
 from monofacet._score_requests import PairBatcher, score_settings
 from monofacet._status import KINDS, error_from_rpc, error_from_status, shift_violations
 from monofacet.testing import status_with_details
@@ -42,10 +42,10 @@ def tensor(values: np.ndarray, **changes: object) -> common_pb2.Tensor:
 
 def test_a_tensor_becomes_a_writable_array_of_its_shape() -> None:
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    array = responses.array(tensor(values))
-    assert np.array_equal(array, values)
-    assert array.dtype == np.float32
-    assert array.flags.writeable
+    made = array(tensor(values))
+    assert np.array_equal(made, values)
+    assert made.dtype == np.float32
+    assert made.flags.writeable
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_tensor_becomes_a_writable_array_of_its_shape() -> None:
 )
 def test_a_tensor_that_does_not_add_up_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(monofacet.ResponseError):
-        responses.array(tensor(np.zeros((2, 3)), **changes))
+        array(tensor(np.zeros((2, 3)), **changes))
 
 
 def answer(rows: int, bundle: str = "b@1") -> feature_service_pb2.EncodeResponse:
@@ -97,7 +97,7 @@ def filtered(bundle: str) -> defense_service_pb2.FilterAdversarialResponse:
         (partial(responses.encode, embeddings=True), [answer(1), answer(1, "b@2")]),
         (partial(responses.encode, embeddings=True), [answer(1), longer("b@2")]),
         (responses.classification, [classified("b@1"), classified("b@2")]),
-        (gender, [gendered("b@1"), gendered("b@2")]),
+        (responses.gender, [gendered("b@1"), gendered("b@2")]),
         (responses.filtered, [filtered("b@1"), filtered("b@2")]),
     ],
     ids=["encode", "encode to another length", "modality", "gender", "filter"],
@@ -165,7 +165,7 @@ def test_undefined_measures_are_none_and_zero_is_zero() -> None:
     message = modality_service_pb2.FeatureCard(
         feature=3, label=common_pb2.MODALITY_LABEL_TEXT, mds_energy=0.0
     )
-    page = responses.feature_page(modality_service_pb2.ListFeaturesResponse(cards=[message]))
+    page = read(types.FeaturePage, modality_service_pb2.ListFeaturesResponse(cards=[message]))
     assert page.cards[0].mds_energy == 0.0
     assert page.cards[0].mds_paper is None
     assert page.cards[0].label == "TEXT"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, Iterable
 
 from monofacet import _bias_requests as requests
+from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._async.models import ModelCalls
+from monofacet._convert import read
 from monofacet._inputs import Input
-from monofacet._responses import bias as responses
 from monofacet.v1 import bias_service_pb2_grpc
 
 
@@ -95,4 +96,4 @@ class BiasCalls(ModelCalls):
             items,
             timeout,
         )
-        return responses.audit(response)
+        return read(types.AuditResult, response)

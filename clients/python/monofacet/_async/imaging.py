@@ -8,12 +8,13 @@ from typing import Any, Unpack
 import grpc
 
 from monofacet import _imaging_requests as requests
+from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._async.core import AsyncCore
 from monofacet._async.transport import blocking
 from monofacet._base import Deadline
+from monofacet._convert import read
 from monofacet._inputs import Image, Input
-from monofacet._responses import imaging as responses
 from monofacet.v1 import imaging_service_pb2, imaging_service_pb2_grpc
 
 
@@ -150,7 +151,7 @@ class ImagingCalls(AsyncCore):
 
         request = await blocking(make)
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
-        return responses.steering_preview(await self._call(stub.PreviewSteering, request, timeout))
+        return read(types.SteeringPreview, await self._call(stub.PreviewSteering, request, timeout))
 
     async def attributes(self, *, timeout: float | None = None) -> types.AttributeList:
         """List the attributes that pictures can be steered by, each with what it was measured to do.
@@ -167,7 +168,7 @@ class ImagingCalls(AsyncCore):
         """
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         request = imaging_service_pb2.ListAttributesRequest()
-        return responses.attributes(await self._call(stub.ListAttributes, request, timeout))
+        return read(types.AttributeList, await self._call(stub.ListAttributes, request, timeout))
 
     async def attribute(self, name: str, *, timeout: float | None = None) -> types.Attribute:
         """Get one attribute by its name.
@@ -192,7 +193,7 @@ class ImagingCalls(AsyncCore):
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         request = requests.get_attribute(name)
         response = await self._call(stub.GetAttribute, request, timeout)
-        return responses.attribute(response.attribute)
+        return read(types.Attribute, response.attribute)
 
     async def _gather(
         self,

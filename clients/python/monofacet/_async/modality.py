@@ -9,6 +9,7 @@ from monofacet import _requests as requests
 from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._async.core import AsyncCore
+from monofacet._convert import read
 from monofacet._inputs import Input, Pair
 from monofacet._score_requests import PairBatcher, score_settings
 from monofacet.v1 import modality_service_pb2_grpc
@@ -74,7 +75,7 @@ class ModalityCalls(AsyncCore):
         """
         request = requests.list_features(query, page_size, page_token)
         stub = self._stub(modality_service_pb2_grpc.ModalityServiceStub)
-        return responses.feature_page(await self._call(stub.ListFeatures, request, timeout))
+        return read(types.FeaturePage, await self._call(stub.ListFeatures, request, timeout))
 
     async def feature(
         self,
@@ -110,7 +111,7 @@ class ModalityCalls(AsyncCore):
         """
         request = requests.get_feature(feature, dictionary, max_images, max_texts)
         stub = self._stub(modality_service_pb2_grpc.ModalityServiceStub)
-        return responses.feature_detail(await self._call(stub.GetFeature, request, timeout))
+        return read(types.FeatureDetail, await self._call(stub.GetFeature, request, timeout))
 
     async def classify_modality(
         self,
@@ -188,4 +189,4 @@ class ModalityCalls(AsyncCore):
             pairs,
             timeout,
         )
-        return responses.modality_table(table)
+        return read(types.ModalityTable, table)

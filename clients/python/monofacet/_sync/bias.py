@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from monofacet import _bias_requests as requests
+from monofacet import _responses as responses
 from monofacet import _types as types
+from monofacet._convert import read
 from monofacet._inputs import Input
-from monofacet._responses import bias as responses
 from monofacet._sync.models import ModelCalls
 from monofacet.v1 import bias_service_pb2_grpc
 
@@ -96,4 +97,4 @@ class BiasCalls(ModelCalls):
             items,
             timeout,
         )
-        return responses.audit(response)
+        return read(types.AuditResult, response)

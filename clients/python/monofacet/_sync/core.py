@@ -12,10 +12,10 @@ import grpc
 from google.protobuf.message import Message
 
 from monofacet import _exceptions as exceptions
-from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._base import BaseClient, Batcher, Deadline, Tries, is_small, split_within
 from monofacet._config import MAX_IN_FLIGHT, TLS, Retry, Timeout
+from monofacet._convert import read
 from monofacet._inputs import Input, to_inputs
 from monofacet._status import shift_violations
 from monofacet._sync.transport import Links, blocking, iterate, pending, uploading, usable
@@ -181,5 +181,5 @@ class SyncCore(BaseClient):
                 response = self._call(method, model_service_pb2.GetModelRequest(), None)
             except exceptions.UnsupportedError:
                 return None
-            self._limits = responses.limits(response.model.limits)
+            self._limits = read(types.Limits, response.model.limits)
         return self._limits

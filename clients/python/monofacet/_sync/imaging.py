@@ -9,10 +9,11 @@ from typing import Any, Unpack
 import grpc
 
 from monofacet import _imaging_requests as requests
+from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._base import Deadline
+from monofacet._convert import read
 from monofacet._inputs import Image, Input
-from monofacet._responses import imaging as responses
 from monofacet._sync.core import SyncCore
 from monofacet._sync.transport import blocking
 from monofacet.v1 import imaging_service_pb2, imaging_service_pb2_grpc
@@ -151,7 +152,7 @@ class ImagingCalls(SyncCore):
 
         request = blocking(make)
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
-        return responses.steering_preview(self._call(stub.PreviewSteering, request, timeout))
+        return read(types.SteeringPreview, self._call(stub.PreviewSteering, request, timeout))
 
     def attributes(self, *, timeout: float | None = None) -> types.AttributeList:
         """List the attributes that pictures can be steered by, each with what it was measured to do.
@@ -168,7 +169,7 @@ class ImagingCalls(SyncCore):
         """
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         request = imaging_service_pb2.ListAttributesRequest()
-        return responses.attributes(self._call(stub.ListAttributes, request, timeout))
+        return read(types.AttributeList, self._call(stub.ListAttributes, request, timeout))
 
     def attribute(self, name: str, *, timeout: float | None = None) -> types.Attribute:
         """Get one attribute by its name.
@@ -193,7 +194,7 @@ class ImagingCalls(SyncCore):
         stub = self._stub(imaging_service_pb2_grpc.ImagingServiceStub)
         request = requests.get_attribute(name)
         response = self._call(stub.GetAttribute, request, timeout)
-        return responses.attribute(response.attribute)
+        return read(types.Attribute, response.attribute)
 
     def _gather(
         self,

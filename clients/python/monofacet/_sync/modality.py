@@ -9,6 +9,7 @@ from typing import Unpack
 from monofacet import _requests as requests
 from monofacet import _responses as responses
 from monofacet import _types as types
+from monofacet._convert import read
 from monofacet._inputs import Input, Pair
 from monofacet._score_requests import PairBatcher, score_settings
 from monofacet._sync.core import SyncCore
@@ -74,7 +75,7 @@ class ModalityCalls(SyncCore):
         """
         request = requests.list_features(query, page_size, page_token)
         stub = self._stub(modality_service_pb2_grpc.ModalityServiceStub)
-        return responses.feature_page(self._call(stub.ListFeatures, request, timeout))
+        return read(types.FeaturePage, self._call(stub.ListFeatures, request, timeout))
 
     def feature(
         self,
@@ -110,7 +111,7 @@ class ModalityCalls(SyncCore):
         """
         request = requests.get_feature(feature, dictionary, max_images, max_texts)
         stub = self._stub(modality_service_pb2_grpc.ModalityServiceStub)
-        return responses.feature_detail(self._call(stub.GetFeature, request, timeout))
+        return read(types.FeatureDetail, self._call(stub.GetFeature, request, timeout))
 
     def classify_modality(
         self,
@@ -187,4 +188,4 @@ class ModalityCalls(SyncCore):
             pairs,
             timeout,
         )
-        return responses.modality_table(table)
+        return read(types.ModalityTable, table)

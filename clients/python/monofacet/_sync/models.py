@@ -6,9 +6,9 @@ from __future__ import annotations
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from monofacet import _exceptions as exceptions
-from monofacet import _responses as responses
 from monofacet import _types as types
 from monofacet._base import Deadline
+from monofacet._convert import read
 from monofacet._sync.core import SyncCore
 from monofacet.v1 import model_service_pb2, model_service_pb2_grpc
 
@@ -33,7 +33,7 @@ class ModelCalls(SyncCore):
         """
         stub = self._stub(model_service_pb2_grpc.ModelServiceStub)
         response = self._call(stub.GetModel, model_service_pb2.GetModelRequest(bundle=bundle), timeout)
-        return responses.model(response.model, response.server_version)
+        return read(types.Model, response.model, server_version=response.server_version)
 
     def models(self, *, timeout: float | None = None) -> tuple[types.Model, ...]:
         """Describe every bundle that the server serves.
@@ -50,7 +50,8 @@ class ModelCalls(SyncCore):
         """
         stub = self._stub(model_service_pb2_grpc.ModelServiceStub)
         response = self._call(stub.ListModels, model_service_pb2.ListModelsRequest(), timeout)
-        return tuple(responses.model(message, response.server_version) for message in response.models)
+        version = response.server_version
+        return tuple(read(types.Model, message, server_version=version) for message in response.models)
 
     def health(self, service: str = "", *, timeout: float = 5.0) -> str:
         """Ask whether the server, or one service of it, is ready. Never tried again: the answer is about now.

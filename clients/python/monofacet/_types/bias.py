@@ -5,10 +5,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+
+from monofacet._convert import wire
 from monofacet._types.brief import Brief
 from monofacet._types.encoding import Floats, Timings
 from monofacet._types.modality import ModalityLabel
+from monofacet.v1 import bias_service_pb2
 
 __all__ = [
     "Ablation",
@@ -74,7 +79,10 @@ class Ablation(Brief):
         Its name; empty for the default one.
     """
 
-    features: Sequence[int] | None = None
+    features: Sequence[int] | None = field(
+        default=None,
+        metadata=wire(lambda message: tuple(message.features.ids) if message.HasField("features") else None),
+    )
     label: ModalityLabel | str | None = None
     top_gender_features: int | None = None
     mode: AblationMode | str = AblationMode.ZERO
@@ -179,7 +187,10 @@ class AuditSettings(Brief):
     """
 
     ablations: Sequence[Ablation] = ()
-    skip_bad_items: bool = False
+    skip_bad_items: bool = field(
+        default=False,
+        metadata=wire(lambda message: message.on_bad_item == bias_service_pb2.BAD_ITEM_POLICY_SKIP),
+    )
     bootstrap_samples: int | None = None
     null_sets: int | None = None
     min_group: int | None = None
@@ -287,6 +298,12 @@ class NullTest(Brief):
     p: float
 
 
+def _curve(message: Any) -> Floats:
+    columns = [field.name for field in bias_service_pb2.ThresholdPoint.DESCRIPTOR.fields]
+    points = [[getattr(point, column) for column in columns] for point in message.curve]
+    return np.array(points, dtype=np.float32).reshape(-1, len(columns))
+
+
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class AblationAudit(Brief):
     """The audit of one ablation.
@@ -326,7 +343,7 @@ class AblationAudit(Brief):
     threshold_before: float
     threshold_after: float
     professions: tuple[ProfessionAudit, ...]
-    curve: Floats
+    curve: Floats = field(metadata=wire(_curve))
     nulls: tuple[NullTest, ...]
     null_energy_ratio: float | None
     probe: Change

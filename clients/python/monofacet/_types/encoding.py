@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from monofacet import _exceptions as exceptions
+from monofacet._convert import wire
 from monofacet._types.brief import Brief
 
 __all__ = [
@@ -37,6 +39,14 @@ class Timings(Brief):
     inference: float
 
 
+def _activations(message: Any) -> Floats:
+    if len(message.indices) != len(message.values):
+        raise exceptions.ResponseError(
+            f"the answer holds {len(message.indices)} indices for {len(message.values)} activations"
+        )
+    return np.array(message.values, dtype=np.float32)
+
+
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class SparseFeatures(Brief):
     """The active features of one input.
@@ -53,7 +63,7 @@ class SparseFeatures(Brief):
 
     dictionary: str
     indices: npt.NDArray[np.int64]
-    values: Floats
+    values: Floats = field(metadata=wire(_activations))
 
     def __len__(self) -> int:
         return len(self.indices)

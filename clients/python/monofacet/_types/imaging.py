@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypedDict
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import PIL.Image
 
 from monofacet import _exceptions as exceptions
+from monofacet._convert import wire
 from monofacet._inputs import Image, Input
 from monofacet._pictures import decode
+from monofacet._status import error_from_status
 from monofacet._types.brief import Brief
 from monofacet._types.encoding import Floats, SparseFeatures, Timings
 from monofacet._types.modality import ModalityLabel
+from monofacet.v1 import imaging_service_pb2
 
 __all__ = [
     "Attribute",
@@ -156,13 +159,17 @@ class GenerationProgress(Brief):
     """
 
     steps: tuple[int, ...]
-    num_steps: int
+    num_steps: int = field(metadata=wire("num_inference_steps"))
     waiting: int
 
     @property
     def fraction(self) -> float:
         """Share of all steps that were taken, in [0, 1]."""
         return sum(self.steps) / max(1, self.num_steps * len(self.steps))
+
+
+def _preview(message: Any) -> PIL.Image.Image:
+    return decode(message.image.data, f"the preview of image {message.index}")
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -182,7 +189,12 @@ class GenerationPreview(Brief):
     index: int
     unsteered: bool
     step: int
-    image: PIL.Image.Image
+    image: PIL.Image.Image = field(metadata=wire(_preview))
+
+
+def _failure(message: Any) -> exceptions.CallError | None:
+    completed = message.finish_reason == imaging_service_pb2.FINISH_REASON_COMPLETED
+    return None if completed else error_from_status(message.error)
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -212,8 +224,8 @@ class GeneratedImage(Brief):
     index: int
     unsteered: bool
     seed: int
-    data: bytes
-    error: exceptions.CallError | None
+    data: bytes = field(metadata=wire(lambda message: message.image.data))
+    error: exceptions.CallError | None = field(metadata=wire(_failure))
     delta: float
     dose: float | None
     timings: Timings

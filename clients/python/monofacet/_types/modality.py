@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, TypedDict
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from monofacet._convert import wire, word
+from monofacet._pictures import decode
 from monofacet._types.brief import Brief
 from monofacet._types.encoding import Timings
+from monofacet.v1 import common_pb2
 
 __all__ = [
     "ActiveFeature",
@@ -172,6 +175,12 @@ class FeaturePage(Brief):
     bundle: str
 
 
+def _thumbnail(message: Any) -> PIL.Image.Image | None:
+    if not message.HasField("thumbnail"):
+        return None
+    return decode(message.thumbnail.data, f"the thumbnail of {message.sample!r}")
+
+
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class ImageExample(Brief):
     """An image that activates a feature.
@@ -186,7 +195,7 @@ class ImageExample(Brief):
         The feature's activation on it.
     """
 
-    image: PIL.Image.Image | None
+    image: PIL.Image.Image | None = field(metadata=wire(_thumbnail))
     caption: str
     sample: str
     activation: float
@@ -251,6 +260,13 @@ class ActiveFeature(Brief):
     name: str
 
 
+_label = word(ModalityLabel, common_pb2.ModalityLabel.DESCRIPTOR)
+
+
+def _shares(message: Any) -> dict[ModalityLabel, float]:
+    return dict.fromkeys(ModalityLabel, 0.0) | {_label(item.label): item.share for item in message.shares}
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class ModalityClassification(Brief):
     """How the energy of one input is spread.
@@ -267,7 +283,7 @@ class ModalityClassification(Brief):
         How many features it activates.
     """
 
-    shares: dict[ModalityLabel, float]
+    shares: dict[ModalityLabel, float] = field(metadata=wire(_shares))
     dominant_label: ModalityLabel | None
     top_features: tuple[ActiveFeature, ...]
     active_features: int

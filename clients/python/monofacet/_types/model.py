@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from monofacet._convert import wire
 from monofacet._types.bias import Ablation
 from monofacet._types.brief import Brief
 
@@ -204,7 +205,9 @@ class Model(Brief):
     runtime: Runtime
     limits: Limits
     metrics: dict[str, float]
-    files: dict[str, str]
+    files: dict[str, str] = field(
+        metadata=wire(lambda message: {item.path: item.sha256 for item in message.files})
+    )
     server_version: str
     pipeline: Pipeline | None = None
     is_default: bool = True
