@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from monofacet import _exceptions as exceptions
 from monofacet._inputs import MAX_REQUEST_BYTES, Input, sendable, to_input
-from monofacet._requests import label_value, set_given
+from monofacet._requests import enum_value, label_value, set_given, settings_given
 from monofacet._types import Ablation, AblationMode, AuditSettings, Gender
 from monofacet._types.brief import Brief
 from monofacet.v1 import bias_service_pb2, common_pb2
@@ -59,21 +59,14 @@ def ablation_message(ablation: Ablation) -> bias_service_pb2.Ablation:
     InputError
         If mode or label is unknown, not exactly one selection is made, or it cannot be sent.
     """
-    try:
-        mode = AblationMode(str(ablation.mode).upper())
-    except ValueError as error:
-        raise exceptions.InputError(
-            f"{ablation.mode!r} is no mode: choose from {', '.join(AblationMode)}"
-        ) from error
-    message = bias_service_pb2.Ablation(
-        dictionary=ablation.dictionary,
-        mode=bias_service_pb2.AblationMode.Value(f"ABLATION_MODE_{mode.value}"),
-    )
+    mode = enum_value(AblationMode, bias_service_pb2.AblationMode.DESCRIPTOR, ablation.mode, "mode")
+    message = bias_service_pb2.Ablation(dictionary=ablation.dictionary, mode=mode)
+    leace = mode == bias_service_pb2.ABLATION_MODE_LEACE
     chosen = [
         name for name in ("features", "label", "top_gender_features") if getattr(ablation, name) is not None
     ]
-    if len(chosen) != (0 if mode is AblationMode.LEACE else 1):
-        wanted = "none with LEACE" if mode is AblationMode.LEACE else "exactly one"
+    if len(chosen) != (0 if leace else 1):
+        wanted = "none with LEACE" if leace else "exactly one"
         raise exceptions.InputError(
             f"of features, label and top_gender_features set {wanted}, not {', '.join(chosen) or 'none'}"
         )
@@ -147,10 +140,8 @@ def audit_settings(settings: AuditSettings) -> bias_service_pb2.AuditGenderReque
         on_bad_item=bias_service_pb2.BAD_ITEM_POLICY_SKIP
         if settings.skip_bad_items
         else bias_service_pb2.BAD_ITEM_POLICY_FAIL,
-        truncate_text=settings.truncate_text,
     )
-    numbers = ("bootstrap_samples", "null_sets", "min_group", "seed")
-    set_given(message, {field: getattr(settings, field) for field in numbers})
+    set_given(message, settings_given(settings, "ablations", "skip_bad_items"))
     return bias_service_pb2.AuditGenderRequest(settings=message)
 
 

@@ -167,8 +167,9 @@ def word(hint: type[str], values: EnumDescriptor, optional: bool = False) -> Rea
     callable
         From numbers to members, or to texts. It raises a `ResponseError` for a value that is not known.
     """
-    prefix = values.values_by_number[0].name.removesuffix("UNSPECIFIED")
-    names = {number: value.name.removeprefix(prefix) for number, value in values.values_by_number.items()}
+    names = {
+        number: value.name.removeprefix(prefix(values)) for number, value in values.values_by_number.items()
+    }
     known = hint.__members__ if issubclass(hint, enum.StrEnum) else {name: name for name in names.values()}
     words = {number: known[name] for number, name in names.items() if number and name in known}
     if optional:
@@ -181,6 +182,11 @@ def word(hint: type[str], values: EnumDescriptor, optional: bool = False) -> Rea
         return words[number]
 
     return known_word
+
+
+def prefix(values: EnumDescriptor) -> str:
+    """Return what the contract puts before each name of an enum, such as ``MODALITY_LABEL_``."""
+    return values.values_by_number[0].name.removesuffix("UNSPECIFIED")
 
 
 def array(tensor: common_pb2.Tensor) -> npt.NDArray[Any]:

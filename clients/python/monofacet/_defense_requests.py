@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from monofacet import _exceptions as exceptions
 from monofacet._inputs import sendable
+from monofacet._requests import enum_value
 from monofacet._types import FilterMode
 from monofacet.v1 import common_pb2, defense_service_pb2
 
@@ -49,13 +50,8 @@ def filter_options(
     if keep_residual is not None:
         options.keep_residual = keep_residual
     if mode is not None:
-        try:
-            name = FilterMode(str(mode).upper()).value
-        except ValueError as error:
-            raise exceptions.InputError(
-                f"{mode!r} is no filter mode: choose from {', '.join(FilterMode)}"
-            ) from error
-        options.mode = defense_service_pb2.FilterMode.Value(f"FILTER_MODE_{name}")
+        values = defense_service_pb2.FilterMode.DESCRIPTOR
+        options.mode = enum_value(FilterMode, values, mode, "filter mode")
     return options
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message
 
 from monofacet import _exceptions as exceptions
+from monofacet._convert import prefix
 from monofacet._inputs import Input, sendable, to_input
 from monofacet._types import FeatureQuery, ModalityLabel
 from monofacet.v1 import common_pb2, feature_service_pb2, modality_service_pb2
@@ -261,30 +266,46 @@ def classify_modality(
     )
 
 
-def label_value(label: ModalityLabel | str) -> common_pb2.ModalityLabel.ValueType:
-    """Find the contract's value of a label.
+def label_value(label: ModalityLabel | str) -> Any:
+    """Find the contract's value of a label; see `enum_value`."""
+    return enum_value(ModalityLabel, common_pb2.ModalityLabel.DESCRIPTOR, label, "label")
+
+
+def enum_value(kind: type[enum.StrEnum], values: EnumDescriptor, said: object, what: str) -> Any:
+    """Find the contract's value of a word.
 
     Parameters
     ----------
-    label
-        In any case.
+    kind
+        The words that there are.
+    values
+        Of the contract: the same, with a prefix.
+    said
+        A word in any case.
+    what
+        What the words are, for the error.
 
     Returns
     -------
-    common_pb2.ModalityLabel.ValueType
-        Never UNSPECIFIED.
+    int
+        Never UNSPECIFIED; mypy takes it for a value of any enum.
 
     Raises
     ------
     InputError
-        If there is no such label.
+        If there is no such word.
     """
     try:
-        return common_pb2.ModalityLabel.Value(f"MODALITY_LABEL_{ModalityLabel(str(label).upper()).value}")
+        word = kind(str(said).upper())
     except ValueError as error:
-        raise exceptions.InputError(
-            f"{label!r} is no label: choose from {', '.join(ModalityLabel)}"
-        ) from error
+        raise exceptions.InputError(f"{said!r} is no {what}: choose from {', '.join(kind)}") from error
+    return values.values_by_name[prefix(values) + word].number
+
+
+def settings_given(settings: Any, *others: str) -> dict[str, object]:
+    """Return the settings of a dataclass by the names of their fields, without `others`; for `set_given`."""
+    names = [field.name for field in dataclasses.fields(settings) if field.name not in others]
+    return {name: getattr(settings, name) for name in names}
 
 
 def set_given(message: Message, values: Mapping[str, object]) -> None:

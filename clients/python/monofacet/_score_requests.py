@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from monofacet import _exceptions as exceptions
 from monofacet._inputs import MAX_REQUEST_BYTES, Pair, image_bytes, sendable
-from monofacet._requests import set_given
+from monofacet._requests import set_given, settings_given
 from monofacet._types import ScoreSettings
 from monofacet.v1 import common_pb2, modality_service_pb2
 
@@ -28,11 +28,8 @@ def score_settings(settings: ScoreSettings) -> modality_service_pb2.ScoreModalit
     InputError
         If a setting cannot be sent; the message says which.
     """
-    message = modality_service_pb2.ScoreSettings(
-        dictionary=settings.dictionary, truncate_text=settings.truncate_text
-    )
-    numbers = ("delta", "bootstrap_samples", "shuffles", "false_discovery_rate", "seed")
-    set_given(message, {field: getattr(settings, field) for field in numbers})
+    message = modality_service_pb2.ScoreSettings()
+    set_given(message, settings_given(settings))
     return modality_service_pb2.ScoreModalityRequest(settings=message)
 
 
