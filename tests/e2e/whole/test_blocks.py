@@ -23,7 +23,14 @@ from tests.support.service import Service
 from tests.support.waiting import CALL_S
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGES = ("README.md", "docs/http.md", "docs/quickstart.md", "docs/from-feature-to-picture.md")
+PAGES = (
+    "README.md",
+    "docs/install.md",
+    "docs/http.md",
+    "docs/quickstart.md",
+    "docs/from-feature-to-picture.md",
+    "docs/bundles.md",
+)
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # Blocks that are not run here, by page and by how their first line begins, and why.
@@ -31,8 +38,9 @@ NOT_RUN = {
     "README.md": {
         "make demo": "minutes on the embedded bundle, and this suite itself; CI runs both",
         "monofacet serve": "does not return; the service that these tests share stands for it",
-        "make corpus": "fetches the drawings and trains for hours",
     },
+    "docs/install.md": {"make demo": "as the README's"},
+    "docs/bundles.md": {"make corpus": "fetches the drawings and trains for hours"},
     "docs/quickstart.md": {
         "make setup": "installs, and does not return; the environment and the service are there",
         "monofacet bundle build": "minutes; tests/e2e/test_own_bundle.py builds and serves one",
