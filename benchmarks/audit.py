@@ -133,15 +133,15 @@ def main(
     OUT.mkdir(parents=True, exist_ok=True)
     service = start_service(bundle, OUT / "audit.log")
     try:
-        figures = measure(service, count)
+        metrics = measure(service, count)
     finally:
         service.stop()
     table = Table("", "value", title=f"AuditGender, {count} pictures")
-    for name, value in figures.items():
+    for name, value in metrics.items():
         table.add_row(name.replace("_", " "), json.dumps(value))
     Console().print(table)
     document = {"cores": usable_cores(), "load": os.getloadavg()[0],
-                "bundle": Bundle.load(bundle, verify=False).id, **figures}  # fmt: skip
+                "bundle": Bundle.load(bundle, verify=False).id, **metrics}  # fmt: skip
     (OUT / "audit.json").write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -197,11 +197,11 @@ def table(report: dict[str, Any]) -> Table:
         return [f"{value:.4g}", f"{sign} {target:g}", "yes" if good else "NO"]
 
     for name, one in report.get("served", {}).items():
-        for batch, figures in one["in_process"].items():
-            shown.add_row(f"{name} in-process {batch}", *(f"{figures[k]:.1f}" for k in _FIGURES), "", "", "")
-        for load, figures in one["served"].items():
-            row = [f"{figures[k]:.1f}" for k in _FIGURES]
-            shown.add_row(f"{name} served {load}", *row, *met(figures["of_batch_32"], figures["target"]))
+        for batch, metrics in one["in_process"].items():
+            shown.add_row(f"{name} in-process {batch}", *(f"{metrics[k]:.1f}" for k in _FIGURES), "", "", "")
+        for load, metrics in one["served"].items():
+            row = [f"{metrics[k]:.1f}" for k in _FIGURES]
+            shown.add_row(f"{name} served {load}", *row, *met(metrics["of_batch_32"], metrics["target"]))
         extra = one["p50_over_in_process_ms"]
         shown.add_row(
             f"{name} p50 over in-process, ms", "", "", "", "", *met(extra, LATENCY_TARGET_MS, at_least=False)

@@ -350,11 +350,11 @@ def preview_raises() -> dict[str, Any]:
         generator = Generator(settings, model)
 
         async def kinds(preview_every: int) -> list[str]:
-            work = GenerateTask(
+            task = GenerateTask(
                 ImageRequest("a red heart", num_inference_steps=4), (1,), False, preview_every
             )
             events = [
-                e for message in [m async for m in generator.generate(work, 60.0)] for e in message.events
+                e for message in [m async for m in generator.generate(task, 60.0)] for e in message.events
             ]
             return [type(e).__name__ for e in events if isinstance(e, Failed | Finished)]
 

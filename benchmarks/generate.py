@@ -156,7 +156,7 @@ def main(
     def ratio(times: dict[str, list[float]], one: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
 
-    figures = {
+    metrics = {
         "steering / none": ratio(local, "steering", "none"),
         "8 at once / 8 in turn, in-process": ratio(local, "8 at once", "8 in turn"),
         "8 at once / 8 in turn, served": ratio(remote, "8 at once", "8 in turn"),
@@ -173,12 +173,12 @@ def main(
         "no step after the last cancel": quiet,
     }
     table = Table("figure", "measured", "target")
-    for name, value in figures.items():
+    for name, value in metrics.items():
         table.add_row(name, f"{value:.3f}", f"<= {TARGETS[name]}" if name in TARGETS else "")
     for name, fact in facts.items():
         table.add_row(name, str(fact), "")
     console.print(table)
-    document = {"figures": figures, "facts": facts, "targets": TARGETS, "local": local, "remote": remote}
+    document = {"figures": metrics, "facts": facts, "targets": TARGETS, "local": local, "remote": remote}
     (OUT / "generate.json").write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -45,7 +45,7 @@ class Outcome:
     refused: list[float] = field(default_factory=list)
     late: list[float] = field(default_factory=list)
 
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """Return counts, the rate of answers (1/s) and percentiles (ms)."""
         values = np.array(self.latencies or [float("nan")]) * 1e3
         shed = np.array(self.refused or [float("nan")]) * 1e3

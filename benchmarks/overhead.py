@@ -185,10 +185,10 @@ def main(
         def row(
             where: str, kind: str, wall: float, cpu: float | None, target: float | None, n: int = n
         ) -> None:
-            told = "" if target is None else f"<= {target:.0%}"
+            bound = "" if target is None else f"<= {target:.0%}"
             met = "" if target is None else "yes" if (wall if cpu is None else cpu) <= target else "NO"
             table.add_row(
-                f"{n:,}", where, kind, f"{wall:.2%}", "" if cpu is None else f"{cpu:.2%}", told, met
+                f"{n:,}", where, kind, f"{wall:.2%}", "" if cpu is None else f"{cpu:.2%}", bound, met
             )
 
         work = Computation(bundle)

@@ -84,29 +84,29 @@ def main(
         loads = asyncio.run(overload(service.target, seconds, factor))
     finally:
         service.stop()
-    figures = {name: outcome.figures() for name, outcome in loads.items()}
-    over = figures[f"{factor:g} x capacity"]
+    metrics = {name: outcome.metrics() for name, outcome in loads.items()}
+    over = metrics[f"{factor:g} x capacity"]
     refused = over["codes"].get("RESOURCE_EXHAUSTED", 0)
-    bulk = figures["bulk beside singles (calls of 256)"]["answered_per_s"]
+    bulk = metrics["bulk beside singles (calls of 256)"]["answered_per_s"]
     summary = {
-        "capacity_per_s": figures["capacity"]["answered_per_s"],
-        "answered_share_of_capacity": over["answered_per_s"] / figures["capacity"]["answered_per_s"],
+        "capacity_per_s": metrics["capacity"]["answered_per_s"],
+        "answered_share_of_capacity": over["answered_per_s"] / metrics["capacity"]["answered_per_s"],
         "neither_answered_nor_shed": over["calls"] - over["codes"].get("OK", 0) - refused,
         "shed_without_retry_info": refused - over["refused_with_retry_info"],
-        "p99_over_tenth": over["p99_ms"] / figures["a tenth of capacity"]["p99_ms"],
-        "p99_over_half": over["p99_ms"] / figures["half of capacity"]["p99_ms"],
-        "p99_over_capacity": over["p99_ms"] / figures["capacity"]["p99_ms"],
-        "p99_after_over_before": figures["half, after overload"]["p99_ms"]
-        / figures["half of capacity"]["p99_ms"],
-        "singles_p95_beside_bulk_over_alone": figures["singles beside bulk"]["p95_ms"]
-        / figures["singles alone"]["p95_ms"],
-        "bulk_kept_beside_singles": bulk / figures["bulk alone (calls of 256)"]["answered_per_s"],
+        "p99_over_tenth": over["p99_ms"] / metrics["a tenth of capacity"]["p99_ms"],
+        "p99_over_half": over["p99_ms"] / metrics["half of capacity"]["p99_ms"],
+        "p99_over_capacity": over["p99_ms"] / metrics["capacity"]["p99_ms"],
+        "p99_after_over_before": metrics["half, after overload"]["p99_ms"]
+        / metrics["half of capacity"]["p99_ms"],
+        "singles_p95_beside_bulk_over_alone": metrics["singles beside bulk"]["p95_ms"]
+        / metrics["singles alone"]["p95_ms"],
+        "bulk_kept_beside_singles": bulk / metrics["bulk alone (calls of 256)"]["answered_per_s"],
     }
-    (OUT / "overload.json").write_text(json.dumps({"loads": figures, "summary": summary}, indent=1) + "\n")
+    (OUT / "overload.json").write_text(json.dumps({"loads": metrics, "summary": summary}, indent=1) + "\n")
     table = Table(
         "load", "calls", "answered/s", "p50 ms", "p95 ms", "p99 ms", "late ms", "codes", "RetryInfo"
     )
-    for name, row in figures.items():
+    for name, row in metrics.items():
         codes = ", ".join(f"{code} {count}" for code, count in row["codes"].items())
         numbers = [row["calls"], row["answered_per_s"], row["p50_ms"], row["p95_ms"], row["p99_ms"]]
         numbers.append(row["begun_late_p99_ms"])

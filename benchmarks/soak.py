@@ -122,13 +122,13 @@ def main(
         for name in ("", IMAGING):
             serving_s(service.target, name, time.time())
         samples, counts = asyncio.run(soak(service, minutes * 60, max(2.0, minutes * 60 / 120)))
-        told = names(service)
+        named = names(service)
     finally:
         service.stop()
     longest = max(map(len, samples.values()))
     # One that came or went meanwhile is a helper of Ray's: it is listed, and its growth says nothing.
     whole = {
-        told[pid]: values for pid, values in samples.items() if len(values) >= longest - 1 and pid in told
+        named[pid]: values for pid, values in samples.items() if len(values) >= longest - 1 and pid in named
     }
     grown = {name: growth(values) for name, values in whole.items()}
     failed = {key: n for key, n in counts.items() if key.startswith("FAILED")}
@@ -137,7 +137,7 @@ def main(
         "calls": dict(counts),
         "growth": grown,
         "megabytes": {name: {"first": values[0], "last": values[-1]} for name, values in whole.items()},
-        "short_lived": sorted(told.get(pid, str(pid)) for pid in samples if told.get(pid) not in whole),
+        "short_lived": sorted(named.get(pid, str(pid)) for pid in samples if named.get(pid) not in whole),
     }
     (OUT / "soak.json").write_text(json.dumps(report, indent=1) + "\n")
     table = Table("process", "MiB first", "MiB last", "growth after warm-up", "met")

@@ -164,8 +164,8 @@ def beside_other_work(bundle: Path, times: int) -> dict[str, Any]:
                     code = service.stop()
             except RuntimeError as error:
                 wrong = str(error).strip().splitlines()[-1]
-            told = [line for line in log.read_text().splitlines() if line.startswith("monofacet: ")]
-            again = sum("starting again" in line for line in told)
+            lines = [line for line in log.read_text().splitlines() if line.startswith("monofacet: ")]
+            again = sum("starting again" in line for line in lines)
             runs.append({"s": seconds, "started_again": again, "exit_code": code, "wrong": wrong})
             print(f"start {attempt + 1} of {times}: {runs[-1]}", flush=True)
     return {"loops": loops, "cores": len(os.sched_getaffinity(0)), "runs": runs}
@@ -200,7 +200,7 @@ def main(
     def median(of: Any) -> float:
         return statistics.median(map(of, runs))
 
-    figures = {
+    metrics = {
         **{f"to {name}, s": median(lambda run, n=name: run["times"][n]) for name in last["times"]},
         "CPU to generating, s" if generates else "CPU to serving, s": median(
             lambda run: sum(run["cpu"].values())
@@ -216,7 +216,7 @@ def main(
     }
     console = Console()
     table = Table("figure", "median", "target")
-    for name, value in figures.items():
+    for name, value in metrics.items():
         table.add_row(name, f"{value:.1f}", f"<= {targets[name]:g}" if name in targets else "")
     console.print(table)
     table = Table("s", "phase (of the last start)")
@@ -229,7 +229,7 @@ def main(
     console.print(table)
     document = {
         "bundle": loaded.id,
-        "figures": figures,
+        "figures": metrics,
         "targets": targets,
         "cores": usable_cores(),
         "runs": runs,

@@ -75,7 +75,7 @@ RIDGE = 1e-2
 
 
 @dataclass(frozen=True)
-class Pair:
+class SteeringPair:
     """A drawing to steer and a reference: corpus rows, captions, and the features that each group's edit moves."""
 
     base: int
@@ -129,10 +129,12 @@ class Directions:
         rows = embeddings.rows[index]
         self.concept = corpus.columns["concept"][rows]
         self.raw = embeddings.images[index] * embeddings.image_norm[index, None]
-        told = descriptors(corpus.plain[rows])
-        self.mean, self.std = told.mean(0), told.std(0)
+        low_level = descriptors(corpus.plain[rows])
+        self.mean, self.std = low_level.mean(0), low_level.std(0)
         _, group = np.unique(self.concept, return_inverse=True)
-        x, y = (within(values, group) for values in ((told - self.mean) / self.std, self.raw @ whitening))
+        x, y = (
+            within(values, group) for values in ((low_level - self.mean) / self.std, self.raw @ whitening)
+        )
         gram = x.T @ x
         gram += RIDGE * gram.diagonal().mean() * np.eye(len(gram))
         self.slope = np.linalg.solve(gram, x.T @ y) @ np.linalg.inv(whitening.astype(np.float64))
@@ -177,17 +179,17 @@ class PairMaker:
         self.members = {name: np.flatnonzero(labels == Label[name].value) for name in LABELS}
         self.alive = np.flatnonzero(labels != Label.DEAD.value)
 
-    def source(self, pair: Pair) -> Embedding:
+    def source(self, pair: SteeringPair) -> Embedding:
         """Return the embedding of a pair's base."""
         return self.imaging.embed_image(png(self.corpus.plain[pair.base]))
 
-    def operation(self, group: str, pair: Pair) -> Operation:
+    def operation(self, group: str, pair: SteeringPair) -> Operation:
         """Return where a group's features get their values from."""
         if group == "TEXT":
             return FromReference(text=pair.reference_caption)
         return FromReference(image=png(self.corpus.plain[pair.reference]))
 
-    def steered(self, group: str, pair: Pair, dose: float) -> Steered:
+    def steered(self, group: str, pair: SteeringPair, dose: float) -> Steered:
         """Return what a group does to the base's embedding, at a dose or as near to it as the reference allows."""
         source = self.source(pair)
         z = activations(self.coder, source)
@@ -214,10 +216,10 @@ class PairMaker:
 
     def make(
         self, base: int, reference: int, count: int, largest: float, rng: np.random.Generator
-    ) -> Pair | None:
+    ) -> SteeringPair | None:
         """Return a pair, or None where some group cannot move the picture so far."""
         captions = self.corpus.columns["caption"]
-        bare = Pair(base, reference, str(captions[base]), str(captions[reference]), {})
+        bare = SteeringPair(base, reference, str(captions[base]), str(captions[reference]), {})
         z = activations(self.coder, self.source(bare))
         targets = {
             "TEXT": self.imaging.embed_text(bare.reference_caption),
@@ -237,7 +239,7 @@ class PairMaker:
         }
         differing = self.alive[change["IMAGE"][self.alive] > 0]
         features["random"] = rng.permutation(differing)[:k]
-        pair = Pair(
+        pair = SteeringPair(
             base, reference, bare.caption, bare.reference_caption,
             {name: tuple(int(i) for i in ids) for name, ids in features.items()},
         )  # fmt: skip
@@ -251,11 +253,11 @@ class PairMaker:
 
     def draw(
         self, wanted: int, count: int, largest: float, seed: int, tries: int = 60
-    ) -> tuple[list[Pair], int]:
+    ) -> tuple[list[SteeringPair], int]:
         """Return pairs of validation drawings of different concepts, and how many were tried for them."""
         rng = np.random.default_rng(seed)
         rows, concept = self.corpus.rows("validation"), self.corpus.columns["concept"]
-        pairs: list[Pair] = []
+        pairs: list[SteeringPair] = []
         tried = 0
         while len(pairs) < wanted and tried < tries * wanted:
             base, reference = rng.choice(rows, 2, replace=False)
@@ -273,18 +275,18 @@ def measure(
     corpus: Corpus,
     base: np.ndarray,
     made: np.ndarray,
-    pairs: list[Pair],
+    pairs: list[SteeringPair],
 ) -> Changes:
     """Return how far pictures went from `base`, both uint8 [n, H, W, 3], in shares of the way to the reference."""
     own, other = (judge.texts([getattr(p, name) for p in pairs]) for name in ("caption", "reference_caption"))
     references = corpus.plain[[p.reference for p in pairs]]
-    lean = [(judge.images(grey(some)) * (other - own)).sum(1) for some in (base, made, references)]
-    told = [directions.standard(some) for some in (base, made, references)]
-    way = told[2] - told[0]
+    semantic = [(judge.images(grey(some)) * (other - own)).sum(1) for some in (base, made, references)]
+    low_level = [directions.standard(some) for some in (base, made, references)]
+    way = low_level[2] - low_level[0]
     return {
         # The way between two drawings may be short: the mean way is the unit, so that no pair outweighs all others.
-        "semantic": (lean[1] - lean[0]) / np.mean(lean[2] - lean[0]),
-        "low-level": ((told[1] - told[0]) * way).sum(1)
+        "semantic": (semantic[1] - semantic[0]) / np.mean(semantic[2] - semantic[0]),
+        "low-level": ((low_level[1] - low_level[0]) * way).sum(1)
         / np.linalg.norm(way, axis=1)
         / np.mean(np.linalg.norm(way, axis=1)),
     }
@@ -316,7 +318,7 @@ def main(
     space = feature_space(loaded, name, lambda modality: coder.decoder_rows(modality).numpy())
     data, critic = Corpus.load(corpus), Judge(judge)
     out.mkdir(parents=True, exist_ok=True)
-    told = reader_pairs(imaging, loaded, known, data, out / "steering-pairs", seed)
+    reader = reader_pairs(imaging, loaded, known, data, out / "steering-pairs", seed)
     directions = Directions(data, EmbeddingSet.load(embeddings), known.whitening)
     sizes = [float(dose) for dose in doses.split(",")]
     maker = PairMaker(imaging, coder, space, data, directions)
@@ -367,7 +369,7 @@ def main(
         },
         "interaction_dose": last,
         "dose_response": {g: dose_response(found[g]) for g in GROUPS},
-        "reader": told,
+        "reader": reader,
         "minutes": (time.monotonic() - started) / 60,
     }
     (out / "steering.json").write_text(json.dumps(result, indent=1) + "\n")

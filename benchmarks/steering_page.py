@@ -69,8 +69,8 @@ def attributes(config: dict[str, Any] | None) -> list[str]:
             )
     left_out = config["evidence"].get("left_out", {})
     if left_out:
-        told = (f"{name} (hit {v['hit']:.0%}, kept {v['kept']:.0%})" for name, v in left_out.items())
-        lines += ["", f"Left out by the choosing half: {', '.join(told)}."]
+        left = (f"{name} (hit {v['hit']:.0%}, kept {v['kept']:.0%})" for name, v in left_out.items())
+        lines += ["", f"Left out by the choosing half: {', '.join(left)}."]
     return lines
 
 

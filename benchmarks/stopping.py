@@ -161,8 +161,8 @@ def main(
     document = {"bundle": Bundle.load(bundle, verify=False).id, **report}
     (OUT / "stopping.json").write_text(json.dumps(document, indent=1) + "\n")
     table = Table("signal", "figure", "value")
-    for name, figures in report.items():
-        for key, value in figures.items():
+    for name, metrics in report.items():
+        for key, value in metrics.items():
             table.add_row(name, key.replace("_", " "), str(value))
     Console().print(table)
 

@@ -78,9 +78,9 @@ async def rate_batched(encoder: Encoder, seconds: float) -> float:
     async def caller(number: int) -> None:
         nonlocal finished
         # Bytes make it an image; what they say is its number.
-        work = EncodeTask((str(number).encode(),))
+        task = EncodeTask((str(number).encode(),))
         while time.perf_counter() - began < seconds:
-            (answer,) = (await encoder.encode([work], [None])).answers
+            (answer,) = (await encoder.encode([task], [None])).answers
             if isinstance(answer, Exception):
                 raise answer
             finished += 1

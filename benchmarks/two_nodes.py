@@ -49,7 +49,7 @@ class Calls:
     causes: list[list[str]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
-    def figures(self, start: float, end: float) -> dict[str, float]:
+    def metrics(self, start: float, end: float) -> dict[str, float]:
         """Return rate (1/s) and latencies (ms) of the calls that ended between two times (s)."""
         ended = np.array(self.ended)
         chosen = (ended >= start) & (ended < end)
@@ -191,9 +191,9 @@ async def measured(
         "causes": dict(Counter(cause for causes in retried for cause in causes)),
         "failed": len(calls.errors),
         "errors": dict(Counter(calls.errors)),
-        "before": calls.figures(start + 2.0, killed_at),
-        "after": calls.figures(killed_at, start + before_s + after_s),
-        "last_10_s": calls.figures(start + before_s + after_s - 10.0, start + before_s + after_s),
+        "before": calls.metrics(start + 2.0, killed_at),
+        "after": calls.metrics(killed_at, start + before_s + after_s),
+        "last_10_s": calls.metrics(start + before_s + after_s - 10.0, start + before_s + after_s),
         "longest_call_after_ms": max(
             (e - b) * 1e3 for b, e in zip(calls.began, calls.ended, strict=True) if e > killed_at
         ),

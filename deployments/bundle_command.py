@@ -143,8 +143,8 @@ def _dictionaries(found: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     for d in found["dictionaries"]:
         mark = " *" if d["name"] == found["default_dictionary"] else ""
-        figures = [f"{d['figures'][key]:.3g}" if key in d["figures"] else "" for key in shown]
-        table.add_row(escape(d["name"]) + mark, f"{d['n_features']:,}", f"{d['bytes'] / 1e6:,.1f}", *figures)
+        metrics = [f"{d['figures'][key]:.3g}" if key in d["figures"] else "" for key in shown]
+        table.add_row(escape(d["name"]) + mark, f"{d['n_features']:,}", f"{d['bytes'] / 1e6:,.1f}", *metrics)
     return table
 
 

@@ -8,4 +8,4 @@ Check = Callable[[], None]
 
 
 def nothing() -> None:
-    """Go on."""
+    """Never end the computation."""

@@ -32,7 +32,7 @@ def summary(
     ours = next((name for name in visits if name.startswith(OURS)), None)
     for scenario in scenarios:
         runs = {name: [visit[scenario.name] for visit in rounds] for name, rounds in visits.items()}
-        entry: dict[str, Any] = {name: figures(several) for name, several in runs.items()}
+        entry: dict[str, Any] = {name: metrics(several) for name, several in runs.items()}
         peers = [name for name in runs if name != ours]
         if ours is not None and peers:
             count = min(len(several) for several in runs.values())
@@ -54,7 +54,7 @@ def summary(
     return found
 
 
-def figures(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def metrics(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the medians of some runs of one load."""
     together = np.array([latency for run in runs for latency in run["latencies"]]) * 1e3
     return {

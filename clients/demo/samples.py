@@ -65,9 +65,11 @@ def load_attacked(bundle: Path, samples: list[Sample]) -> AttackedSample | None:
     path = bundle / "samples" / "attacked.json"
     if not path.exists():
         return None
-    told = _read(path)
-    sample = next(s for s in samples if s.name == Path(told["sample"]).name)
-    return AttackedSample(sample, (bundle / told["path"]).read_bytes(), told["target"], told["levels"])
+    document = _read(path)
+    sample = next(s for s in samples if s.name == Path(document["sample"]).name)
+    return AttackedSample(
+        sample, (bundle / document["path"]).read_bytes(), document["target"], document["levels"]
+    )
 
 
 def _read(path: Path) -> Any:

@@ -36,13 +36,13 @@ class Service:
 
     def __init__(self, process: subprocess.Popen[bytes], target: str) -> None:
         self._process, self.target = process, target
-        self._told = False
+        self._asked = False
 
     def stop(self) -> None:
         """Ask it once to drain and end, without waiting for that."""
-        if not self._told and self._process.poll() is None:
+        if not self._asked and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
-        self._told = True
+        self._asked = True
 
 
 @contextmanager
@@ -87,31 +87,31 @@ def running_service(bundle: Path, log: Path, console: Console) -> Iterator[Servi
             process.kill()
             code = process.wait()
     if code:
-        raise ServiceError(f"the service ended with exit code {code}; {_told(log)}")
+        raise ServiceError(f"the service ended with exit code {code}; {_last_lines(log)}")
     console.print("the service stopped cleanly")
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path, console: Console) -> str:
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     while (now := time.monotonic()) < began + START_LIMIT_S:
         # First whether it lives: what it said last is then in the log.
         ended = process.poll() is not None
         if found := READY.search(_read(log)):
             return found[1]
         if ended:
-            raise ServiceError(f"the service ended with exit code {process.returncode}; {_told(log)}")
-        if now > told + TELL_S:
-            told = now
-            console.print(f"  still starting after {now - began:.0f} s; {_told(log, 1)}")
+            raise ServiceError(f"the service ended with exit code {process.returncode}; {_last_lines(log)}")
+        if now > reported + TELL_S:
+            reported = now
+            console.print(f"  still starting after {now - began:.0f} s; {_last_lines(log, 1)}")
         time.sleep(0.1)
-    raise ServiceError(f"the service was not ready after {START_LIMIT_S} s; {_told(log)}")
+    raise ServiceError(f"the service was not ready after {START_LIMIT_S} s; {_last_lines(log)}")
 
 
 def _read(log: Path) -> str:
     return log.read_text(encoding="utf-8", errors="replace")
 
 
-def _told(log: Path, lines: int = 10) -> str:
+def _last_lines(log: Path, lines: int = 10) -> str:
     """Return the last lines of the log, and where the rest is."""
     last = "\n".join(_read(log).splitlines()[-lines:])
     return f"{log} ends with:\n{last}" if last else f"{log} is empty"

@@ -88,7 +88,7 @@ class ModelHandle:
         self._left = True
         self._hung = False
         self._counted = False
-        self._told = True
+        self._reported = True
         self._calls: dict[object, float] = {}
         self._answered = time.monotonic()
 
@@ -278,8 +278,8 @@ class ModelHandle:
             await asyncio.sleep(_AGAIN_WHEN_FAULTY_S)
 
     async def _tell(self) -> None:
-        if self.alive is not self._told and self._changed is not None:
-            self._told = self.alive
+        if self.alive is not self._reported and self._changed is not None:
+            self._reported = self.alive
             await self._changed(self.alive)
 
 
@@ -348,7 +348,7 @@ class BundleModels:
         return handles
 
     def backend(self, info: EncoderInfo) -> Backend:
-        """Return how to call them."""
+        """Return the functions by which the gateway calls them."""
         generate = None if self._generator is None else self._generate
         return Backend(self._encode, self._score, info, generate)
 
@@ -365,20 +365,20 @@ class BundleModels:
         await self._server.generate(info, self.bundle.name)
         log.info("generating")
 
-    async def _encode(self, works: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
-        # Of the work that may wait longest; each of the others ends with its own call.
+    async def _encode(self, tasks: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
+        # Of the task that may wait longest; each of the others ends with its own call.
         known = [s for s in remaining_s if s is not None]
         longest = max(known) if len(known) == len(remaining_s) else None
-        reply: Reply = await self._encoder.call("encode", works, remaining_s, remaining_s=longest)
+        reply: Reply = await self._encoder.call("encode", tasks, remaining_s, remaining_s=longest)
         return reply
 
     async def _generate(
-        self, method: str, work: GenerateTask, remaining_s: float | None
+        self, method: str, task: GenerateTask, remaining_s: float | None
     ) -> AsyncIterator[Events]:
         if self._generator is None:
             raise EncoderUnavailable("no images are made here")
         async with aclosing(
-            self._generator.stream(method, work, remaining_s, remaining_s=remaining_s)
+            self._generator.stream(method, task, remaining_s, remaining_s=remaining_s)
         ) as messages:
             async for message in messages:
                 yield message

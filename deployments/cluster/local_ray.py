@@ -43,7 +43,7 @@ def make_private(environment: MutableMapping[str, str]) -> list[str]:
 
 
 def start_ray(directory: Path, object_store_bytes: int) -> None:
-    """Start it on loopback, without a dashboard.
+    """Start Ray on loopback, without a dashboard.
 
     Parameters
     ----------

@@ -71,11 +71,11 @@ class EncoderReplica:
             log.exception("the encoder cannot be started")
             self._fault = EncoderFault(f"{type(error).__name__}: {error}".splitlines()[0])
 
-    async def encode(self, works: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
+    async def encode(self, tasks: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
         """See `deployments.encoder.encoder.Encoder.encode`; raises ReplicaFaulty without one."""
         if self._encoder is None:
             raise ReplicaFaulty
-        reply: Reply = await self._encoder.encode(works, remaining_s)
+        reply: Reply = await self._encoder.encode(tasks, remaining_s)
         return reply
 
     async def score(self, request: ScoreRequest) -> ModalityTable | InvalidInput:
@@ -163,7 +163,7 @@ class GeneratorReplica:
             log.exception("the generator cannot be started")
             return EncoderFault(f"{type(error).__name__}: {error}".splitlines()[0])
 
-    async def generate(self, work: GenerateTask, remaining_s: float | None) -> AsyncIterator[Events]:
+    async def generate(self, task: GenerateTask, remaining_s: float | None) -> AsyncIterator[Events]:
         """See `deployments.generator.generator.Generator.generate`; what it raises comes as a last event."""
         began = time.monotonic()
         loaded = await asyncio.wrap_future(self._loading)
@@ -172,7 +172,7 @@ class GeneratorReplica:
             return
         left = None if remaining_s is None else remaining_s - (time.monotonic() - began)
         try:
-            async with aclosing(loaded[0].generate(work, left)) as messages:
+            async with aclosing(loaded[0].generate(task, left)) as messages:
                 async for message in messages:
                     yield message
         except (QueueFull, BatcherClosed) as error:

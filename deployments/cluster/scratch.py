@@ -58,7 +58,7 @@ class Scratch:
 
     @classmethod
     def make(cls, environment: Mapping[str, str]) -> Scratch:
-        """Make it in the first place that will do.
+        """Make the folder in the first place that will do.
 
         Raises
         ------

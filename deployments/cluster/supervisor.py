@@ -70,14 +70,14 @@ class Signals:
         return []
 
     def ignore(self) -> None:
-        """Take no more: the process is about to end."""
+        """Ignore signals from here on: the process is about to end."""
         signal.set_wakeup_fd(-1)
         for number in self.stopping:
             signal.signal(number, signal.SIG_IGN)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    """Leave it to the wakeup descriptor."""
+    """Do nothing: the wakeup descriptor has the number of the signal."""
 
 
 class Link:
@@ -235,7 +235,7 @@ class _Child:
 
 
 def _run(run: Callable[[Link], int], end: socket.socket, alone: Callable[[], None]) -> None:
-    """Be the child; never returns."""
+    """Run the server, in the child process; never returns."""
     code = 1
     try:
         # Out of the terminal's reach: its Ctrl-C and its end go to the process that watches, and so do signals that

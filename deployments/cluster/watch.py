@@ -47,7 +47,7 @@ class Replicas(Protocol):
 
 @dataclass
 class _Replica:
-    """What is known of one.
+    """What is known of one replica.
 
     Attributes
     ----------
@@ -247,8 +247,8 @@ class RayReplicas:
         """See `Replicas`."""
         actor = await asyncio.to_thread(self._actor, name)
         # Serve's own name for asking a replica of ours something without a call.
-        told: dict[str, Any] = await actor.record_routing_stats.remote()
-        return Pulse(**told)
+        stats: dict[str, Any] = await actor.record_routing_stats.remote()
+        return Pulse(**stats)
 
     def end(self, name: str) -> None:
         """See `Replicas`."""

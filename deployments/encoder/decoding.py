@@ -76,9 +76,9 @@ Decoded = Prepared | InvalidInput | Failed
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """One item of a work, on its way to be decoded."""
+    """One item of a task, on its way to be decoded."""
 
-    work: EncodeTask
+    task: EncodeTask
     index: int
     check: Check
     picture: Picture | None = None
@@ -104,10 +104,10 @@ class _Lane:
         )
 
     async def __call__(
-        self, items: Sequence[_Item], deadline: float | None, work: EncodeTask
+        self, items: Sequence[_Item], deadline: float | None, task: EncodeTask
     ) -> Sequence[Decoded | _Item]:
         outcome = await self._batcher.submit(
-            items, deadline=deadline, request=work.stream or None, caller=work.caller
+            items, deadline=deadline, request=task.stream or None, caller=task.caller
         )
         return outcome.results
 
@@ -123,7 +123,7 @@ class _Lane:
 
 
 class Decoding:
-    """Decodes the items of many callers; works of all messages share the threads item by item.
+    """Decodes the items of many callers; tasks of all messages share the threads item by item.
 
     Parameters
     ----------
@@ -142,24 +142,24 @@ class Decoding:
         self._costly = _Lane("costly", max(1, threads // 2), 1, settings, self._decode)
 
     async def __call__(
-        self, works: Sequence[EncodeTask], deadlines: Sequence[float | None]
+        self, tasks: Sequence[EncodeTask], deadlines: Sequence[float | None]
     ) -> list[Sequence[Decoded]]:
-        """Decode every item of every work.
+        """Decode every item of every task.
 
-        A work of several that has a costly picture is not decoded but answered with TravelsAlone: the others, which
+        A task of several that has a costly picture is not decoded but answered with TravelsAlone: the others, which
         are answered together with it, would wait for it.
 
         Parameters
         ----------
-        works
+        tasks
             Of one message.
         deadlines
             Of each, by the event loop's clock; None for none.
         """
-        alone = len(works) == 1
+        alone = len(tasks) == 1
         return list(
             await asyncio.gather(
-                *(self._one(work, deadline, alone) for work, deadline in zip(works, deadlines, strict=True))
+                *(self._one(task, deadline, alone) for task, deadline in zip(tasks, deadlines, strict=True))
             )
         )
 
@@ -168,17 +168,17 @@ class Decoding:
         for lane in (self._texts, self._pictures, self._costly):
             await lane.close()
 
-    async def _one(self, work: EncodeTask, deadline: float | None, alone: bool) -> Sequence[Decoded]:
+    async def _one(self, task: EncodeTask, deadline: float | None, alone: bool) -> Sequence[Decoded]:
         gone = threading.Event()
         # The event loop may have another clock than the threads.
         ends = None if deadline is None else time.monotonic() + deadline - asyncio.get_running_loop().time()
         check = partial(_check, gone, ends)
-        items = [_Item(work, index, check) for index in range(len(work.items))]
-        texts = [item for item in items if isinstance(work.items[item.index], str)]
-        pictures = [item for item in items if not isinstance(work.items[item.index], str)]
+        items = [_Item(task, index, check) for index in range(len(task.items))]
+        texts = [item for item in items if isinstance(task.items[item.index], str)]
+        pictures = [item for item in items if not isinstance(task.items[item.index], str)]
         try:
             parts = await asyncio.gather(
-                self._texts(texts, deadline, work), self._pictures(pictures, deadline, work)
+                self._texts(texts, deadline, task), self._pictures(pictures, deadline, task)
             )
             decoded: dict[int, Decoded] = {}
             costly: list[_Item] = []
@@ -189,7 +189,7 @@ class Decoding:
                     decoded[item.index] = result
             if costly and not alone:
                 return [TravelsAlone()]
-            for item, result in zip(costly, await self._costly(costly, deadline, work), strict=True):
+            for item, result in zip(costly, await self._costly(costly, deadline, task), strict=True):
                 assert not isinstance(result, _Item)
                 decoded[item.index] = result
             return [decoded[index] for index in range(len(items))]
@@ -203,21 +203,21 @@ class Decoding:
             gone.set()
 
     def _tokenize(self, item: _Item) -> Decoded:
-        text = item.work.items[item.index]
+        text = item.task.items[item.index]
         assert isinstance(text, str)
         return _attempt(
-            item, ".text", lambda: _prepared(item, self._model.tokenize(text, item.work.truncate_text))
+            item, ".text", lambda: _prepared(item, self._model.tokenize(text, item.task.truncate_text))
         )
 
     def _open(self, item: _Item) -> Decoded | _Item:
         """Decode a picture, or return it opened where it is costly."""
-        data = item.work.items[item.index]
+        data = item.task.items[item.index]
         assert isinstance(data, bytes)
 
         def run() -> Decoded | _Item:
             picture = self._model.open(data)
             if picture.seconds > COSTLY_S:
-                return _Item(item.work, item.index, item.check, picture)
+                return _Item(item.task, item.index, item.check, picture)
             return _prepared(item, self._model.decode(picture, item.check))
 
         return _attempt(item, ".image.data", run)
@@ -234,10 +234,10 @@ def _check(gone: threading.Event, ends: float | None) -> None:
 
 
 def _prepared(item: _Item, array: NDArray[Any]) -> Prepared:
-    work = item.work
-    is_text = isinstance(work.items[item.index], str)
+    task = item.task
+    is_text = isinstance(task.items[item.index], str)
     modality = Modality.TEXT if is_text else Modality.IMAGE
-    return Prepared(modality, array, work.dictionary, work.max_features, 0 if is_text else work.passes)
+    return Prepared(modality, array, task.dictionary, task.max_features, 0 if is_text else task.passes)
 
 
 def _attempt(item: _Item, field: str, run: Callable[[], Result]) -> Result | Failed | InvalidInput:

@@ -1,6 +1,6 @@
 """The encoder: towers and dictionaries behind the greedy batcher.
 
-A message from a gateway holds the work of many callers. Images are decoded in threads beside the model;
+A message from a gateway holds the tasks of many callers. Images are decoded in threads beside the model;
 what survives is queued item by item; each forward takes a batch from the queue, whoever the callers are.
 """
 
@@ -129,7 +129,7 @@ def group_numbers(names: Sequence[str]) -> NDArray[np.int64] | None:
 
 
 class Encoder:
-    """Encodes messages of work; one per replica.
+    """Encodes messages of tasks; one per replica.
 
     Parameters
     ----------
@@ -172,32 +172,32 @@ class Encoder:
         """Describe the towers and what they run on."""
         return self._model.info()
 
-    async def encode(self, works: Sequence[EncodeTask], remaining_s: Sequence[float | None]) -> Reply:
+    async def encode(self, tasks: Sequence[EncodeTask], remaining_s: Sequence[float | None]) -> Reply:
         """Answer one message.
 
         Parameters
         ----------
-        works
-            The work of one or more callers; each succeeds or fails by itself.
+        tasks
+            The tasks of one or more callers; each succeeds or fails by itself.
         remaining_s
-            Seconds until each work's deadline, None for none. Durations, not times: the clocks of two
+            Seconds until each task's deadline, None for none. Durations, not times: the clocks of two
             machines differ.
         """
         with self._busy():
-            return await self._encode(works, remaining_s)
+            return await self._encode(tasks, remaining_s)
 
-    async def _encode(self, works: Sequence[EncodeTask], remaining_s: Sequence[float | None]) -> Reply:
+    async def _encode(self, tasks: Sequence[EncodeTask], remaining_s: Sequence[float | None]) -> Reply:
         now = asyncio.get_running_loop().time()
         deadlines = [None if s is None else now + s for s in remaining_s]
         started = time.perf_counter()
         # All of a message is decoded before any of it is queued. Otherwise a model that is faster than the
         # decoders would run every item alone, at several times the cost of a batch.
-        prepared = await self._decoding(works, deadlines)
+        prepared = await self._decoding(tasks, deadlines)
         decode_s = time.perf_counter() - started
         answers = await asyncio.gather(
             *(
-                self._answer(items, deadline, decode_s, work)
-                for items, deadline, work in zip(prepared, deadlines, works, strict=True)
+                self._answer(items, deadline, decode_s, task)
+                for items, deadline, task in zip(prepared, deadlines, tasks, strict=True)
             ),
         )
         records, self._records = tuple(self._records), []
@@ -311,14 +311,14 @@ class Encoder:
                 self._idle.set()
 
     async def _answer(
-        self, items: Sequence[Decoded], deadline: float | None, decode_s: float, work: EncodeTask
+        self, items: Sequence[Decoded], deadline: float | None, decode_s: float, task: EncodeTask
     ) -> Encoded | Exception:
-        """Run the items of one work; unless each is for itself, nothing runs if one is bad."""
+        """Run the items of one task; unless each is for itself, nothing runs if one is bad."""
         bad = {i: item for i, item in enumerate(items) if isinstance(item, InvalidInput)}
         failed = next((item for item in items if isinstance(item, Failed)), None)
         if failed is not None:
             return failed
-        if bad and not work.each:
+        if bad and not task.each:
             return InvalidInput.gather(list(bad.values()))
         good = [item for item in items if isinstance(item, Prepared)]
         if not good:
@@ -326,7 +326,7 @@ class Encoder:
             return Encoded(nothing.reshape(0, 0), nothing, inference_s=decode_s, failed=bad)
         try:
             outcome = await self._batcher.submit(
-                good, deadline=deadline, request=work.stream or None, caller=work.caller
+                good, deadline=deadline, request=task.stream or None, caller=task.caller
             )
         except (QueueFull, DeadlineExpired, BatcherClosed) as error:
             return error

@@ -1,4 +1,4 @@
-"""Attributes of a bundle in the contract's words."""
+"""Attributes of a bundle as messages of the contract."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The gateway's side of the encoder: what waits together travels together.
+"""The gateway's side of the encoder: what waits at the same time is sent in one message.
 
 A message to another process costs 2-3 ms of CPU whatever it holds. While one is on its way, small requests
 gather here and become the next one. Large requests travel alone, so they cannot hold back small ones. This
-queue is where most waiting happens, so it is where abandoned and expired work is dropped for free.
+queue is where most waiting happens, so it is where abandoned and expired tasks are dropped for free.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _STREAM_RETRY_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    work: EncodeTask
+    task: EncodeTask
     deadline: float | None
 
 
 class EncoderClient:
-    """Sends work to the encoder and observes what it reports.
+    """Sends tasks to the encoder and observes what it reports.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ class EncoderClient:
             # The backlog is the bound.
             max_queued=2 * self._settings.max_queued_items,
             concurrency=self._settings.messages_in_flight,
-            weigh=lambda waiting: len(waiting.work.items),
+            weigh=lambda waiting: len(waiting.task.items),
             cancel_abandoned=True,
         )
 
@@ -113,12 +113,12 @@ class EncoderClient:
         """Count a call that was refused at the door because all encoders are overloaded."""
         self._backlog.refuse()
 
-    async def encode(self, work: EncodeTask, remaining_s: float | None = None) -> Encoded:
+    async def encode(self, task: EncodeTask, remaining_s: float | None = None) -> Encoded:
         """Encode the items of one caller.
 
         Parameters
         ----------
-        work
+        task
             At least one item.
         remaining_s
             Seconds until the caller's deadline; None for none.
@@ -134,12 +134,12 @@ class EncoderClient:
         DeadlineExpired
             As the batcher's.
         """
-        items = len(work.items)
-        work = replace(work, caller=current_caller.get())
+        items = len(task.items)
+        task = replace(task, caller=current_caller.get())
         try:
-            with self._backlog.admitted(items, work.stream or None, work.caller):
+            with self._backlog.admitted(items, task.stream or None, task.caller):
                 self._metrics.queue_items.labels(self._deployment).set(self._backlog.items)
-                return await self._encode(work, remaining_s)
+                return await self._encode(task, remaining_s)
         except QueueFull:
             if not self._alive():
                 raise EncoderUnavailable("the model is not available; try later") from None
@@ -147,14 +147,14 @@ class EncoderClient:
         finally:
             self._metrics.queue_items.labels(self._deployment).set(self._backlog.items)
 
-    async def encode_patiently(self, work: EncodeTask, remaining_s: float | None = None) -> Encoded:
+    async def encode_patiently(self, task: EncodeTask, remaining_s: float | None = None) -> Encoded:
         """Encode a part of a stream, which waits where a unary call is refused.
 
         Waiting is what a stream's flow control is for, and a corpus must not fail halfway because others are busy.
 
         Parameters
         ----------
-        work, remaining_s
+        task, remaining_s
             As for `encode`.
 
         Raises
@@ -166,21 +166,21 @@ class EncoderClient:
         deadline = None if remaining_s is None else loop.time() + remaining_s
         while True:
             try:
-                return await self.encode(work, None if deadline is None else deadline - loop.time())
+                return await self.encode(task, None if deadline is None else deadline - loop.time())
             except QueueFull:
                 await asyncio.sleep(_STREAM_RETRY_S)
 
-    async def _encode(self, work: EncodeTask, remaining_s: float | None) -> Encoded:
+    async def _encode(self, task: EncodeTask, remaining_s: float | None) -> Encoded:
         loop = asyncio.get_running_loop()
         deadline = None if remaining_s is None else loop.time() + remaining_s
-        waiting = _Waiting(work, deadline)
-        if len(work.items) >= self._settings.direct_items:
+        waiting = _Waiting(task, deadline)
+        if len(task.items) >= self._settings.direct_items:
             answer, waited = (await self._send_all([waiting]))[0], 0.0
         else:
-            only_texts = all(isinstance(item, str) for item in work.items)
+            only_texts = all(isinstance(item, str) for item in task.items)
             gathered = self._gathered_texts if only_texts else self._gathered_pictures
             outcome = await gathered.submit(
-                [waiting], deadline=deadline, request=work.stream or None, caller=work.caller
+                [waiting], deadline=deadline, request=task.stream or None, caller=task.caller
             )
             answer, waited = outcome.results[0], outcome.queue_s
             if isinstance(answer, TravelsAlone):
@@ -210,7 +210,7 @@ class EncoderClient:
         remaining = [None if w.deadline is None else w.deadline - now for w in message]
         if all(s is not None and s <= 0 for s in remaining):
             raise DeadlineExpired
-        reply = await self._send([w.work for w in message], remaining)
+        reply = await self._send([w.task for w in message], remaining)
         self._hear(reply.replica)
         for record in reply.records:
             self._metrics.batch_size.labels(self._deployment).observe(record.items)

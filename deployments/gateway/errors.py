@@ -1,4 +1,4 @@
-"""One table from exceptions to statuses, and the only place that words an error for a caller.
+"""One table from exceptions to statuses; nothing else words an error for a caller.
 
 Nothing that is not in the table is described: its caller reads INTERNAL and a reference that the log
 repeats beside the stack trace, so that no trace, path or host leaves the process.
@@ -130,7 +130,7 @@ class UnknownModel(MonofacetError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How one kind of exception is told.
+    """How one kind of exception is answered.
 
     Attributes
     ----------
@@ -263,12 +263,12 @@ def describe(
     The status code, and the rich status of at most `MAX_STATUS_BYTES`: ErrorInfo always, BadRequest for fields at
     fault (the first of them where there are many), RetryInfo when the call may be repeated.
     """
-    told, error = error, unwrapped(error)
+    raised, error = error, unwrapped(error)
     answer = answer_for(error)
     if answer is _INTERNAL:
         reference = request_id or secrets.token_hex(4)
         # As Ray told it: with the replica's own stack trace.
-        log.error("internal error %s", reference, exc_info=told)
+        log.error("internal error %s", reference, exc_info=raised)
         message = f"internal error; the server's log knows it as {reference}"
     else:
         message = answer.message or str(error)

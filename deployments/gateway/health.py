@@ -85,12 +85,12 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many watchers; try later")
         self._watchers[host] += 1
         try:
-            told = None
+            sent = None
             while True:
                 changed, status = self._changed, self._status.get(name, _UNKNOWN)
-                if status != told:
+                if status != sent:
                     yield pb.HealthCheckResponse(status=status)
-                    told = status
+                    sent = status
                 else:
                     await changed.wait()
         finally:

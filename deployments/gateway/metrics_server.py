@@ -1,4 +1,4 @@
-"""The metrics port: a few threads, a bounded queue, and no patience with who reads slowly."""
+"""The metrics port: a few threads, a bounded queue, and an end to connections that read slowly."""
 
 from __future__ import annotations
 

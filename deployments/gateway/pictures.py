@@ -57,17 +57,17 @@ def picture(
 
 def carried(request: pb.GenerateRequest) -> tuple[str, bool]:
     """Return the request as one line of JSON of at most `MAX_REQUEST` bytes, and whether it is the whole request."""
-    told = pb.GenerateRequest()
-    told.CopyFrom(request)
-    text = _json(told)
+    attached = pb.GenerateRequest()
+    attached.CopyFrom(request)
+    text = _json(attached)
     whole = len(text.encode()) <= MAX_REQUEST
     if not whole:
-        leave_out_references(told)
-        text = _json(told)
+        leave_out_references(attached)
+        text = _json(attached)
         if len(text.encode()) > MAX_REQUEST:
             # Edits of tens of thousands of features each; the two texts of a request always fit.
-            told.ClearField("steering")
-            text = _json(told)
+            attached.ClearField("steering")
+            text = _json(attached)
     return text, whole
 
 
@@ -84,7 +84,7 @@ def leave_out_references(request: pb.GenerateRequest) -> None:
 
 
 def request_of_image(
-    request: pb.GenerateRequest, work: GenerateTask, entry: DiffusionEntry, number: int
+    request: pb.GenerateRequest, task: GenerateTask, entry: DiffusionEntry, number: int
 ) -> pb.GenerateRequest:
     """Return the request that makes one image of a call again, alone, with every default spelt out.
 
@@ -92,7 +92,7 @@ def request_of_image(
     ----------
     request
         Of the call.
-    work
+    task
         With its seeds.
     entry
         Whose defaults to spell out.
@@ -104,13 +104,13 @@ def request_of_image(
     for field in ("seeds", "preview_every", "include_unsteered", "format"):
         alone.ClearField(field)
     alone.num_images = 1
-    alone.seeds.append(work.seeds[number % len(work.seeds)])
+    alone.seeds.append(task.seeds[number % len(task.seeds)])
     if not request.HasField("num_inference_steps"):
         alone.num_inference_steps = entry.num_inference_steps
     if not request.HasField("guidance_scale"):
         alone.guidance_scale = entry.guidance_scale
     alone.height = request.height or entry.height
     alone.width = request.width or entry.width
-    if number >= len(work.seeds):
+    if number >= len(task.seeds):
         alone.ClearField("steering")
     return alone

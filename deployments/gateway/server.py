@@ -203,7 +203,7 @@ class GatewayServer:
 
     def _chain(self) -> Chain:
         settings, metrics = self._settings, self.metrics
-        told = [
+        observers = [
             metrics_layer(metrics),
             requests_layer,
             *([traces_layer(self._traces)] if self._traces is not None else []),
@@ -214,7 +214,7 @@ class GatewayServer:
         deadlines = deadlines_layer(settings.default_deadline_s, settings.max_call_s)
         ours = Group(
             [
-                *told,
+                *observers,
                 access,
                 token_limits.layer,
                 self._admission.layer,
@@ -228,7 +228,7 @@ class GatewayServer:
         return Chain(
             {
                 "monofacet.": ours,
-                "grpc.reflection.": Group([*told, access, self._requests.layer], _small),
+                "grpc.reflection.": Group([*observers, access, self._requests.layer], _small),
                 "grpc.health.": self._health_group(),
             },
             [name for service in DESCRIPTORS for name in methods_of(service)],

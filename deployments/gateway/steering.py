@@ -82,7 +82,7 @@ def texts_of(request: pb.GenerateRequest) -> dict[str, str]:
     return {"prompt": request.prompt, "negative_prompt": request.negative_prompt, **references}
 
 
-def work_of(request: pb.GenerateRequest, max_images: int) -> GenerateTask:
+def task_of(request: pb.GenerateRequest, max_images: int) -> GenerateTask:
     """Return what a validated request asks for, with a seed for each image.
 
     Raises
@@ -92,7 +92,7 @@ def work_of(request: pb.GenerateRequest, max_images: int) -> GenerateTask:
     """
     count = request.num_images or len(request.seeds) or 1
     seeds = tuple(request.seeds) or tuple(secrets.randbelow(_DRAWN_SEEDS) for _ in range(count))
-    work = GenerateTask(
+    task = GenerateTask(
         ImageRequest(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
@@ -110,7 +110,7 @@ def work_of(request: pb.GenerateRequest, max_images: int) -> GenerateTask:
         request.include_unsteered,
         request.preview_every,
     )
-    if work.images > max_images:
-        message = f"{work.images} images, the unsteered counted; {max_images} are allowed"
+    if task.images > max_images:
+        message = f"{task.images} images, the unsteered counted; {max_images} are allowed"
         raise InvalidInput(message, [("num_images", message)], reason="TOO_MANY_IMAGES")
-    return work
+    return task

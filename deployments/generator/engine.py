@@ -58,7 +58,7 @@ class Sample(Protocol):
 class GenerationModel(Protocol):
     """What the engine needs of a pipeline; tests put a counting debug model here."""
 
-    def prepare(self, work: GenerateTask) -> tuple[list[Any], list[Size]]:
+    def prepare(self, task: GenerateTask) -> tuple[list[Any], list[Size]]:
         """Return the samples of a call, steered images first, then unsteered, and the size of each one's steering."""
         ...
 
@@ -96,7 +96,7 @@ class Job:
 
     Attributes
     ----------
-    work
+    task
         What it asks.
     emit
         Takes its events, from the engine's threads.
@@ -112,7 +112,7 @@ class Job:
         Images without a result.
     """
 
-    work: GenerateTask
+    task: GenerateTask
     emit: Callable[[Event], None]
     deadline: float | None
     arrived: float
@@ -167,7 +167,7 @@ class Engine:
         self._thread.start()
 
     def submit(
-        self, work: GenerateTask, emit: Callable[[Event], None], remaining_s: float | None = None
+        self, task: GenerateTask, emit: Callable[[Event], None], remaining_s: float | None = None
     ) -> Job:
         """Take a job; its events come through `emit`, the last one a `Failed` or its last image's `Finished`.
 
@@ -179,27 +179,27 @@ class Engine:
             After `close`.
         """
         now = time.monotonic()
-        job = Job(work, emit, None if remaining_s is None else now + remaining_s, now, unfinished=work.images)
+        job = Job(task, emit, None if remaining_s is None else now + remaining_s, now, unfinished=task.images)
         with self._lock:
             if self._closed:
                 raise BatcherClosed
-            if not self._fits(work):
+            if not self._fits(task):
                 raise QueueFull
-            self._unprepared[work.caller] += work.images
+            self._unprepared[task.caller] += task.images
             self._jobs.add(job)
         self._helper.submit(self._prepare, job)
         return job
 
-    def _fits(self, work: GenerateTask) -> bool:
+    def _fits(self, task: GenerateTask) -> bool:
         queued = self._unprepared.total() + len(self._waiting)
         # A job is let into an empty queue whatever its size: refusing it would refuse it for ever.
-        if not queued or queued + work.images <= self._max_queued:
+        if not queued or queued + task.images <= self._max_queued:
             return True
-        own = sum(image.job.work.caller == work.caller for image in self._waiting)
-        own += self._unprepared[work.caller]
+        own = sum(image.job.task.caller == task.caller for image in self._waiting)
+        own += self._unprepared[task.caller]
         return (
-            own + work.images <= max(1, self._max_queued // _FEW)
-            and queued + work.images <= 2 * self._max_queued
+            own + task.images <= max(1, self._max_queued // _FEW)
+            and queued + task.images <= 2 * self._max_queued
         )
 
     def cancel(self, job: Job) -> None:
@@ -234,9 +234,9 @@ class Engine:
         try:
             if self._alive(job):
                 with self.activity.running("preparation of a call"):
-                    samples, sizes = self._model.prepare(job.work)
+                    samples, sizes = self._model.prepare(job.task)
                 for number, (sample, size) in enumerate(zip(samples, sizes, strict=True)):
-                    sample.preview = job.work.preview_every > 0
+                    sample.preview = job.task.preview_every > 0
                     images.append(_Image(job, number, sample, size, self._model.bytes_of(sample)))
         except MonofacetError as error:
             self._fail(job, error)
@@ -244,7 +244,7 @@ class Engine:
             log.exception("a request cannot be prepared")
             self._fail(job, GenerationFailed("the generator failed"))
         with self._lock:
-            self._unprepared -= Counter({job.work.caller: job.work.images})
+            self._unprepared -= Counter({job.task.caller: job.task.images})
             if images and not job.gone:
                 job.images = images
                 self._waiting.extend(images)
@@ -311,7 +311,7 @@ class Engine:
             if self._active and used + image.bytes > self._max_bytes:
                 return
             self._waiting.remove(image)
-            self._shares.charge(image.job.work.caller, image.bytes * image.sample.steps)
+            self._shares.charge(image.job.task.caller, image.bytes * image.sample.steps)
             image.started = time.monotonic()
             image.last_step = self._steps
             used += image.bytes
@@ -320,7 +320,7 @@ class Engine:
     def _next_image(self) -> _Image:
         """Return the oldest waiting image of the caller whose turn it is."""
         # Of equals the first is the minimum, which is the oldest.
-        return min(self._waiting, key=lambda image: self._shares.had(image.job.work.caller))
+        return min(self._waiting, key=lambda image: self._shares.had(image.job.task.caller))
 
     def _next_batch(self) -> list[_Image]:
         """Return the images of one size whose turn it is: those of the one that has waited longest."""
@@ -354,7 +354,7 @@ class Engine:
             self._helper.submit(self._finish, image)
 
     def _preview(self, image: _Image) -> None:
-        sample, every = image.sample, image.job.work.preview_every
+        sample, every = image.sample, image.job.task.preview_every
         if not every or sample.index % every or sample.done or image.job.gone:
             return
         try:

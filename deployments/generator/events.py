@@ -13,7 +13,7 @@ from services.imaging.edits import ImageRequest
 
 @dataclass(frozen=True, slots=True)
 class GenerateTask:
-    """One call.
+    """What one call asks to be made.
 
     Attributes
     ----------

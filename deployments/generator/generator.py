@@ -53,15 +53,15 @@ class PipelineModel:
         self._bytes_per_image = self.imaging.bytes_per_image()
         self._pixels = self.imaging.entry.height * self.imaging.entry.width
 
-    def prepare(self, work: GenerateTask) -> tuple[list[Sample], list[Size]]:
+    def prepare(self, task: GenerateTask) -> tuple[list[Sample], list[Size]]:
         """Return the samples of a call, steered images first, then unsteered, and the size of each one's steering."""
-        requests = [work.request]
-        if work.unsteered:
-            requests.append(replace(work.request, steering=Steering()))
+        requests = [task.request]
+        if task.unsteered:
+            requests.append(replace(task.request, steering=Steering()))
         samples, sizes = [], []
         for request in requests:
             conditioning = self.imaging.condition(request)
-            for seed in work.seeds:
+            for seed in task.seeds:
                 samples.append(self.imaging.start(conditioning, replace(request, seed=seed)))
                 sizes.append(Size(conditioning.delta, self.imaging.dose(conditioning)))
         return samples, sizes
@@ -118,12 +118,12 @@ class Generator:
             max_bytes=settings.generation_bytes,
         )
 
-    async def generate(self, work: GenerateTask, remaining_s: float | None = None) -> AsyncIterator[Events]:
+    async def generate(self, task: GenerateTask, remaining_s: float | None = None) -> AsyncIterator[Events]:
         """Make the images of a call; leaving the iteration stops them within a step.
 
         Parameters
         ----------
-        work
+        task
             What to make.
         remaining_s
             Seconds until the caller's deadline; None for none.
@@ -142,8 +142,8 @@ class Generator:
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 
         end = None if remaining_s is None else loop.time() + remaining_s
-        job = self._engine.submit(work, emit, remaining_s)
-        left = work.images
+        job = self._engine.submit(task, emit, remaining_s)
+        left = task.images
         try:
             while left:
                 events = [await _next(queue, None if end is None else end - loop.time())]
@@ -166,7 +166,7 @@ class Generator:
         self._engine.check_health()
 
     async def close(self) -> None:
-        """Finish what is there."""
+        """Finish the calls that are there."""
         await asyncio.to_thread(self._engine.close)
 
 

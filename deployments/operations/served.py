@@ -24,7 +24,7 @@ class NamesClash(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One of the bundles.
+    """One bundle of those that are served.
 
     Attributes
     ----------

@@ -110,7 +110,7 @@ def row_basis(rows: Float[np.ndarray, "s d"]) -> Float[np.ndarray, "d r"]:
     return basis
 
 
-def kept(
+def retained(
     e: Float[np.ndarray, "batch d"], changed: Float[np.ndarray, "batch d"]
 ) -> Float[np.ndarray, " batch"]:
     """Return the cosine of each unit embedding and what an ablation left of it, 0 where it left nothing."""

@@ -17,7 +17,7 @@ from enum import StrEnum
 import numpy as np
 from jaxtyping import Float, Int
 
-from services.bias.ablation import Side, kept
+from services.bias.ablation import Side, retained
 from services.bias.cases import MAN, MIN_CLUSTERS, UNGENDERED, WOMAN, Cases
 from services.bias.gender import gender_scores, probability, unit
 from services.bias.linear_probe import probe_scores
@@ -255,7 +255,7 @@ def audit_scores(
         nulls=tests,
         null_energy_ratio=ratio,
         probe=probe,
-        kept=float(kept(cases.e, after).mean()),
+        kept=float(retained(cases.e, after).mean()),
         neighbours_kept=neighbours_kept(cases.e, after, settings.seed, check),
     )
 
@@ -330,10 +330,10 @@ def _professions(
         inside = cases.take(member)
         labels = Labels(inside.gender, np.zeros(len(inside), np.int64), 1, settings.min_group)
         gendered, ungendered = inside.gender != UNGENDERED, inside.gender == UNGENDERED
-        figures: list[list[dict[str, Floats]]] = [[], []]
+        metrics: list[list[dict[str, Floats]]] = [[], []]
         for weights in resample_weights(inside.cluster, settings.resamples, settings.seed):
             check()
-            for side, scores in zip(figures, (before[member], after[member]), strict=True):
+            for side, scores in zip(metrics, (before[member], after[member]), strict=True):
                 right = np.where(labels.woman, scores > 0, scores <= 0)
                 p = probability(scores[ungendered], settings.logit_scale)
                 side.append(
@@ -348,7 +348,7 @@ def _professions(
             name: change
             if inside.clusters(*PROFESSION_ITEMS[name]) >= MIN_CLUSTERS
             else change.without_intervals()
-            for name, change in changes(figures[0], figures[1]).items()
+            for name, change in changes(metrics[0], metrics[1]).items()
         }
         found["accuracy"] = found["accuracy"].of_share(inside.clusters(*PROFESSION_ITEMS["accuracy"]))
         result.append(Profession(str(name), women, men, int(ungendered.sum()), **found))
@@ -369,11 +369,11 @@ def _probe(cases: Cases, after: Float[np.ndarray, "n d"], settings: AuditSetting
         probe_scores(unit(e[gendered]), woman, cluster, settings.seed, check) for e in (cases.e, after)
     ]
     # NaN is not above 0: without this, items that no fold could tell would all be called men.
-    told = ~np.isnan(margins[0])
-    figures: list[list[dict[str, Floats]]] = [[], []]
+    decided = ~np.isnan(margins[0])
+    metrics: list[list[dict[str, Floats]]] = [[], []]
     for weights in resample_weights(cluster, settings.resamples, settings.seed):
         check()
-        for side, scores in zip(figures, margins, strict=True):
+        for side, scores in zip(metrics, margins, strict=True):
             zero = np.zeros(len(weights))
-            side.append(threshold_metrics(scores, labels, weights * told, zero, settings.logit_scale))
-    return changes(figures[0], figures[1])["balanced_accuracy"]
+            side.append(threshold_metrics(scores, labels, weights * decided, zero, settings.logit_scale))
+    return changes(metrics[0], metrics[1])["balanced_accuracy"]

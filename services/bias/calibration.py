@@ -30,7 +30,7 @@ _LEACE = ("u", "v", "mean")
 
 @dataclass(frozen=True)
 class ModalityCalibration:
-    """One dictionary in one modality.
+    """What is known of one dictionary in one modality.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class ModalityCalibration:
 
 @dataclass(frozen=True)
 class DictionaryCalibration:
-    """One dictionary.
+    """What is known of one dictionary in both modalities.
 
     Attributes
     ----------
@@ -62,7 +62,7 @@ class DictionaryCalibration:
 
 @dataclass(frozen=True)
 class BiasCalibration:
-    """The whole section.
+    """Everything that a bundle's ``bias/`` holds.
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ class BiasCalibration:
         Erasers.
     dictionaries : mapping of str to DictionaryCalibration
         By name.
-    figures : mapping
+    metrics : mapping
         What the study measured, as JSON values.
     """
 
@@ -88,7 +88,7 @@ class BiasCalibration:
     thresholds: Mapping[Modality, float]
     leace: Mapping[Modality, Leace]
     dictionaries: Mapping[str, DictionaryCalibration]
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, config: Path, weights: Path) -> BiasCalibration:
@@ -111,7 +111,7 @@ class BiasCalibration:
                 thresholds={m: float(document["thresholds"][m.value]) for m in Modality},
                 leace={m: Leace(*(tensors[f"leace.{m.value}.{part}"] for part in _LEACE)) for m in Modality},
                 dictionaries={name: _dictionary(name, tensors) for name in document["dictionaries"]},
-                figures=document["figures"],
+                metrics=document["figures"],
             )
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ManifestError(
@@ -135,7 +135,7 @@ class BiasCalibration:
             "prompts": {who: list(texts) for who, texts in self.prompts.items()},
             "thresholds": {modality.value: value for modality, value in self.thresholds.items()},
             "dictionaries": sorted(self.dictionaries),
-            "figures": dict(self.figures),
+            "figures": dict(self.metrics),
         }
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""Figures of a gender classifier, each on all items and on bootstrap resamples of their clusters at once.
+"""Metrics of a gender classifier, each on all items and on bootstrap resamples of their clusters at once.
 
 A resample is a row of weights, shape (R, N): how often each item's cluster was drawn. Every figure below takes such
 weights and returns one number a row, so that a difference between two classifiers is paired by construction.
@@ -81,7 +81,7 @@ class Change:
 
     @classmethod
     def of(cls, before: Floats, after: Floats) -> Change:
-        """Summarise two figures taken on the same resamples."""
+        """Summarise two metrics taken on the same resamples."""
         return cls(Estimate.of(before), Estimate.of(after), Estimate.of(after - before))
 
     def of_share(self, units: int) -> Change:
@@ -99,7 +99,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of the items, for the figures.
+    """What is known of the items, for the metrics.
 
     Attributes
     ----------
@@ -233,7 +233,7 @@ def threshold_metrics(
     right = recall_woman * weights[:, labels.woman].sum(1) + recall_man * weights[:, labels.man].sum(1)
     # A threshold that no resample defines must not look like one that calls everybody a man.
     valid = np.where(np.isnan(threshold), np.nan, 1.0)
-    figures = {
+    metrics = {
         "accuracy": _divide(right, gendered),
         "balanced_accuracy": (recall_woman + recall_man) / 2,
         "recall_woman": recall_woman,
@@ -242,7 +242,7 @@ def threshold_metrics(
         "skew": _skew(scores, labels, weights, threshold, logit_scale),
         **_group_metrics(woman_called, labels, weights, np.minimum(recall_woman, recall_man)),
     }
-    return {name: value * valid for name, value in figures.items()}
+    return {name: value * valid for name, value in metrics.items()}
 
 
 def by_chance(scores: Floats, labels: Labels, threshold: float, seed: int) -> dict[str, float]:
@@ -274,8 +274,8 @@ def by_chance(scores: Floats, labels: Labels, threshold: float, seed: int) -> di
     worst = np.full(
         PERMUTATIONS, min((scores[labels.woman] > threshold).mean(), (scores[labels.man] <= threshold).mean())
     )
-    figures = _over_professions(called, total, labels, worst)
-    return {name: np.nan if np.isnan(threshold) else float(rows.mean()) for name, rows in figures.items()}
+    metrics = _over_professions(called, total, labels, worst)
+    return {name: np.nan if np.isnan(threshold) else float(rows.mean()) for name, rows in metrics.items()}
 
 
 def _group_metrics(

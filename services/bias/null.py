@@ -162,11 +162,11 @@ class NullSettings(Protocol):
 
     @property
     def logit_scale(self) -> float:
-        """Of the towers."""
+        """The towers' scale of cosines to logits."""
 
     @property
     def null_sets(self) -> int:
-        """Random sets."""
+        """Number of random sets."""
 
     @property
     def min_group(self) -> int:
@@ -174,7 +174,7 @@ class NullSettings(Protocol):
 
     @property
     def seed(self) -> int:
-        """Of the random sets."""
+        """Seed of the random sets."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def _dictionary(bundle: Bundle, described: dict[str, Any]) -> dict[str, Any]:
     entry = bundle.manifest.dictionaries[name]
     numbers = {
         key: value
-        for key, value in bundle.figures(name).items()
+        for key, value in bundle.metrics(name).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
     labels: dict[str, int] = {}

@@ -123,7 +123,7 @@ class Bundle:
         """Names of the dictionaries, sorted."""
         return tuple(sorted(self.manifest.dictionaries))
 
-    def figures(self, name: str) -> Mapping[str, Any]:
+    def metrics(self, name: str) -> Mapping[str, Any]:
         """Return what was measured of a dictionary: on the validation set, where the bundle says on which."""
         measured = self.manifest.metrics.get("dictionaries", {})
         found = measured.get("validation", measured).get(name, {})

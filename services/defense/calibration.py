@@ -35,7 +35,7 @@ _VECTORS = ("floor", "mean", "scale", "weight")
 
 @dataclass(frozen=True)
 class DefenseCalibration:
-    """The whole section.
+    """Everything that a bundle's ``defense/`` holds.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ class DefenseCalibration:
         For zero-shot labels.
     label_units : float32 array, shape (labels, d)
         Their unit embeddings.
-    figures : mapping
+    metrics : mapping
         What the study measured, as JSON values.
     """
 
@@ -62,7 +62,7 @@ class DefenseCalibration:
     choices: Mapping[bool, FilterChoice]
     labels: tuple[str, ...]
     label_units: Float[np.ndarray, "labels d"]
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, config: Path, weights: Path) -> DefenseCalibration:
@@ -105,7 +105,7 @@ class DefenseCalibration:
                 labels=labels,
                 # Half floats round lengths.
                 label_units=units / np.linalg.norm(units, axis=1, keepdims=True),
-                figures=document["figures"],
+                metrics=document["figures"],
             )
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise ManifestError(
@@ -142,7 +142,7 @@ class DefenseCalibration:
                 for twice, name in LOOKS.items()
             },
             "labels": list(self.labels),
-            "figures": dict(self.figures),
+            "figures": dict(self.metrics),
         }
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")

@@ -34,13 +34,13 @@ class Candidate:
     threads: int
 
     def __str__(self) -> str:
-        """Return it in words."""
+        """Return the candidate in words."""
         return f"{self.backend} with {self.threads} thread{'' if self.threads == 1 else 's'}"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen.
+    """Which candidate was chosen, and why.
 
     Attributes
     ----------
@@ -116,9 +116,9 @@ def choose(
         speeds[candidate] = measure(candidate)
         if speeds[candidate] > speeds[best] * MARGIN:
             best = candidate
-    told = ", ".join(f"{candidate} {speed:.1f} images/s" for candidate, speed in speeds.items())
+    measured = ", ".join(f"{candidate} {speed:.1f} images/s" for candidate, speed in speeds.items())
     untried = [str(candidate) for candidate in found if candidate not in speeds]
-    why = f"{best}: measured {told}; another is taken when it is faster by {MARGIN - 1:.0%}"
+    why = f"{best}: measured {measured}; another is taken when it is faster by {MARGIN - 1:.0%}"
     if untried:
         why += f"; not tried for want of time: {', '.join(untried)}"
     return Choice(best, speeds, why, clock() - began)

@@ -211,7 +211,7 @@ def _pixels(picture: Picture, check: Check) -> Image.Image:
 
 
 class _Watched(io.BytesIO):
-    """A file in memory whose every reading may end the decoding."""
+    """A file in memory; each read of it runs the check that may end the decoding."""
 
     def __init__(self, data: bytes, check: Check) -> None:
         super().__init__(data)

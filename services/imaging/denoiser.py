@@ -161,8 +161,10 @@ class Denoiser:
             noised = (
                 parts.image_noising_scheduler.add_noise(scaled, timesteps=level, noise=noise) * std + mean
             )
-            told = get_timestep_embedding(level, len(row), flip_sin_to_cos=True, downscale_freq_shift=0)
-            rows.append(torch.cat([noised[0], told[0]]))
+            level_embedding = get_timestep_embedding(
+                level, len(row), flip_sin_to_cos=True, downscale_freq_shift=0
+            )
+            rows.append(torch.cat([noised[0], level_embedding[0]]))
         return torch.stack(rows)
 
     @torch.inference_mode()

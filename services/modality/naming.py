@@ -256,7 +256,7 @@ def name_features(
     """
     n_features = z.shape[1]
     names = np.full(n_features, "", dtype=object)
-    figures = np.full((4, n_features), np.nan)
+    metrics = np.full((4, n_features), np.nan)
     count = np.zeros(n_features, np.int64)
     phrases = Phrases.of(captions, min_count)
     held_out = Phrases.with_vocabulary(captions_held_out, phrases.vocabulary).present.tocsc()
@@ -276,13 +276,13 @@ def name_features(
         near = np.flatnonzero(precision >= NEAR * precision.max())
         best = int(near[areas(by_phrase[:, near], activation).argmax()])
         area = area_under_roc(_column(columns_held_out, j), _column(held_out, best) > 0, codes)
-        figures[:, j] = (
+        metrics[:, j] = (
             npmi(_column(by_phrase, best) > 0, activation > 0), area.value, area.low, area.high,
         )  # fmt: skip
         count[j] = area.units
         if area.value >= MIN_AUC:
             names[j] = phrases.vocabulary[judged[best]]
-    association, auc, low, high = figures
+    association, auc, low, high = metrics
     return Names(names.astype(np.str_), association, auc, low, high, count)
 
 

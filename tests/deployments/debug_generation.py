@@ -67,19 +67,19 @@ class DebugPipeline:
     def steps_of(self, prompt: str) -> int:
         return sum(batch.count(prompt) for batch in self.batches)
 
-    def prepare(self, work: GenerateTask) -> tuple[list[DebugSample], list[Size]]:
-        request = work.request
+    def prepare(self, task: GenerateTask) -> tuple[list[DebugSample], list[Size]]:
+        request = task.request
         self.prepared.append(request.prompt)
         if request.prompt == "bad":
             raise InvalidInput("a bad prompt", [("prompt", "a bad prompt")])
         if request.prompt == "surprise":
             raise ZeroDivisionError("/secret/path")
         shape = (4, (request.height or 64) // 8, (request.width or 64) // 8)
-        twins = [request.prompt] + ["twin"] * work.unsteered
+        twins = [request.prompt] + ["twin"] * task.unsteered
         samples = [
             DebugSample(prompt, seed, request.num_inference_steps or 4, shape)
             for prompt in twins
-            for seed in work.seeds
+            for seed in task.seeds
         ]
         return samples, [Size(0.5 if sample.prompt != "twin" else 0.0) for sample in samples]
 

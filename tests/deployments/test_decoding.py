@@ -86,16 +86,16 @@ async def test_pictures_wait_for_no_costly_one(model, decoding):
 
 
 async def test_a_costly_picture_is_sent_away_from_the_others_of_its_message(model, decoding):
-    works = [EncodeTask((b"a picture",)), EncodeTask(("text", b"costly")), EncodeTask(("text",))]
-    answers = await asyncio.wait_for(decoding(works, [None] * 3), LONG_S)
+    tasks = [EncodeTask((b"a picture",)), EncodeTask(("text", b"costly")), EncodeTask(("text",))]
+    answers = await asyncio.wait_for(decoding(tasks, [None] * 3), LONG_S)
     assert [type(items[0]) for items in answers] == [Prepared, TravelsAlone, Prepared]
 
 
 async def test_items_keep_their_places(model, decoding):
     model.finish.set()
-    work = EncodeTask((b"costly 1", "text", b"bad", b"picture", b"costly 2"), each=True)
-    (items,) = await asyncio.wait_for(decoding([work], [None]), LONG_S)
-    expected = [model.prepare(item, False) if item != b"bad" else None for item in work.items]
+    task = EncodeTask((b"costly 1", "text", b"bad", b"picture", b"costly 2"), each=True)
+    (items,) = await asyncio.wait_for(decoding([task], [None]), LONG_S)
+    expected = [model.prepare(item, False) if item != b"bad" else None for item in task.items]
     for item, array in zip(items, expected, strict=True):
         if array is None:
             assert isinstance(item, CorruptImage)

@@ -22,7 +22,7 @@ class Encoders:
         self.at_once = 0
         self.most_at_once = 0
 
-    async def send(self, works: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
+    async def send(self, tasks: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         name = self.names[self.messages % len(self.names)]
@@ -30,7 +30,7 @@ class Encoders:
         await asyncio.sleep(0.002)
         self.at_once -= 1
         answer = Encoded(np.zeros((1, 2), np.float32), np.ones(1, np.float32))
-        return Reply(tuple(answer for _ in works), replica=name)
+        return Reply(tuple(answer for _ in tasks), replica=name)
 
 
 async def most_at_once(encoders: Encoders) -> int:
@@ -72,12 +72,12 @@ async def test_replicas_are_those_that_answered_and_one_while_any_is_left(
 async def test_texts_travel_apart_from_pictures_and_a_costly_picture_alone() -> None:
     messages: list[list[tuple[bytes | str, ...]]] = []
 
-    async def send(works: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
-        messages.append([work.items for work in works])
+    async def send(tasks: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
+        messages.append([task.items for task in tasks])
         await asyncio.sleep(0)
         answer = Encoded(np.zeros((1, 2), np.float32), np.ones(1, np.float32))
         return Reply(
-            tuple(TravelsAlone() if w.items == (b"costly",) and len(works) > 1 else answer for w in works)
+            tuple(TravelsAlone() if w.items == (b"costly",) and len(tasks) > 1 else answer for w in tasks)
         )
 
     client = EncoderClient(send, Settings(), Metrics(), "torch")

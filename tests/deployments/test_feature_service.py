@@ -426,9 +426,9 @@ async def test_a_stream_costs_messages_by_chunks_and_not_by_items(open_gateway: 
         send = gateway.encoder.encode
         (client,) = gateway.server._encoders
 
-        async def counted(works: Any, remaining_s: Any) -> Any:
-            sent.append(sum(len(work.items) for work in works))
-            return await send(works, remaining_s)
+        async def counted(tasks: Any, remaining_s: Any) -> Any:
+            sent.append(sum(len(task.items) for task in tasks))
+            return await send(tasks, remaining_s)
 
         client._send = counted
         gateway.model.hold()

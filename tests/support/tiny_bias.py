@@ -23,11 +23,11 @@ def with_bias(
     bundle: Bundle,
     path: Path,
     seed: int = 0,
-    figures: Mapping[str, Any] = MappingProxyType({"chosen": "nothing"}),
+    metrics: Mapping[str, Any] = MappingProxyType({"chosen": "nothing"}),
 ) -> Bundle:
     """Copy `bundle` to `path`, add the calibration, and load it."""
     shutil.copytree(bundle.path, path)
-    write_bias(bundle, path, seed, figures)
+    write_bias(bundle, path, seed, metrics)
     refresh_manifest(path)
     return Bundle.load(path)
 
@@ -36,7 +36,7 @@ def write_bias(
     bundle: Bundle,
     path: Path,
     seed: int = 0,
-    figures: Mapping[str, Any] = MappingProxyType({"chosen": "nothing"}),
+    metrics: Mapping[str, Any] = MappingProxyType({"chosen": "nothing"}),
 ) -> None:
     """Write a calibration for `bundle` into the bundle folder `path`, whose manifest does not know of it yet."""
     rng = np.random.default_rng(seed)
@@ -65,5 +65,5 @@ def write_bias(
             for name, entry in bundle.manifest.dictionaries.items()
             if name != "ncl"
         },
-        figures=figures,
+        metrics=metrics,
     ).write(path / BIAS / f"{BIAS}.json", path / BIAS / f"{BIAS}.safetensors")

@@ -177,11 +177,11 @@ def test_pairs_that_are_all_gendered_are_studied_and_the_record_says_what_chose(
 ) -> None:
     # Random captions are not retrieved, so that there is nothing to keep.
     monkeypatch.setattr(choosing, "KEEP", 0.0)
-    calibration, figures = calibrate_bias(tiny, selection(DISTINCT, GENDERS), PEOPLE_UNITS, SETTINGS)
-    assert figures["chosen_by"] == calibration.figures["chosen_by"]
-    assert figures["chosen_by"] == {"figure": "probe", "sides": ["image", "text"]}
-    ablations = [r for r in figures["validation"]["methods"] if r["features"]]
-    audited = {found["method"]: found for found in figures["candidates"]}
+    calibration, metrics = calibrate_bias(tiny, selection(DISTINCT, GENDERS), PEOPLE_UNITS, SETTINGS)
+    assert metrics["chosen_by"] == calibration.metrics["chosen_by"]
+    assert metrics["chosen_by"] == {"figure": "probe", "sides": ["image", "text"]}
+    ablations = [r for r in metrics["validation"]["methods"] if r["features"]]
+    audited = {found["method"]: found for found in metrics["candidates"]}
     assert set(audited) == {r["method"] for r in ablations}
     # Random towers know nothing, so that removing something comes to nothing much; all the same the rule holds.
     strongest = max(choosing.STRENGTH.index(found["verdict"]) for found in audited.values())
@@ -189,9 +189,9 @@ def test_pairs_that_are_all_gendered_are_studied_and_the_record_says_what_chose(
     fewest = min(len(audited[r["method"]]["harms"]) for r in best)
     best = [r for r in best if len(audited[r["method"]]["harms"]) == fewest]
     nearest = min(best, key=lambda r: sum(abs(r[side]["probe"] - 0.5) for side in ("image", "text")))
-    assert figures["chosen"] == nearest["method"]
-    assert figures["test"]["audits"][0]["recalibrated"]["skew"]["before"]["value"] is None
-    assert "by how little a classifier" in tables.summary(figures)
+    assert metrics["chosen"] == nearest["method"]
+    assert metrics["test"]["audits"][0]["recalibrated"]["skew"]["before"]["value"] is None
+    assert "by how little a classifier" in tables.summary(metrics)
 
 
 def test_a_doctor_of_women_and_of_men_is_an_ungendered_text(tiny: Bundle) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from training.build.errors import BuildError
-from training.build.pairs import BadRow, Pair
+from training.build.pairs import BadRow, ImageTextPair
 from training.build.sources import open_sources
 
 
@@ -36,14 +36,14 @@ def shard(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def read(path: Path) -> list[Pair | BadRow]:
+def read(path: Path) -> list[ImageTextPair | BadRow]:
     (source,) = open_sources([path])
     return list(source.read(0, len(source)))
 
 
 def test_a_csv_gives_pairs_with_their_labels(tmp_path: Path) -> None:
     (found,) = read(table(tmp_path, "path,caption,gender,split\na.png, a cook ,Female,val\n"))
-    assert found == Pair(0, "a.png", png(), "a cook", gender="woman", split="validation")
+    assert found == ImageTextPair(0, "a.png", png(), "a cook", gender="woman", split="validation")
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_bad_row_is_told_and_its_neighbours_are_read(tmp_path: Path, row: str,
     bad, good = read(table(tmp_path, f"path,caption,gender\n{row}\na.png,fine,\n"))
     assert isinstance(bad, BadRow)
     assert reason in bad.reason
-    assert isinstance(good, Pair)
+    assert isinstance(good, ImageTextPair)
 
 
 def test_parquet_reads_like_csv_and_nulls_are_empty(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_parquet_reads_like_csv_and_nulls_are_empty(tmp_path: Path) -> None:
     columns = {"filepath": ["a.png", "a.png"], "title": ["one", None], "profession": [None, "cook"]}
     pq.write_table(pa.table(columns), tmp_path / "pairs.parquet")
     good, bad = read(tmp_path)
-    assert good == Pair(0, "a.png", png(), "one")
+    assert good == ImageTextPair(0, "a.png", png(), "one")
     assert bad == BadRow(1, "a.png", "no caption")
 
 
@@ -83,8 +83,8 @@ def test_a_shard_joins_members_by_key(tmp_path: Path) -> None:
         },
     )  # fmt: skip
     one, two, three, four = read(path)
-    assert one == Pair(0, "x/1", png(), "a man cooks", gender="man", label="cook")
-    assert isinstance(two, Pair) and two.caption == "two"
+    assert one == ImageTextPair(0, "x/1", png(), "a man cooks", gender="man", label="cook")
+    assert isinstance(two, ImageTextPair) and two.caption == "two"
     assert isinstance(three, BadRow) and "no image" in three.reason
     assert isinstance(four, BadRow) and "json" in four.reason
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.training.test_build_pairs import png, read, shard
 from training.build.errors import BuildError
-from training.build.pairs import MAX_TOLD, BadRow, Pair
+from training.build.pairs import MAX_TOLD, BadRow, ImageTextPair
 from training.build.sources import open_sources
 
 Member = tuple[str, bytes]
@@ -29,11 +29,11 @@ def samples(start: int, stop: int) -> dict[str, bytes]:
     }
 
 
-def captions(found: Sequence[Pair | BadRow]) -> list[str]:
-    return [item.caption for item in found if isinstance(item, Pair)]
+def captions(found: Sequence[ImageTextPair | BadRow]) -> list[str]:
+    return [item.caption for item in found if isinstance(item, ImageTextPair)]
 
 
-def reasons(found: Sequence[Pair | BadRow]) -> list[str]:
+def reasons(found: Sequence[ImageTextPair | BadRow]) -> list[str]:
     return [item.reason for item in found if isinstance(item, BadRow)]
 
 
@@ -138,7 +138,7 @@ def test_more_files_of_a_sample_are_passed_over(tmp_path: Path) -> None:
         "__MACOSX/1.png": b"", "readme": b"",
     }  # fmt: skip
     (found,) = read(shard(tmp_path / "0.tar", members))
-    assert isinstance(found, Pair) and found.caption == "one"
+    assert isinstance(found, ImageTextPair) and found.caption == "one"
 
 
 def test_captions_that_are_a_list_make_a_pair_each(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_captions_that_are_a_list_make_a_pair_each(tmp_path: Path) -> None:
     path = shard(tmp_path / "0.tar", {"1.png": png(), "1.json": json.dumps(said).encode()})
     found = read(path)
     assert captions(found) == ["one", "two"]
-    assert {(item.row, item.key, item.gender) for item in found if isinstance(item, Pair)} == {
+    assert {(item.row, item.key, item.gender) for item in found if isinstance(item, ImageTextPair)} == {
         (0, "1", "woman")
     }
 
@@ -171,7 +171,7 @@ def test_a_text_beside_a_picture_is_its_caption_whatever_the_json_says(tmp_path:
     (found,) = read(
         shard(tmp_path / "0.tar", {"1.png": png(), "1.txt": b"\xef\xbb\xbfone\n", "1.json": said})
     )
-    assert isinstance(found, Pair) and (found.caption, found.gender) == ("one", "man")
+    assert isinstance(found, ImageTextPair) and (found.caption, found.gender) == ("one", "man")
 
 
 def test_img2datasets_folder_is_taken_as_it_comes(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_img2datasets_parquet_is_taken_without_what_was_not_downloaded(tmp_path:
     pq.write_table(pa.table(columns), tmp_path / "00000.parquet")
     found = read(tmp_path)
     assert captions(found) == ["one", "two"] and reasons(found) == []
-    assert isinstance(found[1], Pair) and found[1].image == png("blue")
+    assert isinstance(found[1], ImageTextPair) and found[1].image == png("blue")
 
 
 def test_img2datasets_files_are_taken_with_the_texts_beside_them(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_what_hugging_face_writes_is_taken_as_parquet_and_as_arrow(tmp_path: Pat
     pq.write_table(made, tmp_path / "data" / "train-00000-of-00001.parquet", row_group_size=3)
     found = read(tmp_path)
     assert captions(found) == [f"caption {i}" for i in range(7)]
-    assert [(item.key, item.image) for item in found if isinstance(item, Pair)] == [
+    assert [(item.key, item.image) for item in found if isinstance(item, ImageTextPair)] == [
         (name, png()) for name in names
     ]
     (source,) = open_sources([tmp_path])
@@ -299,7 +299,7 @@ def test_commas_without_quotes_are_bad_rows_by_their_lines(tmp_path: Path) -> No
     (tmp_path / "t.csv").write_text('path,caption\na.png,a, b\n,\na.png,"a, b"\n')
     bad, good = read(tmp_path)
     assert bad == BadRow(0, "(line 2)", "3 cells for 2 columns: a text with a comma must stand in quotes")
-    assert isinstance(good, Pair) and good.caption == "a, b"
+    assert isinstance(good, ImageTextPair) and good.caption == "a, b"
 
 
 def test_a_link_out_of_the_folder_is_not_followed_and_said_to_be_one(tmp_path: Path) -> None:

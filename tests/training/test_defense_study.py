@@ -76,13 +76,13 @@ def studied(tiny: Bundle, data: StudyData, tmp_path_factory: pytest.TempPathFact
     shutil.copytree(tiny.path, folder)
     bundle = Bundle.load(folder)
     study = Study(bundle, data, StudySettings(images=6, steps=2, adaptive_images=4, clean_images=20))
-    calibration, figures = run(study, test=True)
-    write(folder, calibration, figures, folder.parent / "work")
-    return study, calibration, figures, folder
+    calibration, metrics = run(study, test=True)
+    write(folder, calibration, metrics, folder.parent / "work")
+    return study, calibration, metrics, folder
 
 
 def test_the_study_writes_a_section_that_the_bundle_loads_with(studied) -> None:
-    _, calibration, figures, folder = studied
+    _, calibration, metrics, folder = studied
     bundle = Bundle.load(folder)
     assert bundle.manifest.defense is not None
     read = DefenseCalibration.read(
@@ -90,17 +90,17 @@ def test_the_study_writes_a_section_that_the_bundle_loads_with(studied) -> None:
     )
     assert read.tower_fingerprint == bundle.manifest.clip.fingerprint
     assert read.choices == calibration.choices
-    assert json.loads((folder.parent / "work" / "defense.json").read_text()) == read.figures == figures
+    assert json.loads((folder.parent / "work" / "defense.json").read_text()) == read.metrics == metrics
 
 
 def test_every_table_has_every_row(studied) -> None:
-    _, _, figures, folder = studied
+    _, _, metrics, folder = studied
     attacks = {f"{a} {e}/255" for a in ("pgd", "apgd", "match") for e in (1, 4, 8)} | {"typographic"}
     for name in ("detection", "single_scores"):
-        assert set(figures[name]) == attacks
-    assert set(figures["robustness"]) == attacks | {"clean"}
-    assert set(figures["targeted"]) == {f"match {e}/255" for e in (1, 4, 8)} | {"typographic"}
-    text = markdown(figures)
+        assert set(metrics[name]) == attacks
+    assert set(metrics["robustness"]) == attacks | {"clean"}
+    assert set(metrics["targeted"]) == {f"match {e}/255" for e in (1, 4, 8)} | {"typographic"}
+    text = markdown(metrics)
     assert (folder.parent / "work" / "defense.md").read_text() == text
     for heading in (
         "Detection",
@@ -146,14 +146,14 @@ def test_what_the_adaptive_attack_differentiates_is_what_is_served(
 
 
 def test_the_documentation_gets_the_figures_between_its_marks(studied) -> None:
-    figures = studied[2]
+    metrics = studied[2]
     page = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    once = put_into(page, figures)
+    once = put_into(page, metrics)
     assert once.startswith("before\n") and once.endswith("after\n") and "old" not in once
-    assert markdown(figures) in once
-    assert put_into(once, figures) == once
+    assert markdown(metrics) in once
+    assert put_into(once, metrics) == once
     with pytest.raises(ValueError):
-        put_into("no marks", figures)
+        put_into("no marks", metrics)
     assert BEGIN in (Path(__file__).parents[2] / "docs" / "defence.md").read_text()
 
 

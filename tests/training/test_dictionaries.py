@@ -10,10 +10,10 @@ from services.dictionaries import SAE, Modality, load_dictionary, match_features
 from services.dictionaries.pair import correlation_matrix
 from training.dictionaries import train as dictionaries
 from training.dictionaries.baselines import PCA, pca_for_fvu, random_dictionary
-from training.dictionaries.choose import choose_default, label_figures, meets
-from training.dictionaries.metrics import EvaluationSet, kept
+from training.dictionaries.choose import choose_default, label_metrics, meets
+from training.dictionaries.metrics import EvaluationSet, retained
 from training.dictionaries.ncl import NCLSettings, train_ncl
-from training.dictionaries.sae import Pairs, SAESettings, SAETrainer, info_nce, same_rows, start_rows
+from training.dictionaries.sae import EmbeddingPairs, SAESettings, SAETrainer, info_nce, same_rows, start_rows
 from training.towers.embed import EmbeddingSet, EmbeddingSettings, is_current, split_parts
 
 DIM, CONCEPTS, ACTIVE = 24, 40, 3
@@ -30,7 +30,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def planted(count: int = 1500, own: int = 1, seed: int = 0) -> tuple[Pairs, torch.Tensor]:
+def planted(count: int = 1500, own: int = 1, seed: int = 0) -> tuple[EmbeddingPairs, torch.Tensor]:
     """Pairs that share ACTIVE concept directions and have `own` directions of their own modality."""
     g = torch.Generator().manual_seed(seed)
     directions = F.normalize(torch.randn(CONCEPTS, DIM, generator=g), dim=-1)
@@ -43,7 +43,7 @@ def planted(count: int = 1500, own: int = 1, seed: int = 0) -> tuple[Pairs, torc
     for i, modality in enumerate(Modality):
         extra = torch.randint(CONCEPTS - 10 + 5 * i, CONCEPTS - 5 + 5 * i, (count, own), generator=g)
         sides[modality] = F.normalize(gap[modality] + weights.scatter(1, extra, 1.0) @ directions, dim=-1)
-    return Pairs(sides[Modality.IMAGE], torch.arange(count), sides[Modality.TEXT][None]), directions
+    return EmbeddingPairs(sides[Modality.IMAGE], torch.arange(count), sides[Modality.TEXT][None]), directions
 
 
 def test_the_trainer_s_sparse_decode_is_the_dictionary_s_own():
@@ -81,7 +81,7 @@ def test_decoder_rows_stay_unit_and_a_seed_repeats():
     assert torch.equal(first.encoder, second.encoder)
 
 
-def _agreement(sae: SAE, pairs: Pairs) -> float:
+def _agreement(sae: SAE, pairs: EmbeddingPairs) -> float:
     image, text = pairs.sides()
     a, b = sae.encode(image, Modality.IMAGE), sae.encode(text, Modality.TEXT)
     return float(F.cosine_similarity(a, b).mean())
@@ -166,8 +166,8 @@ def test_ties_go_to_the_better_mean_rank():
 
 def test_labels_that_are_unresolved_or_missing_do_not_meet_their_targets():
     shares = {"IMAGE": 0.3, "TEXT": 0.0, "CROSS": 0.4, "UNRESOLVED": 0.3, "DEAD": 0.0}
-    assert label_figures(shares) == {"unresolved": 0.3, "rarest_label": 0.0}
-    met = meets({**label_figures(shares), "kappa_seeds": 0.49, "dead": 0.04, "r1_codes_kept": 0.88})
+    assert label_metrics(shares) == {"unresolved": 0.3, "rarest_label": 0.0}
+    met = meets({**label_metrics(shares), "kappa_seeds": 0.49, "dead": 0.04, "r1_codes_kept": 0.88})
     assert met == {
         "unresolved": True, "rarest_label": False, "kappa_seeds": False, "dead": False, "r1_codes_kept": True
     }  # fmt: skip
@@ -179,7 +179,7 @@ def test_seeds_start_alike_and_at_the_clusters_of_what_is_trained_on():
     centres = F.normalize(torch.randn(3, DIM, generator=g), dim=-1)
     caption = torch.arange(300) % 3
     sides = [F.normalize(centres[caption] + 0.05 * torch.randn(300, DIM, generator=g), dim=-1) for _ in "it"]
-    pairs = Pairs(sides[0], torch.arange(300), sides[1][None])
+    pairs = EmbeddingPairs(sides[0], torch.arange(300), sides[1][None])
     settings = dataclasses.replace(SMALL, n_features=3, k=1, align=0.1)
     means = (sides[0].mean(0), sides[1].mean(0))
     rows = start_rows(pairs, settings, means)
@@ -194,7 +194,7 @@ def test_seeds_start_alike_and_at_the_clusters_of_what_is_trained_on():
 def test_features_that_no_cluster_is_left_for_share_one_and_differ():
     g = torch.Generator().manual_seed(0)
     e = F.normalize(torch.randn(10, DIM, generator=g), dim=-1)
-    pairs = Pairs(e, torch.arange(10), e[None])
+    pairs = EmbeddingPairs(e, torch.arange(10), e[None])
     trainer = SAETrainer(pairs, dataclasses.replace(SMALL, align=0.1))
     decoder = trainer.sae.decoder.detach()
     cosine = decoder @ decoder.T - 2 * torch.eye(len(decoder))
@@ -298,8 +298,12 @@ def test_what_a_dictionary_keeps_of_retrieval_has_an_interval_that_holds_it():
         concepts=captions[rows],
         fit_mean={modality: torch.zeros(DIM) for modality in Modality},
     )
-    same = kept(PCA(Pairs(evaluation.images, torch.from_numpy(rows), texts[None]), DIM), evaluation)
+    same = retained(
+        PCA(EmbeddingPairs(evaluation.images, torch.from_numpy(rows), texts[None]), DIM), evaluation
+    )
     assert same["r1_round_trip"] == {"value": 1.0, "low": 1.0, "high": 1.0}
-    some = kept(PCA(Pairs(evaluation.images, torch.from_numpy(rows), texts[None]), 8), evaluation)
+    some = retained(
+        PCA(EmbeddingPairs(evaluation.images, torch.from_numpy(rows), texts[None]), 8), evaluation
+    )
     for figure in some.values():
         assert 0 < figure["low"] < figure["value"] < figure["high"] < 1

@@ -12,7 +12,7 @@ from training.judging.train import (
     THUMBNAIL,
     JudgeSettings,
     blur,
-    figures,
+    metrics,
     pick_among,
     train,
 )
@@ -46,7 +46,7 @@ def test_judge_learns_which_inputs_go_with_which_words() -> None:
         which = rng.integers(0, 6, count)
         inputs[f"{part}_images"] = centres[which] + 0.3 * rng.normal(size=(count, INPUTS)).astype(np.float32)
         captions[part] = names[which]
-    found = figures(train(inputs, captions, SMALL), inputs, captions)
+    found = metrics(train(inputs, captions, SMALL), inputs, captions)
     assert found["validation"]["r1"]["value"] > 0.9
     assert found["test"]["r1"]["value"] > 0.9
 

@@ -442,10 +442,10 @@ def test_validation_figures_of_embeddings_that_are_known():
         images = np.where((columns["set"][rows] == "b")[:, None], wrong, right)
         return images + 0.5 * embed_texts(columns["gender"][rows].tolist())
 
-    figures = on_validation(corpus, [], embed_images, embed_texts)
-    assert figures["r1"] == figures["r1_concept"] == 0.5
-    assert figures["r1_strict"] == pytest.approx(2 / 5)
-    assert figures["gender_auc"] == 1.0
+    metrics = on_validation(corpus, [], embed_images, embed_texts)
+    assert metrics["r1"] == metrics["r1_concept"] == 0.5
+    assert metrics["r1_strict"] == pytest.approx(2 / 5)
+    assert metrics["gender_auc"] == 1.0
     assert on_validation(corpus, ["b"], embed_images, embed_texts)["r1"] == 1.0
     trained = np.flatnonzero((columns["split"] == "train") & (columns["set"] != "b"))
     assert on_artist(corpus, "b", trained, embed_images, embed_texts)["b_r1"] == 0.0

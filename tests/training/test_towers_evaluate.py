@@ -60,13 +60,13 @@ def evaluation():
 
 
 def test_good_towers_and_easy_pictures_are_told_apart_by_every_method(evaluation):
-    figures = evaluation.validation()
-    assert figures["towers"]["image_to_text"][1]["value"] == 1.0
-    assert figures["pixels"][1].value == figures["colours"][1].value == 1.0
+    metrics = evaluation.validation()
+    assert metrics["towers"]["image_to_text"][1]["value"] == 1.0
+    assert metrics["pixels"][1].value == metrics["colours"][1].value == 1.0
     # One concept of either gender: an AUC of 1 says nothing of others.
-    assert figures["gender"] == {"auc": {"value": 1.0, "low": pytest.approx(0.025), "high": 1.0}, "n": 4}
-    assert figures["strict"]["queries"] < figures["towers"]["queries"]
-    assert set(figures["by_category"]) == {"People", "Shapes"}
+    assert metrics["gender"] == {"auc": {"value": 1.0, "low": pytest.approx(0.025), "high": 1.0}, "n": 4}
+    assert metrics["strict"]["queries"] < metrics["towers"]["queries"]
+    assert set(metrics["by_category"]) == {"People", "Shapes"}
 
 
 def test_the_test_artist_is_measured_on_captions_that_training_has(evaluation):

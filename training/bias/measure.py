@@ -78,9 +78,9 @@ def quick(
     margins = probe_scores(after[gendered], cases.gender[gendered] == WOMAN, cases.cluster[gendered])
     probe_labels = Labels(cases.gender[gendered], np.full(int(gendered.sum()), -1), 0, min_group)
     # NaN is not above 0: without this, items that no fold could tell would all be called men.
-    told = ones[:, gendered] * ~np.isnan(margins)
-    probe = threshold_metrics(margins, probe_labels, told, np.zeros(1), logit_scale)
-    figures = {
+    decided = ones[:, gendered] * ~np.isnan(margins)
+    probe = threshold_metrics(margins, probe_labels, decided, np.zeros(1), logit_scale)
+    metrics = {
         "auc": weighted_auc(scores[gendered], labels.woman[gendered], ones[:, gendered])[0],
         "skew": raw["skew"][0],
         "skew_recalibrated": again["skew"][0],
@@ -88,7 +88,7 @@ def quick(
         "worst_group": again["worst_group_accuracy"][0],
         "probe": probe["balanced_accuracy"][0],
     }
-    return {name: round(float(value), DIGITS) for name, value in figures.items()}
+    return {name: round(float(value), DIGITS) for name, value in metrics.items()}
 
 
 def by_artist(

@@ -29,7 +29,7 @@ from training.bias.choose import KEEP, choose, enough_kept
 from training.bias.data import StudyData
 from training.bias.measure import Utility, by_artist, by_profession
 from training.bias.methods import LABELS, Method, feature_methods, reference_methods
-from training.bias.study import MIN_GROUP, TRAINING_ARTISTS, Study, audit_figures
+from training.bias.study import MIN_GROUP, TRAINING_ARTISTS, Study, audit_metrics
 from training.build.assemble import without_nan
 from training.build.embedded import DEFAULT_OUT
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
@@ -102,7 +102,7 @@ def run(
         Modality.IMAGE: study.threshold(validation.take(validation.gender != UNGENDERED)),
         Modality.TEXT: study.threshold(study.text_cases),
     }
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "dictionary": study.name,
         "logit_scale": study.settings.logit_scale,
         "chosen": chosen,
@@ -122,16 +122,16 @@ def run(
     if test:
         utility = Utility.of(data, study.dictionary, "test")
         reported = methods if compare_on_test else full
-        figures["test"] = {"methods": study.compare(reported, parts["test"], utility)}
+        metrics["test"] = {"methods": study.compare(reported, parts["test"], utility)}
     for part, cases in {**parts, "texts": study.text_cases}.items():
         started = time.monotonic()
-        figures[part]["counts"] = counts(cases)
-        figures[part]["audits"] = [study.full(method, sides, cases) for method in full]
+        metrics[part]["counts"] = counts(cases)
+        metrics[part]["audits"] = [study.full(method, sides, cases) for method in full]
         shift = gender_scores(cases.e, data.direction)
         moved = audit_scores(cases, shift, shift - shift[cases.gender != UNGENDERED].mean(), study.settings)
-        figures[part]["audits"].append({"method": "threshold shift", "features": 0, **audit_figures(moved)})
+        metrics[part]["audits"].append({"method": "threshold shift", "features": 0, **audit_metrics(moved)})
         tell(f"{part}: {len(full)} audits in {time.monotonic() - started:.0f} s")
-    figures |= _professions(study, by_name[chosen], figures, test)
+    metrics |= _professions(study, by_name[chosen], metrics, test)
     calibration = BiasCalibration(
         tower_fingerprint=bundle.manifest.clip.fingerprint,
         prompts={who: tuple(template.format(who) for template in TEMPLATES) for who in ("woman", "man")},
@@ -139,18 +139,18 @@ def run(
         thresholds=thresholds,
         leace=study.leace,
         dictionaries=known,
-        figures=without_nan({key: figures[key] for key in KEPT_FIGURES}),
+        metrics=without_nan({key: metrics[key] for key in KEPT_FIGURES}),
     )
-    return calibration, without_nan(figures)
+    return calibration, without_nan(metrics)
 
 
-def _professions(study: Study, chosen: Method, figures: dict[str, Any], test: bool) -> dict[str, Any]:
+def _professions(study: Study, chosen: Method, metrics: dict[str, Any], test: bool) -> dict[str, Any]:
     """Ungendered professions by artist and era, and by profession from drawings and from texts."""
     data, scale = study.data, study.settings.logit_scale
     index = data.ungendered_professions(*TRAINING_ARTISTS, *(("test",) if test else ()))
     cases = data.drawings(study.dictionary, index)
     after = chosen.plan.apply(cases)
-    thresholds = tuple(figures["validation"]["audits"][0]["thresholds"])
+    thresholds = tuple(metrics["validation"]["audits"][0]["thresholds"])
     before_s, after_s = gender_scores(cases.e, data.direction), gender_scores(after, data.direction)
     texts = study.text_cases
     after_texts = chosen.plan.apply(texts)
@@ -169,11 +169,11 @@ def counts(cases: Cases) -> dict[str, int]:
     return {"women": women, "men": len(cases) - women - ungendered, "ungendered": ungendered}
 
 
-def write(bundle: Path, calibration: BiasCalibration, figures: dict[str, Any], work: Path) -> None:
+def write(bundle: Path, calibration: BiasCalibration, metrics: dict[str, Any], work: Path) -> None:
     """Write the figures, the bundle's section and its report, and vouch for the bundle anew."""
     work.mkdir(parents=True, exist_ok=True)
-    (work / "bias.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
-    (work / "bias.md").write_text(tables.markdown(figures))
+    (work / "bias.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    (work / "bias.md").write_text(tables.markdown(metrics))
     calibration.write(bundle / BIAS / f"{BIAS}.json", bundle / BIAS / f"{BIAS}.safetensors")
     # The other steps' figures are there when the bundle was made here; a study of a bundle alone leaves its report.
     if (work / "dictionaries.json").exists():
@@ -203,10 +203,10 @@ def main() -> None:
     settings = AuditSettings(
         data.embeddings.logit_scale, arguments.resamples, arguments.null_sets, MIN_GROUP, arguments.seed
     )
-    calibration, figures = run(Study(bundle, data, settings, arguments.dictionary), arguments.test)
-    print(tables.markdown(figures))
+    calibration, metrics = run(Study(bundle, data, settings, arguments.dictionary), arguments.test)
+    print(tables.markdown(metrics))
     if not arguments.dry_run:
-        write(arguments.bundle, calibration, figures, arguments.work)
+        write(arguments.bundle, calibration, metrics, arguments.work)
     print(f"bias study: {time.monotonic() - started:.0f} s")
 
 

@@ -145,10 +145,10 @@ class Study:
     def full(self, method: Method, sides: dict[Modality, Side], cases: Cases) -> dict[str, Any]:
         """Return the whole audit of one method."""
         found = audit(cases, self.data.direction, sides, method.plan, self.settings)
-        return {"method": method.name, "features": method.features, **audit_figures(found)}
+        return {"method": method.name, "features": method.features, **audit_metrics(found)}
 
 
-def audit_figures(found: Audit) -> dict[str, Any]:
+def audit_metrics(found: Audit) -> dict[str, Any]:
     """Return an audit as JSON values; of the null its quantiles, not its draws."""
     return {
         "verdict": found.verdict.value,

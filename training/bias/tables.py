@@ -25,18 +25,18 @@ WEAK_AUC = 0.7
 HEAD = ("method", "features", "R@1 kept", "AUC", "skew", "skew recal.", "gap", "worst group", "probe")
 
 
-def summary(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> str:
+def summary(metrics: dict[str, Any], titles: Mapping[str, str] = PARTS) -> str:
     """Return in sentences what was chosen and what it did; `titles` say what each part is."""
-    rows = {row["method"]: row for row in figures["validation"]["methods"]}
-    nothing, chosen = rows["nothing"], rows[figures["chosen"]]
+    rows = {row["method"]: row for row in metrics["validation"]["methods"]}
+    nothing, chosen = rows["nothing"], rows[metrics["chosen"]]
     parts = [
-        f"Ablations of {figures['dictionary']}; chosen on held-out pairs by verdict, then by {chosen_by(figures)}: "
-        f"{figures['chosen']}, which keeps {chosen['r1_kept']:.0%} of the retrieval of pictures that show no people."
+        f"Ablations of {metrics['dictionary']}; chosen on held-out pairs by verdict, then by {chosen_by(metrics)}: "
+        f"{metrics['chosen']}, which keeps {chosen['r1_kept']:.0%} of the retrieval of pictures that show no people."
     ]
     for part, title in titles.items():
-        if part not in figures:
+        if part not in metrics:
             continue
-        found = figures[part]["audits"][0]
+        found = metrics[part]["audits"][0]
         p = next((test["p"] for test in found["nulls"] if test["measure"] == "skew"), None)
         skew = found["recalibrated"]["skew"]
         parts.append(
@@ -53,39 +53,39 @@ def summary(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> str:
     return " ".join(parts)
 
 
-def chosen_by(figures: dict[str, Any]) -> str:
+def chosen_by(metrics: dict[str, Any]) -> str:
     """Return in words what the ablation was chosen by."""
     # A work folder from before this was recorded has no such key.
-    found = figures.get("chosen_by", {"figure": "skew_recalibrated", "sides": []})
+    found = metrics.get("chosen_by", {"figure": "skew_recalibrated", "sides": []})
     words = CHOSEN_BY[found["figure"]]
     return words + "".join(f" ({SIDES[side]} alone)" for side in found["sides"] if len(found["sides"]) == 1)
 
 
-def tables(figures: dict[str, Any], titles: Mapping[str, str] = PARTS) -> list[FigureTable]:
+def tables(metrics: dict[str, Any], titles: Mapping[str, str] = PARTS) -> list[FigureTable]:
     """Return every table of the study; `titles` say what each part is."""
     result = [
-        methods_table(titles[part], figures[part]["methods"], "image")
+        methods_table(titles[part], metrics[part]["methods"], "image")
         for part in ("validation", "test")
-        if part in figures
+        if part in metrics
     ]
-    result.append(methods_table(titles["texts"], figures["validation"]["methods"], "text"))
+    result.append(methods_table(titles["texts"], metrics["validation"]["methods"], "text"))
     result += [
-        audits_table(f"Audits: {title}", figures[part]["audits"])
+        audits_table(f"Audits: {title}", metrics[part]["audits"])
         for part, title in titles.items()
-        if part in figures
+        if part in metrics
     ]
     result += [
-        labels_table("What each modality label holds of gender", figures["labels"]),
-        rows_table("Ungendered professions by artist, at recalibrated thresholds", figures["by_artist"]),
+        labels_table("What each modality label holds of gender", metrics["labels"]),
+        rows_table("Ungendered professions by artist, at recalibrated thresholds", metrics["by_artist"]),
     ]
-    for modality, rows in figures["by_profession"].items():
+    for modality, rows in metrics["by_profession"].items():
         result.append(rows_table(f"Ungendered professions, {modality}", rows))
     return result
 
 
-def markdown(figures: dict[str, Any]) -> str:
+def markdown(metrics: dict[str, Any]) -> str:
     """Return the whole study in Markdown."""
-    return as_markdown(summary(figures), tables(figures))
+    return as_markdown(summary(metrics), tables(metrics))
 
 
 def methods_table(title: str, rows: Sequence[dict[str, Any]], side: str) -> FigureTable:

@@ -99,7 +99,7 @@ def measure(
     )
 
 
-def towers_figures(selection: Selection) -> dict[str, Any]:
+def tower_metrics(selection: Selection) -> dict[str, Any]:
     """Return how well the towers match images and captions, and tell the genders, on validation and on test."""
     embeddings, columns = selection.embeddings, selection.columns
     texts = embeddings.mean_texts()

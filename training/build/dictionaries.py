@@ -14,7 +14,7 @@ from training.build.errors import BuildError
 from training.build.selection import Selection, select
 from training.build.settings import BuildSettings
 from training.dictionaries.ncl import NCLSettings
-from training.dictionaries.sae import Pairs, SAESettings
+from training.dictionaries.sae import EmbeddingPairs, SAESettings
 from training.dictionaries.train import RECIPES, load_pairs, train
 
 Recipe = SAESettings | NCLSettings | None
@@ -64,12 +64,12 @@ def units(name: str, made: Recipe) -> int:
     return 0 if made is None else made.steps * (2 if name == "sae-pair" else 1)
 
 
-def training_pairs(selection: Selection) -> Pairs:
+def training_pairs(selection: Selection) -> EmbeddingPairs:
     """Return the fit part; captions in one wording as they are, in several also averaged."""
     if len(selection.embeddings.texts) > 1:
         return load_pairs(selection.embeddings)
     embeddings, fit = selection.embeddings, selection.where("fit")
-    return Pairs(
+    return EmbeddingPairs(
         images=torch.from_numpy(embeddings.images[fit]),
         caption=torch.from_numpy(embeddings.caption[fit]),
         texts=torch.from_numpy(embeddings.texts),

@@ -18,7 +18,7 @@ from services.encoding.torch_backend import TorchTowers
 from services.errors import ImageError
 from training.build.bad_rows import BAD_ROWS, check_bad_share, write_bad_rows
 from training.build.errors import BuildError
-from training.build.pairs import BadRow, Pair, Source, bad_row
+from training.build.pairs import BadRow, ImageTextPair, Source, bad_row
 from training.build.progress import Reporter
 from training.build.selection import PEOPLE, PEOPLE_FILE, PROMPTS, Selection
 from training.build.settings import BuildSettings
@@ -124,7 +124,7 @@ def make_shard(paths: tuple[Path, ...], clip: Path, store: Store, task: Task) ->
     towers = embedder(clip, store.key.device)
     # Before the rows are read: what changes meanwhile is made again.
     digest = source.digest(task.start, task.stop)
-    kept: list[Pair] = []
+    kept: list[ImageTextPair] = []
     bad: list[BadRow] = []
     units: list[np.ndarray] = []
     norms: list[np.ndarray] = []
@@ -158,7 +158,7 @@ def make_shard(paths: tuple[Path, ...], clip: Path, store: Store, task: Task) ->
     return entry
 
 
-def _columns(source: str, pairs: Sequence[Pair], norms: np.ndarray) -> dict[str, list]:
+def _columns(source: str, pairs: Sequence[ImageTextPair], norms: np.ndarray) -> dict[str, list]:
     columns: dict[str, list] = {"source": [source] * len(pairs)}
     for name in ("row", "key", "caption", "gender", "profession", "label", "group", "split"):
         columns[name] = [getattr(pair, name) for pair in pairs]
@@ -204,7 +204,7 @@ def read_images(paths: tuple[Path, ...], wanted: Sequence[tuple[str, int]]) -> d
         if source is None or row >= len(source):
             continue
         for item in source.read(row, row + 1):
-            if isinstance(item, Pair):
+            if isinstance(item, ImageTextPair):
                 found[name, row] = item.image
     return found
 

@@ -173,16 +173,16 @@ def assemble(work: Path, clip: Path, corpus: Path, out: Path) -> Bundle:
         write_samples(part, columns, pick_samples(columns, pictures))
         if (work / "report.html").exists():
             shutil.copyfile(work / "report.html", part / "report.html")
-        figures = metrics(work)
+        found = metrics(work)
         write_manifest(
             part,
             name=out.name,
             description=DESCRIPTION,
             licences=bundle_licences(),
-            default_dictionary=figures["dictionaries"]["default"],
+            default_dictionary=found["dictionaries"]["default"],
             provenance=provenance(work, clip),
             training_commands=COMMANDS,
-            metrics=figures,
+            metrics=found,
         )
         write_quantiles(Bundle.load(part, verify=False), EmbeddingSet.load(work / "embeddings.npz"))
         refresh_manifest(part)

@@ -103,7 +103,7 @@ def provenance(settings: BuildSettings, parts: ManifestParts) -> dict[str, Any]:
     }
 
 
-def figures(work: Path) -> dict[str, Any]:
+def metrics(work: Path) -> dict[str, Any]:
     """Return the figures of the stages, without what only the report shows."""
     found = {
         name: json.loads((work / f"{name}.json").read_text(encoding="utf-8"))
@@ -125,7 +125,7 @@ def _manifest(bundle: Path, settings: BuildSettings, parts: ManifestParts, work:
         default_dictionary=parts.default,
         provenance=provenance(settings, parts),
         training_commands=(command(settings),),
-        metrics=figures(work),
+        metrics=metrics(work),
     )
 
 

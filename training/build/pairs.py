@@ -21,7 +21,7 @@ MAX_TOLD = 200
 
 
 @dataclass(frozen=True)
-class Pair:
+class ImageTextPair:
     """One image with one caption.
 
     Attributes
@@ -93,7 +93,7 @@ class Source(ABC):
         """Raise `Unusable` where a row is known to be bad before its image is read."""
 
     @abstractmethod
-    def _pairs(self, row: int) -> list[Pair]:
+    def _pairs(self, row: int) -> list[ImageTextPair]:
         """Return the pairs of a row, or raise `Unusable`."""
 
     def broken(self) -> Iterator[BadRow]:
@@ -104,7 +104,7 @@ class Source(ABC):
             except Unusable as error:
                 yield bad_row(row, self.key(row), str(error))
 
-    def read(self, start: int, stop: int) -> Iterator[Pair | BadRow]:
+    def read(self, start: int, stop: int) -> Iterator[ImageTextPair | BadRow]:
         """Read rows in order."""
         for row in range(start, stop):
             try:
@@ -117,10 +117,10 @@ class Source(ABC):
 
 def bad_row(row: int, key: str, reason: str) -> BadRow:
     """Return a bad row whose key and reason fit on a line."""
-    return BadRow(row, _told(key), _told(reason))
+    return BadRow(row, _in_a_line(key), _in_a_line(reason))
 
 
-def _told(text: str) -> str:
+def _in_a_line(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= MAX_TOLD else f"{line[: MAX_TOLD - 1]}…"
 

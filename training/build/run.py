@@ -21,7 +21,7 @@ from training.build.describe import (
     card_thumbnails,
     describe_one,
     measure,
-    towers_figures,
+    tower_metrics,
     write_json,
 )
 from training.build.dictionaries import recipe, train_one, units
@@ -96,7 +96,7 @@ class Build:
         self._dictionaries()
         self._judges()
         self._tables()
-        self._figures()
+        self._metrics()
         self._thumbnails()
         study = finish.study_bundle(self.work, settings, self._manifest_parts())
         self._bias(study)
@@ -187,7 +187,7 @@ class Build:
                 lambda i, files: self.stages.finish(todo[i][0], todo[i][1], files),
             )
 
-    def _figures(self) -> None:
+    def _metrics(self) -> None:
         s, work = self.settings, self.work
         inputs = {**self._trained(s.kinds), "k": s.k, "kinds": list(s.kinds)}
         # Dictionaries of an earlier run with other --kind are not this bundle's.
@@ -201,7 +201,7 @@ class Build:
                 found = measure(self.selection, s, work, tables, lambda line: stage.advance())
             write_json(work / "dictionaries.json", found)
             write_json(work / "modality.json", tables)
-            write_json(work / "retrieval.json", towers_figures(self.selection))
+            write_json(work / "retrieval.json", tower_metrics(self.selection))
             return [work / f"{name}.json" for name in ("dictionaries", "modality", "retrieval")]
 
         self.stages.run("figures", inputs, make)
@@ -235,10 +235,10 @@ class Build:
     def _study(self, name: str, title: str, wanted: bool | None, inputs: dict[str, Any], total: int,
                make: Callable[[Callable[[float], None]], tuple[list[Path], dict[str, Any]]]) -> None:  # fmt: skip
         """Run one calibration, or note why it is left out."""
-        figures, files = self.work / f"{name}.json", self.work / name
+        document, files = self.work / f"{name}.json", self.work / name
         why = self.work / f"{name}.skipped"
         if wanted is False:
-            for file in (figures, *files.glob("*")):
+            for file in (document, *files.glob("*")):
                 file.unlink(missing_ok=True)
             self.skips.append(f"{title}: not asked for.")
             return
@@ -247,7 +247,7 @@ class Build:
             why.unlink(missing_ok=True)
 
         def study() -> list[Path]:
-            for file in (figures, why, *files.glob("*")):
+            for file in (document, why, *files.glob("*")):
                 file.unlink(missing_ok=True)
             try:
                 with self.reporter.stage(title, total) as stage:
@@ -257,8 +257,8 @@ class Build:
                     raise BuildError(f"{title}: {error}") from error
                 why.write_text(str(error), encoding="utf-8")
                 return [why]
-            write_json(figures, found)
-            return [*made, figures]
+            write_json(document, found)
+            return [*made, document]
 
         self.stages.run(name, inputs, study)
         if why.exists():
@@ -275,8 +275,8 @@ class Build:
         }
 
         def make(tell: Callable[[float], None]) -> tuple[list[Path], dict[str, Any]]:
-            calibration, figures = calibrate_bias(study, self.selection, people, s)
-            return write_bias(calibration, self.work), figures
+            calibration, metrics = calibrate_bias(study, self.selection, people, s)
+            return write_bias(calibration, self.work), metrics
 
         self._study("bias", "Gender bias", s.bias, inputs, 1, make)
 
@@ -290,8 +290,8 @@ class Build:
         def make(tell: Callable[[float], None]) -> tuple[list[Path], dict[str, Any]]:
             if not s.pairs:
                 raise Skipped("no --pairs, so no images to attack")
-            calibration, figures = calibrate_defense(study, self.selection, s, tell)
-            return write_defense(calibration, self.work), figures
+            calibration, metrics = calibrate_defense(study, self.selection, s, tell)
+            return write_defense(calibration, self.work), metrics
 
         self._study("defense", "Adversarial images", s.defense, inputs, DEFENSE_TELLS, make)
 

@@ -17,7 +17,7 @@ from training.build.errors import BuildError
 from training.build.pairs import (
     IMAGES,
     LABELS,
-    Pair,
+    ImageTextPair,
     Source,
     Unusable,
     captions,
@@ -87,14 +87,14 @@ class Samples(Source):
         """See `Source`; texts are not read either."""
         return _image_of(self._samples[row])
 
-    def _pairs(self, row: int) -> list[Pair]:
+    def _pairs(self, row: int) -> list[ImageTextPair]:
         sample = self._samples[row]
         image = self._check(row)
         texts = {suffix: self._whole(sample.members[suffix]) for suffix in TEXTS if suffix in sample.members}
         said, fields = _said(texts)
         found, labels = captions(said or fields.get("text")), checked_labels(fields)
         data = self._whole(image)
-        return [Pair(row, sample.key, data, caption, **labels) for caption in found]
+        return [ImageTextPair(row, sample.key, data, caption, **labels) for caption in found]
 
     def _whole(self, member: Member) -> bytes:
         data = self._content(member)

@@ -127,11 +127,11 @@ def calibrate_bias(
     )
     try:
         study = BiasStudy(bundle, data, audit)
-        calibration, figures = run(study, True, nothing, always=("LEACE",), compare_on_test=False)
+        calibration, metrics = run(study, True, nothing, always=("LEACE",), compare_on_test=False)
     except NotEnoughItems as error:
         raise Skipped(str(error)) from error
     prompts = {who: tuple(prompt.format(who) for prompt in PROMPTS) for who in PEOPLE}
-    return replace(calibration, prompts=prompts), figures
+    return replace(calibration, prompts=prompts), metrics
 
 
 def check_people(data: OwnBiasData) -> None:
@@ -273,27 +273,27 @@ def calibrate_defense(
         false_positive_rate=FALSE_POSITIVES,
         seed=settings.seed,
     )
-    study = Study(bundle, data, sizes, kept=settings.work / "attacks", tell=lambda line: tell(1.0))
+    study = Study(bundle, data, sizes, cache=settings.work / "attacks", tell=lambda line: tell(1.0))
     calibration = study.calibrate(study.seen())
-    figures = {
+    metrics = {
         "settings": {
             "images": sizes.images // 2,
             "steps": sizes.steps,
             "false_positive_rate": FALSE_POSITIVES,
         },
         "labels": len(reported.labels),
-        "test": test_figures(study, calibration, reported, tell),
+        "test": test_metrics(study, calibration, reported, tell),
     }
-    return replace(calibration, figures=figures), figures
+    return replace(calibration, metrics=metrics), metrics
 
 
-def test_figures(
+def test_metrics(
     study: Study, calibration: DefenseCalibration, reported: DefenseData, tell: Callable[[float], None]
 ) -> list[dict[str, Any]]:
     """Return, for clean and for attacked test images, the share called adversarial and accuracy before and after."""
     decoder, drawings = Decoder.of(study.dictionary), reported.test
     texts, truth = reported.texts.numpy(), drawings.truth
-    attacker = Attacker(study.victim, reported, study.settings.steps, study.kept)
+    attacker = Attacker(study.victim, reported, study.settings.steps, study.cache)
     rows = []
     for epsilon in (0, *EPSILONS):
         images = attacker.attack("pgd", epsilon, drawings) if epsilon else drawings.images

@@ -17,7 +17,7 @@ from monofacet._tables import COLUMNS, TableError, find_columns, missing_column,
 from services.strict_json import canonical_json
 from training.build.errors import BuildError
 from training.build.pairs import (
-    Pair,
+    ImageTextPair,
     Source,
     Unusable,
     captions,
@@ -45,10 +45,10 @@ class _Rows(Source):
     def _bytes(self, row: int) -> bytes:
         """Return the image of a row, or raise `Unusable`."""
 
-    def _pairs(self, row: int) -> list[Pair]:
+    def _pairs(self, row: int) -> list[ImageTextPair]:
         found, labels = self._check(row)
         data = self._bytes(row)
-        return [Pair(row, self.key(row), data, caption, **labels) for caption in found]
+        return [ImageTextPair(row, self.key(row), data, caption, **labels) for caption in found]
 
 
 class Table(_Rows):

@@ -13,11 +13,11 @@ from training.defense.observe import Decoder
 from training.defense.victim import Victim
 
 
-def principal_directions(clean: Float[np.ndarray, "N d"], kept: int) -> tuple[np.ndarray, np.ndarray]:
+def principal_directions(clean: Float[np.ndarray, "N d"], n_components: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean (d,) of clean embeddings and their first directions, shape (kept, d)."""
     mean = clean.mean(0)
     _, _, directions = np.linalg.svd(clean - mean, full_matrices=False)
-    return mean, directions[:kept]
+    return mean, directions[:n_components]
 
 
 def pca(
@@ -88,15 +88,15 @@ def counterattack(
     """
     start = random_start(images, epsilon, torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        original = torch.cat([victim.raw(piece) for piece in images.split(32)])
-        moved = torch.cat([victim.raw(piece) for piece in start.split(32)])
+        original = torch.cat([victim.raw(chunk) for chunk in images.split(32)])
+        moved = torch.cat([victim.raw(chunk) for chunk in start.split(32)])
     tau = (moved - original).norm(dim=1) / original.norm(dim=1)
     at, total, weight = start, torch.zeros_like(images), 0.0
     for i in range(1, steps + 1):
         gradients = []
-        for piece, target in zip(at.split(32), original.split(32), strict=True):
+        for chunk, target in zip(at.split(32), original.split(32), strict=True):
             distance = _distance(victim, target)
-            gradients.append(ascend(distance, piece)[1])
+            gradients.append(ascend(distance, chunk)[1])
         at = project(at + epsilon * torch.cat(gradients).sign(), images, epsilon)
         share = float(np.exp(growth * i))
         total, weight = total + share * (at - images), weight + share

@@ -62,7 +62,7 @@ def statistics_from(
     return FeatureStatistics.measure(
         clean=clean_z,
         attacked=attack_pairs(seen, learnt_on),
-        smoothed=(seen.clean.z, seen.clean.twin_z),
+        smoothed=(seen.clean.z, seen.clean.smoothed_z),
         text=text,
     )
 
@@ -95,7 +95,7 @@ def answered(
     found = screen(
         [observed.look(i) for i in range(len(observed))],
         observed.noise.tolist(),
-        [observed.twin_look(i) for i in range(len(observed))] if second_look else None,
+        [observed.smoothed_look(i) for i in range(len(observed))] if second_look else None,
         calibration,
         decoder.rows,
         decoder.origin,

@@ -242,7 +242,7 @@ def baselines(context: Context) -> dict[str, Any]:
     _, _, changed = context.answers(context.attacked[COMPARED[1]], True, filter_all=True)
     kept = _pca_size(context)
     directions = others.principal_directions(study.data.clean_units, kept)
-    defences: dict[str, Callable[[str], np.ndarray]] = {
+    defenses: dict[str, Callable[[str], np.ndarray]] = {
         "no-op": lambda name: observed[name].unit,
         "random features": lambda name: others.random_features(
             observed[name].unit, observed[name].z, changed, context.decoder, rng
@@ -252,14 +252,14 @@ def baselines(context: Context) -> dict[str, Any]:
         "JPEG 25": lambda name: victim.embed(jpeg(images[name], 25)).numpy(),
         "noise averaging": lambda name: others.noise_averaging(victim, images[name], 16 / 255, 4),
         "counterattack": lambda name: others.counterattack(victim, images[name]),
-        "smoothed picture": lambda name: observed[name].twin,
+        "smoothed picture": lambda name: observed[name].smoothed,
         "filter, one look": lambda name: context.answers(observed[name], False)[1],
         "filter, two looks": lambda name: context.answers(observed[name], True)[1],
         "filter all, two looks": lambda name: context.answers(observed[name], True, filter_all=True)[1],
     }
     return {
-        defence: {name: context.accuracy(embed(name)) for name in images}
-        for defence, embed in defences.items()
+        defense: {name: context.accuracy(embed(name)) for name in images}
+        for defense, embed in defenses.items()
     }
 
 
@@ -276,7 +276,7 @@ def _pca_size(context: Context) -> int:
     return base.unit.shape[1]
 
 
-def adaptive_figures(context: Context) -> dict[str, Any]:
+def adaptive_metrics(context: Context) -> dict[str, Any]:
     """Attack with knowledge of the defence: what is left, by the worse of two weights for each picture."""
     study = context.study
     drawings = context.drawings.first(study.settings.adaptive_images)

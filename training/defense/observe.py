@@ -33,9 +33,9 @@ class Observed:
     """
 
     unit: Float[np.ndarray, "B d"]
-    twin: Float[np.ndarray, "B d"]
+    smoothed: Float[np.ndarray, "B d"]
     z: Float[np.ndarray, "B n"]
-    twin_z: Float[np.ndarray, "B n"]
+    smoothed_z: Float[np.ndarray, "B n"]
     noise: Float[np.ndarray, " B"]
 
     def __len__(self) -> int:
@@ -45,9 +45,9 @@ class Observed:
         """Return the look at picture i."""
         return _look(self.unit[i], self.z[i])
 
-    def twin_look(self, i: int) -> Look:
+    def smoothed_look(self, i: int) -> Look:
         """Return the look at the smoothed picture i."""
-        return _look(self.twin[i], self.twin_z[i])
+        return _look(self.smoothed[i], self.smoothed_z[i])
 
     def take(self, index: np.ndarray) -> Observed:
         """Return some of the pictures."""
@@ -69,28 +69,28 @@ class Looks:
     """The part of `Observed` that is of the towers alone; the same attributes."""
 
     unit: Float[np.ndarray, "B d"]
-    twin: Float[np.ndarray, "B d"]
+    smoothed: Float[np.ndarray, "B d"]
     noise: Float[np.ndarray, " B"]
 
 
 @torch.no_grad()
 def look_twice(embed: Embed, images: Float[Tensor, "B 3 H W"]) -> Looks:
     """Look at pictures in [0, 1] twice; `embed` is a `Victim`, or towers by `embed_with`."""
-    units, twins, levels = [], [], []
-    for piece in images.split(32):
-        units.append(embed(piece))
-        twins.append(embed(smooth(piece)))
-        levels.append(noise(piece))
-    return Looks(*(torch.cat(parts).numpy() for parts in (units, twins, levels)))
+    units, smoothed, levels = [], [], []
+    for chunk in images.split(32):
+        units.append(embed(chunk))
+        smoothed.append(embed(smooth(chunk)))
+        levels.append(noise(chunk))
+    return Looks(*(torch.cat(parts).numpy() for parts in (units, smoothed, levels)))
 
 
 @torch.no_grad()
 def observed_from(looks: Looks, dictionary: Dictionary) -> Observed:
     """Add the activations in a dictionary."""
-    z, twin_z = (
-        dictionary.encode(torch.from_numpy(e), Modality.IMAGE).numpy() for e in (looks.unit, looks.twin)
+    z, smoothed_z = (
+        dictionary.encode(torch.from_numpy(e), Modality.IMAGE).numpy() for e in (looks.unit, looks.smoothed)
     )
-    return Observed(looks.unit, looks.twin, z, twin_z, looks.noise)
+    return Observed(looks.unit, looks.smoothed, z, smoothed_z, looks.noise)
 
 
 def observe(embed: Embed, dictionary: Dictionary, images: Float[Tensor, "B 3 H W"]) -> Observed:
@@ -135,7 +135,7 @@ def scores(
             detection_scores(
                 observed.look(i),
                 float(observed.noise[i]),
-                observed.twin_look(i) if second_look else None,
+                observed.smoothed_look(i) if second_look else None,
                 statistics,
                 decoder.rows,
                 decoder.origin,

@@ -201,13 +201,13 @@ class Subject:
         aims = self.targets(target, seed)[1] if name == "match" else None
         # One for all pieces, and drawn from in order: a picture's start does not depend on how they are split.
         generator = torch.Generator().manual_seed(seed)
-        pieces = []
+        chunks = []
         for start in range(0, len(self.pictures), BATCH):
             some = slice(start, start + BATCH)
             loss = self._loss(name, self.truth[some], None if aims is None else aims[some])
             moved = run(loss, self.pictures[some], budget / 255, steps=steps, generator=generator)
-            pieces.append(to_images(to_pixels(moved)))
-        return torch.cat(pieces)
+            chunks.append(to_images(to_pixels(moved)))
+        return torch.cat(chunks)
 
     def _loss(self, name: str, truth: torch.Tensor, aims: torch.Tensor | None) -> Loss:
         """Return what an attack makes large, for the pictures that `truth` and `aims` are of."""
@@ -261,7 +261,7 @@ def embed_texts(bundle: Bundle, texts: tuple[str, ...]) -> torch.Tensor:
     tower = TextTower(build_clip(config, bundle.clip_weights))
     tokens = torch.from_numpy(Tokenizer(config).tokenize(list(texts), truncate=True))
     with torch.inference_mode():
-        raw = torch.cat([tower(piece) for piece in tokens.split(32)])
+        raw = torch.cat([tower(chunk) for chunk in tokens.split(32)])
     return torch.nn.functional.normalize(raw, dim=-1).clone()
 
 

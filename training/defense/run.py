@@ -35,7 +35,7 @@ def run(study: Study, test: bool) -> tuple[DefenseCalibration, dict[str, Any]]:
     drawings = study.data.evaluation.first(study.settings.images)
     pictures = study.attacked(drawings)
     context = evaluate.Context(study, calibration, seen, drawings, pictures)
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "settings": vars(study.settings),
         "samples": {
             "calibration_clean": len(seen.clean),
@@ -51,34 +51,34 @@ def run(study: Study, test: bool) -> tuple[DefenseCalibration, dict[str, Any]]:
         "targeted": evaluate.targeted(context),
     }
     study.say("measured what does not know the defence")
-    figures["baselines"] = evaluate.baselines(context)
+    metrics["baselines"] = evaluate.baselines(context)
     study.say("measured the baselines")
-    figures["adaptive"] = evaluate.adaptive_figures(context)
+    metrics["adaptive"] = evaluate.adaptive_metrics(context)
     study.say("measured the adaptive attack")
     if test:
-        figures["openmoji"] = evaluate.test_artist(context)
+        metrics["openmoji"] = evaluate.test_artist(context)
         study.say("measured openmoji")
-    figures["minutes"] = round((time.monotonic() - study.started) / 60, 1)
-    return calibration, without_nan(figures)
+    metrics["minutes"] = round((time.monotonic() - study.started) / 60, 1)
+    return calibration, without_nan(metrics)
 
 
 def write(
     bundle: Path,
     calibration: DefenseCalibration,
-    figures: dict[str, Any],
+    metrics: dict[str, Any],
     work: Path,
     docs: Path | None = None,
 ) -> None:
     """Write the bundle's section, its manifest, the figures, and the tables of a documentation page."""
-    replace(calibration, figures=figures).write(
+    replace(calibration, metrics=metrics).write(
         bundle / DEFENSE / f"{DEFENSE}.json", bundle / DEFENSE / f"{DEFENSE}.safetensors"
     )
     refresh_manifest(bundle)
     work.mkdir(parents=True, exist_ok=True)
-    (work / "defense.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")
-    (work / "defense.md").write_text(tables.markdown(figures))
+    (work / "defense.json").write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n")
+    (work / "defense.md").write_text(tables.markdown(metrics))
     if docs is not None:
-        docs.write_text(tables.put_into(docs.read_text(), figures))
+        docs.write_text(tables.put_into(docs.read_text(), metrics))
 
 
 def main() -> None:
@@ -113,10 +113,10 @@ def main() -> None:
         settings.images,
     )
     study = Study(bundle, data, settings, arguments.dictionary, arguments.work / "defense")
-    calibration, figures = run(study, arguments.test)
-    print(tables.markdown(figures))
+    calibration, metrics = run(study, arguments.test)
+    print(tables.markdown(metrics))
     if not arguments.dry_run:
-        write(arguments.bundle, calibration, figures, arguments.work, arguments.docs)
+        write(arguments.bundle, calibration, metrics, arguments.work, arguments.docs)
         write_attacked(arguments.bundle)
 
 

@@ -73,8 +73,8 @@ def write_attacked(path: Path) -> None:
         return
     sample, target, pixels = attack_samples(bundle, list(captions.values()))
     Image.fromarray(pixels).save(path / "samples" / "attacked.png", optimize=True)
-    told = {"path": "samples/attacked.png", "sample": sample.path, "target": target, "levels": LEVELS}
-    (path / "samples" / "attacked.json").write_text(json.dumps(told, indent=1) + "\n")
+    document = {"path": "samples/attacked.png", "sample": sample.path, "target": target, "levels": LEVELS}
+    (path / "samples" / "attacked.json").write_text(json.dumps(document, indent=1) + "\n")
     refresh_manifest(path)
 
 

@@ -68,16 +68,16 @@ class Attacker:
         Labels.
     steps : int
         Gradients an image.
-    kept : Path or None
+    cache : Path or None
         Folder where attacked pictures are kept, so that a study that was interrupted goes on where it was. It must be
         of these towers alone.
     """
 
-    def __init__(self, victim: Victim, data: StudyData, steps: int, kept: Path | None = None) -> None:
+    def __init__(self, victim: Victim, data: StudyData, steps: int, cache: Path | None = None) -> None:
         self.victim = victim
         self.data = data
         self.steps = steps
-        self.kept = kept
+        self.cache = cache
 
     def targets(self, drawings: Drawings) -> np.ndarray:
         """Return a label for each drawing that is not the true one."""
@@ -91,12 +91,12 @@ class Attacker:
             return typographic(
                 drawings.images, [self.data.labels[target] for target in self.targets(drawings)]
             )
-        if self.kept is None:
+        if self.cache is None:
             return self._attack(name, epsilon, drawings)
         digest = hashlib.sha256(to_pixels(drawings.images).tobytes() + drawings.truth.tobytes())
         # The towers and the labels say what the texts' embeddings are.
         digest.update("\n".join(self.data.labels).encode())
-        file = self.kept / f"{name}-{epsilon}-{self.steps}-{digest.hexdigest()[:16]}.npy"
+        file = self.cache / f"{name}-{epsilon}-{self.steps}-{digest.hexdigest()[:16]}.npy"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             pixels = to_pixels(self._attack(name, epsilon, drawings))
@@ -125,12 +125,12 @@ class Attacker:
         return untargeted(self.victim, self.data.texts, torch.from_numpy(truth), self.victim.logit_scale)
 
 
-def kept_looks(victim: Victim, images: torch.Tensor, kept: Path | None) -> Looks:
+def cached_looks(victim: Victim, images: torch.Tensor, cache: Path | None) -> Looks:
     """Look at pictures twice, or read what an earlier run saw of them."""
-    if kept is None:
+    if cache is None:
         return look_twice(victim, images)
     digest = hashlib.sha256(to_pixels(images).tobytes()).hexdigest()[:16]
-    file = kept / f"looks-{digest}.npz"
+    file = cache / f"looks-{digest}.npz"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
@@ -138,7 +138,8 @@ def kept_looks(victim: Victim, images: torch.Tensor, kept: Path | None) -> Looks
             np.savez(open_file, **vars(look_twice(victim, images)))
         part.replace(file)
     with np.load(file) as arrays:
-        return Looks(arrays["unit"], arrays["twin"], arrays["noise"])
+        # By their order: files of earlier runs have another name for `smoothed`.
+        return Looks(*(arrays[name] for name in arrays.files))
 
 
 class Study:
@@ -154,7 +155,7 @@ class Study:
         Sizes.
     dictionary : str
         Its name; empty for the default one.
-    kept : Path or None
+    cache : Path or None
         Where attacked pictures, and what the towers saw, are kept between runs.
     tell : callable
         Told a line now and then.
@@ -166,7 +167,7 @@ class Study:
         data: StudyData,
         settings: StudySettings,
         dictionary: str = "",
-        kept: Path | None = None,
+        cache: Path | None = None,
         tell: Callable[[str], None] = print,
     ) -> None:
         self.tell = tell
@@ -174,8 +175,8 @@ class Study:
         self.victim = Victim(bundle)
         self.dictionary = bundle.dictionary(dictionary)
         self.text = bundle.modality(dictionary).label == Label.TEXT
-        self.kept = None if kept is None else kept / bundle.manifest.clip.fingerprint[:16]
-        self.attacker = Attacker(self.victim, data, settings.steps, self.kept)
+        self.cache = None if cache is None else cache / bundle.manifest.clip.fingerprint[:16]
+        self.attacker = Attacker(self.victim, data, settings.steps, self.cache)
         self.started = time.monotonic()
 
     def say(self, what: str) -> None:
@@ -184,7 +185,7 @@ class Study:
 
     def observe(self, images: torch.Tensor) -> Observed:
         """Look at pictures twice."""
-        return observed_from(kept_looks(self.victim, images, self.kept), self.dictionary)
+        return observed_from(cached_looks(self.victim, images, self.cache), self.dictionary)
 
     def seen(self) -> Seen:
         """Attack the calibration half."""

@@ -23,9 +23,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "")
     return FigureTable(title, header, list(rows))
 
 
-def summary(figures: Mapping[str, Any]) -> str:
+def summary(metrics: Mapping[str, Any]) -> str:
     """Return what the figures were measured on."""
-    samples, settings = figures["samples"], figures["settings"]
+    samples, settings = metrics["samples"], metrics["settings"]
     return (
         f"{samples['evaluation_attacked']} attacked and {samples['evaluation_clean']} clean validation drawings, none "
         f"of whose concepts the detector was calibrated on ({samples['calibration_attacked']} attacked in 9 ways, "
@@ -34,29 +34,29 @@ def summary(figures: Mapping[str, Any]) -> str:
     )
 
 
-def tables(figures: Mapping[str, Any]) -> list[FigureTable]:
+def tables(metrics: Mapping[str, Any]) -> list[FigureTable]:
     """Return every table of the study."""
-    rate = figures["settings"]["false_positive_rate"]
+    rate = metrics["settings"]["false_positive_rate"]
     titled = {
-        "Detection: attack and epsilon left out of calibration": detection(figures["detection"]),
-        "What each score tells alone (AUROC)": single(figures["single_scores"]),
-        "Clean pictures called adversarial": false_positives(figures["false_positives"]),
-        f"Accuracy at {rate:.0%} false positives": robustness(figures["robustness"]),
-        "Targeted attacks: share taken for the target": targeted(figures["targeted"]),
-        "Other defences (accuracy)": baselines(figures["baselines"]),
-        "The attacker who knows the defence": adaptive(figures["adaptive"]),
+        "Detection: attack and epsilon left out of calibration": detection(metrics["detection"]),
+        "What each score tells alone (AUROC)": single(metrics["single_scores"]),
+        "Clean pictures called adversarial": false_positives(metrics["false_positives"]),
+        f"Accuracy at {rate:.0%} false positives": robustness(metrics["robustness"]),
+        "Targeted attacks: share taken for the target": targeted(metrics["targeted"]),
+        "Other defences (accuracy)": baselines(metrics["baselines"]),
+        "The attacker who knows the defence": adaptive(metrics["adaptive"]),
     }
-    if "openmoji" in figures:
-        titled["openmoji, an artist that nothing was made from"] = openmoji(figures["openmoji"])
+    if "openmoji" in metrics:
+        titled["openmoji, an artist that nothing was made from"] = openmoji(metrics["openmoji"])
     return [replace(found, title=title) for title, found in titled.items()]
 
 
-def markdown(figures: Mapping[str, Any]) -> str:
+def markdown(metrics: Mapping[str, Any]) -> str:
     """Return every table as Markdown."""
-    return as_markdown(summary(figures), tables(figures))
+    return as_markdown(summary(metrics), tables(metrics))
 
 
-def put_into(page: str, figures: Mapping[str, Any]) -> str:
+def put_into(page: str, metrics: Mapping[str, Any]) -> str:
     """Return a documentation page with its figures, between the two marks, replaced by these.
 
     Raises
@@ -68,17 +68,17 @@ def put_into(page: str, figures: Mapping[str, Any]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"the page has no {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{markdown(figures)}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{markdown(metrics)}\n{END}{after}"
 
 
-def detection(figures: Mapping[str, Any]) -> FigureTable:
+def detection(metrics: Mapping[str, Any]) -> FigureTable:
     """Write AUROC and TPR of both detectors, by attack."""
     header = [
         "attack",
         *(f"{look}: {what}" for look in LOOKS for what in ("AUROC", "TPR at 1% FPR", "at 5%")),
     ]
     rows = []
-    for attack, row in figures.items():
+    for attack, row in metrics.items():
         cells = [attack]
         for look in LOOKS:
             found = row[look]
@@ -87,28 +87,28 @@ def detection(figures: Mapping[str, Any]) -> FigureTable:
     return table(header, rows)
 
 
-def single(figures: Mapping[str, Any]) -> FigureTable:
+def single(metrics: Mapping[str, Any]) -> FigureTable:
     """Write the AUROC of each score, by attack."""
-    names = list(next(iter(figures.values())))
+    names = list(next(iter(metrics.values())))
     return table(
         ["attack", *(f"r{k}: {name.replace('_', ' ')}" for k, name in enumerate(names, 1))],
-        [[attack, *(f"{row[name]['value']:.2f}" for name in names)] for attack, row in figures.items()],
+        [[attack, *(f"{row[name]['value']:.2f}" for name in names)] for attack, row in metrics.items()],
     )
 
 
-def false_positives(figures: Mapping[str, Any]) -> FigureTable:
+def false_positives(metrics: Mapping[str, Any]) -> FigureTable:
     """Write false positive rates, by harmless change."""
     header = ["picture", *(f"{look}, at {rate}" for look in LOOKS for rate in ("1%", "5%"))]
     return table(
         header,
         [
             [name, *(cell(row[look][rate]) for look in LOOKS for rate in ("1%", "5%"))]
-            for name, row in figures.items()
+            for name, row in metrics.items()
         ],
     )
 
 
-def robustness(figures: Mapping[str, Any]) -> FigureTable:
+def robustness(metrics: Mapping[str, Any]) -> FigureTable:
     """Write accuracy before and after, by attack."""
     columns = ("accuracy", "filter_all", "flagged", "flagged_or_right")
     header = [
@@ -120,12 +120,12 @@ def robustness(figures: Mapping[str, Any]) -> FigureTable:
         header,
         [
             [name, cell(row["undefended"]), *(cell(row[look][c]) for look in LOOKS for c in columns)]
-            for name, row in figures.items()
+            for name, row in metrics.items()
         ],
     )
 
 
-def targeted(figures: Mapping[str, Any]) -> FigureTable:
+def targeted(metrics: Mapping[str, Any]) -> FigureTable:
     """Write the success of targeted attacks, before and after."""
     header = [
         "attack",
@@ -142,21 +142,21 @@ def targeted(figures: Mapping[str, Any]) -> FigureTable:
                 cell(row["before"]),
                 *(cell(row[look][what]) for look in LOOKS for what in ("after", "unflagged")),
             ]
-            for name, row in figures.items()
+            for name, row in metrics.items()
         ],
     )
 
 
-def baselines(figures: Mapping[str, Any]) -> FigureTable:
+def baselines(metrics: Mapping[str, Any]) -> FigureTable:
     """Write the accuracy of each defence."""
-    names = list(next(iter(figures.values())))
+    names = list(next(iter(metrics.values())))
     return table(
         ["defence", *names],
-        [[defence, *(cell(row[name]) for name in names)] for defence, row in figures.items()],
+        [[defense, *(cell(row[name]) for name in names)] for defense, row in metrics.items()],
     )
 
 
-def adaptive(figures: Mapping[str, Any]) -> FigureTable:
+def adaptive(metrics: Mapping[str, Any]) -> FigureTable:
     """Write what is left under the adaptive attack."""
     columns = {
         "undefended": "unattacked accuracy",
@@ -169,13 +169,13 @@ def adaptive(figures: Mapping[str, Any]) -> FigureTable:
         ["defence", "epsilon", *columns.values()],
         [
             [look, epsilon, *(cell(row[name]) for name in columns)]
-            for look, rows in figures.items()
+            for look, rows in metrics.items()
             for epsilon, row in rows.items()
         ],
     )
 
 
-def openmoji(figures: Mapping[str, Any]) -> FigureTable:
+def openmoji(metrics: Mapping[str, Any]) -> FigureTable:
     """Write the figures of the test artist."""
     rows = [
         [
@@ -187,12 +187,12 @@ def openmoji(figures: Mapping[str, Any]) -> FigureTable:
             cell(row["clean_accuracy"]),
             cell(row["accuracy"]),
         ]
-        for look, row in figures.items()
+        for look, row in metrics.items()
         if look in LOOKS
     ]
-    rows.append(["none", "", "", "", "", cell(figures["undefended_clean"]), cell(figures["undefended"])])
+    rows.append(["none", "", "", "", "", cell(metrics["undefended_clean"]), cell(metrics["undefended"])])
     header = [
-        f"PGD 4/255 on {figures['images']} drawings", "AUROC", "TPR at 1%", "FPR at 1%", "FPR at 5%",
+        f"PGD 4/255 on {metrics['images']} drawings", "AUROC", "TPR at 1%", "FPR at 1%", "FPR at 5%",
         "clean accuracy", "accuracy",
     ]  # fmt: skip
     return table(header, rows)

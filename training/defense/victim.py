@@ -56,7 +56,7 @@ class Victim(nn.Module):
     @torch.no_grad()
     def embed(self, images: Float[Tensor, "B 3 H W"], batch: int = 32) -> Float[Tensor, "B d"]:
         """Return unit embeddings without gradients, a piece at a time."""
-        return torch.cat([self(piece) for piece in images.split(batch)])
+        return torch.cat([self(chunk) for chunk in images.split(batch)])
 
 
 def to_images(pixels: UInt8[np.ndarray, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from services.dictionaries import SAE, Dictionary, Modality
-from training.dictionaries.sae import Pairs
+from training.dictionaries.sae import EmbeddingPairs
 
 IMAGE, TEXT = Modality.IMAGE, Modality.TEXT
 
@@ -19,7 +19,7 @@ class PCA(Dictionary):
 
     Parameters
     ----------
-    pairs : Pairs
+    pairs : EmbeddingPairs
         Fitted on these.
     n_components : int
         Components kept, the same for every embedding.
@@ -27,7 +27,7 @@ class PCA(Dictionary):
 
     kind: ClassVar[str] = "pca"
 
-    def __init__(self, pairs: Pairs, n_components: int) -> None:
+    def __init__(self, pairs: EmbeddingPairs, n_components: int) -> None:
         images, texts = pairs.sides()
         super().__init__(images.shape[1], n_components)
         self.mean = {IMAGE: images.mean(0), TEXT: texts.mean(0)}
@@ -53,15 +53,15 @@ class PCA(Dictionary):
         return {"n_components": self.n_features}
 
 
-def pca_for_fvu(pairs: Pairs, fvu: float) -> PCA:
+def pca_for_fvu(pairs: EmbeddingPairs, fvu: float) -> PCA:
     """Return the smallest PCA that leaves at most the share `fvu` of the variance unexplained on the pairs."""
     full = PCA(pairs, 1)
-    kept = int((full.variance.cumsum(0) < 1 - fvu).sum()) + 1
-    return PCA(pairs, min(kept, pairs.images.shape[1]))
+    retained = int((full.variance.cumsum(0) < 1 - fvu).sum()) + 1
+    return PCA(pairs, min(retained, pairs.images.shape[1]))
 
 
 @torch.no_grad()
-def random_dictionary(pairs: Pairs, n_features: int, k: int, seed: int = 0) -> SAE:
+def random_dictionary(pairs: EmbeddingPairs, n_features: int, k: int, seed: int = 0) -> SAE:
     """Return a TopK dictionary of random unit rows, its activations scaled once to fit the pairs best."""
     torch.manual_seed(seed)
     sae = SAE(pairs.images.shape[1], n_features, k).eval().requires_grad_(False)

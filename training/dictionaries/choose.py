@@ -22,8 +22,8 @@ from services.dictionaries import Dictionary, Modality, load_dictionary
 from services.modality.tables import Label, ModalityTable
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
 from training.dictionaries.baselines import PCA, pca_for_fvu, random_dictionary
-from training.dictionaries.metrics import EvaluationSet, figures, kept, stability
-from training.dictionaries.sae import Pairs
+from training.dictionaries.metrics import EvaluationSet, measure, retained, stability
+from training.dictionaries.sae import EmbeddingPairs
 from training.dictionaries.train import DEFAULT_DIR, GROUP, SEEDS, load_all, load_pairs
 from training.towers.embed import DEFAULT_OUT as EMBEDDINGS
 from training.towers.embed import EmbeddingSet
@@ -39,7 +39,7 @@ CRITERIA = ("r1_round_trip_kept", "r1_codes_kept", "coactive", "stability")
 
 
 @torch.no_grad()
-def alive_features(dictionary: Dictionary, pairs: Pairs) -> Tensor:
+def alive_features(dictionary: Dictionary, pairs: EmbeddingPairs) -> Tensor:
     """Return which features fire on any fit image or caption wording, bool [n]."""
     alive = torch.zeros(dictionary.n_features, dtype=torch.bool)
     for e, modality in ((pairs.images, Modality.IMAGE), (pairs.texts.flatten(0, 1), Modality.TEXT)):
@@ -59,7 +59,7 @@ def seed_stability(folder: Path, name: str, fingerprint: str) -> float | None:
     return round(stability(trained), 4) if len(trained) > 1 else None
 
 
-def label_figures(shares: Mapping[str, float]) -> dict[str, float]:
+def label_metrics(shares: Mapping[str, float]) -> dict[str, float]:
     """Return what `TARGETS` ask of the shares of labels."""
     some = (Label.IMAGE, Label.TEXT, Label.CROSS)
     return {
@@ -109,7 +109,7 @@ def build_table(
     modality: Path,
     parts: list[str],
     summaries: Mapping[str, Any],
-    pairs: Pairs | None = None,
+    pairs: EmbeddingPairs | None = None,
     *,
     n_features: int = GROUP.n_features,
     k: int = GROUP.k,
@@ -124,7 +124,7 @@ def build_table(
         The pairs, the dictionaries, their modality tables, and what to measure on.
     summaries : mapping
         Of `training.modality.score.describe`, by dictionary.
-    pairs : Pairs or None
+    pairs : EmbeddingPairs or None
         What the dictionaries were trained on; None is the fit part with its views.
     n_features, k : int
         Of the random dictionary, and of PCA.
@@ -144,14 +144,14 @@ def build_table(
         evaluation = EvaluationSet.of(embeddings, columns, part, other_artist)
         rows: dict[str, dict[str, Any]] = {}
         for name, dictionary in {**trained, **baselines}.items():
-            rows[name] = figures(dictionary, evaluation, alive_features(dictionary, pairs)).as_dict()
-            rows[name]["kept"] = kept(dictionary, evaluation)
+            rows[name] = measure(dictionary, evaluation, alive_features(dictionary, pairs)).as_dict()
+            rows[name]["kept"] = retained(dictionary, evaluation)
             tell(f"{part} {name} {rows[name]}")
         if part == "validation":
             fvu = min(rows[name]["fvu"] for name in CANDIDATES if name in rows)
             baselines["pca-same-fvu"] = pca_for_fvu(pairs, fvu)
             dictionary = baselines["pca-same-fvu"]
-            rows["pca-same-fvu"] = figures(dictionary, evaluation).as_dict()
+            rows["pca-same-fvu"] = measure(dictionary, evaluation).as_dict()
             for name in trained:
                 rows[name]["stability"] = seed_stability(folder, name, embeddings.fingerprint)
                 if (modality / f"{name}.parquet").exists():
@@ -160,7 +160,7 @@ def build_table(
                     rows[name]["coactive"] = round(float(table.coactivation_significant[live].mean()), 4)
                 if name in summaries:
                     kappa = summaries[name]["kappa_seeds"]
-                    rows[name] |= label_figures(summaries[name]["labels"])
+                    rows[name] |= label_metrics(summaries[name]["labels"])
                     rows[name]["kappa_seeds"] = None if kappa is None else kappa["kappa"]
         result[part] = rows
     result["default"], result["why"] = choose_default(result["validation"])

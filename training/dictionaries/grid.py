@@ -27,8 +27,8 @@ import torch
 from services.dictionaries import SAE, load_dictionary
 from services.modality.labels import label_agreement
 from training.corpus.build import DEFAULT_DIR as CORPUS_DIR
-from training.dictionaries.choose import TARGETS, alive_features, label_figures, load_columns, meets
-from training.dictionaries.metrics import EvaluationSet, figures
+from training.dictionaries.choose import TARGETS, alive_features, label_metrics, load_columns, meets
+from training.dictionaries.metrics import EvaluationSet, measure
 from training.dictionaries.sae import SAETrainer
 from training.dictionaries.train import GROUP, load_pairs
 from training.modality.score import HeldOutPairs, label_shares, matching_order, score
@@ -80,14 +80,14 @@ def measure_cell(source: Path, corpus: Path, folder: Path, cell: Cell) -> dict[s
     labels = [score(dictionary, held_out).label for dictionary in (first, second)]
     agreement = label_agreement(labels[0], labels[1][matching_order(first, second)])
     pairs = load_pairs(embeddings)
-    found = figures(
+    found = measure(
         first, EvaluationSet.of(embeddings, columns, "validation"), alive_features(first, pairs)
     ).as_dict()
     shares = label_shares(labels[0])
     return {
         **asdict(cell),
         "labels": shares,
-        **label_figures(shares),
+        **label_metrics(shares),
         "kappa_seeds": agreement.kappa,
         "kappa_low": agreement.low,
         "kappa_high": agreement.high,
@@ -109,9 +109,9 @@ class Grid:
         fingerprint = EmbeddingSet.load(arguments.embeddings).fingerprint
         self.document: dict[str, Any] = {"fingerprint": fingerprint, "effort": arguments.effort, "cells": {}}
         if arguments.out.exists():
-            kept = json.loads(arguments.out.read_text())
-            if all(kept[key] == self.document[key] for key in ("fingerprint", "effort")):
-                self.document = kept
+            earlier = json.loads(arguments.out.read_text())
+            if all(earlier[key] == self.document[key] for key in ("fingerprint", "effort")):
+                self.document = earlier
 
     def sweep(self, cells: list[Cell]) -> Cell:
         """Measure the cells that are new, and return the best of these cells."""

@@ -114,7 +114,7 @@ class EvaluationSet:
 
 
 @dataclass(frozen=True)
-class Figures:
+class DictionaryMetrics:
     """Figures of one dictionary on one part; ratios are kept / without the dictionary.
 
     Attributes
@@ -169,7 +169,9 @@ class Figures:
 
 
 @torch.no_grad()
-def figures(dictionary: Dictionary, evaluation: EvaluationSet, alive: Tensor | None = None) -> Figures:
+def measure(
+    dictionary: Dictionary, evaluation: EvaluationSet, alive: Tensor | None = None
+) -> DictionaryMetrics:
     """Judge a dictionary.
 
     Parameters
@@ -196,7 +198,7 @@ def figures(dictionary: Dictionary, evaluation: EvaluationSet, alive: Tensor | N
     correlation, _ = coactivation(z_image, z_text, shuffles=1)
     mds = energy_mds(energies(z_image), energies(z_text))
     live = ~np.isnan(mds)
-    return Figures(
+    return DictionaryMetrics(
         fvu_image=fvu[IMAGE],
         fvu_text=fvu[TEXT],
         cosine_image=cosine[IMAGE],
@@ -219,7 +221,7 @@ def figures(dictionary: Dictionary, evaluation: EvaluationSet, alive: Tensor | N
 
 
 @torch.no_grad()
-def kept(
+def retained(
     dictionary: Dictionary, evaluation: EvaluationSet, resamples: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """Return the share of R@1 that a dictionary keeps, with its 95% bootstrap interval over concepts.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from services.dictionaries import NCL, Modality
-from training.dictionaries.sae import Pairs, info_nce, same_rows
+from training.dictionaries.sae import EmbeddingPairs, info_nce, same_rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class NCLSettings:
 
 
 def train_ncl(
-    pairs: Pairs, settings: NCLSettings, label: str = "", tell: Callable[[float], None] | None = None
+    pairs: EmbeddingPairs, settings: NCLSettings, label: str = "", tell: Callable[[float], None] | None = None
 ) -> NCL:
     """Train and fit the decoder; returns the dictionary in eval mode.
 

@@ -96,7 +96,7 @@ class SAESettings:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class EmbeddingPairs:
     """Training pairs, texts drawn afresh in every batch.
 
     Attributes
@@ -125,7 +125,9 @@ class Pairs:
 
 
 @torch.no_grad()
-def start_rows(pairs: Pairs, settings: SAESettings, means: tuple[Tensor, Tensor]) -> Float[Tensor, "n d"]:
+def start_rows(
+    pairs: EmbeddingPairs, settings: SAESettings, means: tuple[Tensor, Tensor]
+) -> Float[Tensor, "n d"]:
     """Return the unit directions that features start from: centres of at most n clusters of what is trained on.
 
     What both sides of a pair have in common where a term of the loss ties them, else either side by itself, is averaged
@@ -186,13 +188,13 @@ class SAETrainer:
 
     Parameters
     ----------
-    pairs : Pairs
+    pairs : EmbeddingPairs
         Training pairs.
     settings : SAESettings
         Hyperparameters.
     """
 
-    def __init__(self, pairs: Pairs, settings: SAESettings) -> None:
+    def __init__(self, pairs: EmbeddingPairs, settings: SAESettings) -> None:
         self.pairs, self.settings = pairs, settings
         torch.manual_seed(settings.seed)
         self.generator = torch.Generator().manual_seed(settings.seed)

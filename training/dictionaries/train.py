@@ -22,7 +22,7 @@ import torch
 
 from services.dictionaries import SAE, Dictionary, Modality, Neurons, SAEPair, load_dictionary, match_features
 from training.dictionaries.ncl import NCLSettings, train_ncl
-from training.dictionaries.sae import Pairs, SAESettings, SAETrainer
+from training.dictionaries.sae import EmbeddingPairs, SAESettings, SAETrainer
 from training.towers.embed import DEFAULT_OUT, EmbeddingSet
 
 DEFAULT_DIR = Path("work/dictionaries")
@@ -74,11 +74,11 @@ def recipes(choice: Path | None) -> dict[str, Recipe]:
 MATCH_PAIRS = 8000
 
 
-def load_pairs(embeddings: EmbeddingSet) -> Pairs:
+def load_pairs(embeddings: EmbeddingSet) -> EmbeddingPairs:
     """Return the fit part: drawings and their augmented views, captions in each template and averaged."""
     fit = embeddings.where("fit")
     wordings = np.concatenate([embeddings.texts, embeddings.mean_texts()[None]])
-    return Pairs(
+    return EmbeddingPairs(
         images=torch.from_numpy(np.concatenate([embeddings.images[fit], embeddings.view_images])),
         caption=torch.from_numpy(np.concatenate([embeddings.caption[fit], embeddings.view_caption])),
         texts=torch.from_numpy(wordings),
@@ -86,7 +86,7 @@ def load_pairs(embeddings: EmbeddingSet) -> Pairs:
 
 
 def train_pair(
-    pairs: Pairs, settings: SAESettings, label: str = "", tell: Callable[[float], None] | None = None
+    pairs: EmbeddingPairs, settings: SAESettings, label: str = "", tell: Callable[[float], None] | None = None
 ) -> SAEPair:
     """Train one autoencoder a modality and match their features over true pairs."""
     sides: dict[Modality, SAE] = {}
@@ -104,7 +104,7 @@ def train_pair(
 
 def train(
     name: str,
-    pairs: Pairs,
+    pairs: EmbeddingPairs,
     settings: Recipe,
     tell: Callable[[float], None] | None = None,
 ) -> Dictionary:

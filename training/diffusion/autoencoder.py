@@ -260,10 +260,10 @@ class AutoencoderTrainer:
                 )
             if self.step % validate_every == 0 or done:
                 self.save()
-                figures = {"step": self.step, "minutes": (time.monotonic() - started) / 60, **self.validate()}
+                metrics = {"step": self.step, "minutes": (time.monotonic() - started) / 60, **self.validate()}
                 with (self.folder / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(figures) + "\n")
-                print(figures, flush=True)
+                    log.write(json.dumps(metrics) + "\n")
+                print(metrics, flush=True)
         self.export()
 
 

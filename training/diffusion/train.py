@@ -243,8 +243,10 @@ class DiffusionTrainer:
         for time_step in solver.timesteps:
             with mixed(self.device, self.precision):
                 both = model(torch.cat([latents] * 2), time_step, states, class_labels=labels).sample
-            without, told = both.float().chunk(2)
-            latents = solver.step(without + guidance * (told - without), time_step, latents).prev_sample
+            without, conditioned = both.float().chunk(2)
+            latents = solver.step(
+                without + guidance * (conditioned - without), time_step, latents
+            ).prev_sample
         return latents.cpu()
 
     def save(self) -> None:
@@ -324,10 +326,10 @@ class DiffusionTrainer:
                 )
             if self.step % validate_every == 0 or done:
                 self.save()
-                figures = {"step": self.step, "minutes": (time.monotonic() - started) / 60, **self.validate()}
+                metrics = {"step": self.step, "minutes": (time.monotonic() - started) / 60, **self.validate()}
                 with (self.folder / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(figures) + "\n")
-                print(figures, flush=True)
+                    log.write(json.dumps(metrics) + "\n")
+                print(metrics, flush=True)
                 self.write_sheet(decode)
 
 

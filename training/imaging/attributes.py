@@ -98,8 +98,8 @@ def training_pool(corpus: Corpus, embeddings: EmbeddingSet, clip: Path, seed: in
     for start in range(0, len(things), 256):
         part = things[start : start + 256]
         colour[part] = np.array(list(NAMED))[colour_shares(corpus.plain[rows[part]]).argmax(1)]
-    told = {"style": np.concatenate(styles), "colour": colour}
-    return Pool(np.concatenate(parts), {name: values[every] for name, values in columns.items()} | told)
+    added = {"style": np.concatenate(styles), "colour": colour}
+    return Pool(np.concatenate(parts), {name: values[every] for name, values in columns.items()} | added)
 
 
 def joined(*columns: np.ndarray) -> np.ndarray:

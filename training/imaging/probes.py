@@ -112,8 +112,8 @@ class Probes:
             models[group] = _classifier().fit(np.concatenate(x), np.concatenate(y))
             rows = seen["validation_rows"]
             keep = np.flatnonzero(label[rows] != "")
-            told = models[group].predict(seen["validation_images"][keep].astype(np.float32))
-            accuracy[group] = _balanced(told, label[rows[keep]])
+            predicted = models[group].predict(seen["validation_images"][keep].astype(np.float32))
+            accuracy[group] = _balanced(predicted, label[rows[keep]])
         label = columns["gender"]
         of_gender = np.flatnonzero((label != "") & ~held_out & (columns["split"] == "train"))
         models["gender"] = Pixels(corpus.plain[of_gender], label[of_gender])
@@ -166,8 +166,8 @@ class Pixels:
         for _ in range(steps):
             index = torch.randint(len(pixels), (batch,), generator=generator)
             with mixed(CPU, pick_precision(CPU)):
-                told = self.model(self._augmented(as_batch(pixels[index.numpy()]), generator))
-            loss = F.cross_entropy(told.float(), targets[index], weights.float(), label_smoothing=0.05)
+                predicted = self.model(self._augmented(as_batch(pixels[index.numpy()]), generator))
+            loss = F.cross_entropy(predicted.float(), targets[index], weights.float(), label_smoothing=0.05)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -187,16 +187,16 @@ class Pixels:
     @torch.inference_mode()
     def predict(self, pixels: np.ndarray) -> np.ndarray:
         """Return the name of each picture's class, uint8 [n, H, W, 3] to str [n]."""
-        told = [self.model(part * 2 - 1).argmax(1) for part in as_batch(pixels).split(256)]
-        return self.names[torch.cat(told).numpy()]
+        predicted = [self.model(part * 2 - 1).argmax(1) for part in as_batch(pixels).split(256)]
+        return self.names[torch.cat(predicted).numpy()]
 
 
 def _classifier() -> Any:
     return make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=200, class_weight="balanced"))
 
 
-def _balanced(told: np.ndarray, true: np.ndarray) -> float:
-    return float(np.mean([(told[true == c] == c).mean() for c in np.unique(true)]))
+def _balanced(predicted: np.ndarray, true: np.ndarray) -> float:
+    return float(np.mean([(predicted[true == c] == c).mean() for c in np.unique(true)]))
 
 
 def _ink(
@@ -230,5 +230,5 @@ def _colour(corpus: Corpus) -> float:
         bool(set(c.split()) & {"heart", "circle", "square", "book", "apple"}) for c in columns["caption"]
     ]
     rows = [i for i in corpus.rows("train") if len(words[i]) == 1 and shapes[i]]
-    told = np.array(list(NAMED))[colour_shares(corpus.plain[rows]).argmax(1)]
-    return _balanced(told, np.array([next(iter(words[i])) for i in rows]))
+    predicted = np.array(list(NAMED))[colour_shares(corpus.plain[rows]).argmax(1)]
+    return _balanced(predicted, np.array([next(iter(words[i])) for i in rows]))

@@ -299,8 +299,8 @@ class Study:
             for name, file in files.items()
             if name.endswith(".safetensors") and not name.startswith(f"{FOLDER}/")
         }
-        told = [weights, DOSES, UNITS, self.steps, choosing, measuring, features]
-        stamp = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        settings = [weights, DOSES, UNITS, self.steps, choosing, measuring, features]
+        stamp = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         done: dict[str, Any] = json.loads(keep.read_text()) if keep is not None and keep.exists() else {}
         if done.get("stamp") != stamp:
             done = {"stamp": stamp, "attributes": {}}

@@ -300,7 +300,7 @@ def pick_among(
 
 
 @torch.inference_mode()
-def figures(
+def metrics(
     model: JudgeModel, inputs: dict[str, np.ndarray], captions: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     """Return how well the judge finds the captions of drawings it did not see."""
@@ -346,7 +346,7 @@ def main() -> None:
         for part in ("train", "soft", "validation", "test")
     }
     model = train(inputs, captions, settings)
-    measured = figures(model, inputs, captions)
+    measured = metrics(model, inputs, captions)
     save_file(model.state_dict(), arguments.out / "judge.safetensors")
     document = {"settings": asdict(settings), "words": list(model.index), "figures": measured}
     (arguments.out / "judge.json").write_text(json.dumps(document, indent=1) + "\n")

@@ -39,15 +39,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def retrieval_rows(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+def retrieval_rows(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """Return the rows of the retrieval table of one set of drawings: a label and recall by k."""
-    towers = figures["towers"]
+    towers = metrics["towers"]
     rows = [("image to caption", towers["image_to_text"])]
-    if "strict" in figures:
-        rows.append(("the same, no sibling drawing trained on", figures["strict"]["image_to_text"]))
+    if "strict" in metrics:
+        rows.append(("the same, no sibling drawing trained on", metrics["strict"]["image_to_text"]))
     rows.append(("caption to image", towers["text_to_image"]))
-    rows.append(("nearest neighbour on pixels", figures["pixels"]))
-    rows.append(("nearest neighbour on colours", figures["colours"]))
+    rows.append(("nearest neighbour on pixels", metrics["pixels"]))
+    rows.append(("nearest neighbour on colours", metrics["colours"]))
     return rows
 
 
@@ -100,26 +100,26 @@ def interval(value: dict[str, Any] | None, digits: int = 3) -> str:
 
 def defense_section(work: Path) -> dict[str, Any] | None:
     """Return the tables of the defence's study; None where it was not run."""
-    figures = read_json(work / "defense.json")
-    return {"summary": summary(figures), "tables": tables(figures)} if figures else None
+    metrics = read_json(work / "defense.json")
+    return {"summary": summary(metrics), "tables": tables(metrics)} if metrics else None
 
 
 def bias_section(work: Path, parts: Mapping[str, str] = bias_tables.PARTS) -> dict[str, Any] | None:
     """Return the tables and plots of the bias study; None where it was not run. `parts` are titles."""
-    figures = read_json(work / "bias.json")
-    if not figures:
+    metrics = read_json(work / "bias.json")
+    if not metrics:
         return None
-    shown = "test" if "test" in figures else "validation"
-    audits = figures[shown]["audits"]
-    title = f"{figures['chosen']}: {parts[shown]}"
+    shown = "test" if "test" in metrics else "validation"
+    audits = metrics[shown]["audits"]
+    title = f"{metrics['chosen']}: {parts[shown]}"
     plots = (
         bias_plots.professions(audits[0], title),
         bias_plots.nulls(audits),
         bias_plots.threshold(audits[0]),
     )
     return {
-        "summary": bias_tables.summary(figures, parts),
-        "tables": bias_tables.tables(figures, parts),
+        "summary": bias_tables.summary(metrics, parts),
+        "tables": bias_tables.tables(metrics, parts),
         "plots": "".join(f"<section>{plot}</section>" for plot in plots if plot),
     }
 

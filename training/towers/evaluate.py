@@ -138,34 +138,34 @@ class Evaluation:
         index = self.embeddings.where("test")
         seen = np.isin(self.captions[index], self.captions[self.train])
         plain = self.columns["tone"][index] == ""
-        figures = self.report(index[seen & plain])
+        metrics = self.report(index[seen & plain])
         # Gender does not need a seen caption; every gendered drawing counts.
-        return figures | {"gender": self.gender(index)}
+        return metrics | {"gender": self.gender(index)}
 
 
-def print_table(name: str, figures: dict) -> None:
+def print_table(name: str, metrics: dict) -> None:
     """Print the main figures of one set of drawings."""
-    towers = figures["towers"]
+    towers = metrics["towers"]
     print(f"{name}: {towers['queries']} drawings, {towers['candidates']} captions")
     rows = [
         ("image to caption", towers["image_to_text"]),
         ("caption to image", towers["text_to_image"]),
-        ("pixel neighbours", figures["pixels"]),
-        ("colour neighbours", figures["colours"]),
+        ("pixel neighbours", metrics["pixels"]),
+        ("colour neighbours", metrics["colours"]),
     ]
-    if "strict" in figures:
-        rows.insert(1, ("  no sibling trained on", figures["strict"]["image_to_text"]))
+    if "strict" in metrics:
+        rows.insert(1, ("  no sibling trained on", metrics["strict"]["image_to_text"]))
     for label, recalls in rows:
         shown = "  ".join(f"R@{k} {_show(interval)}" for k, interval in recalls.items())
         print(f"  {label:24s} {shown}")
-    print(f"  {'woman/man AUC':24s} {_show(figures['gender']['auc'])} on {figures['gender']['n']}")
-    for category, found in figures["by_category"].items():
+    print(f"  {'woman/man AUC':24s} {_show(metrics['gender']['auc'])} on {metrics['gender']['n']}")
+    for category, found in metrics["by_category"].items():
         print(f"  {category:24s} R@1 {_show(found['image_to_text'][1])} on {found['queries']}")
 
 
 def _show(interval: dict | object) -> str:
-    figures = interval if isinstance(interval, dict) else asdict(interval)
-    return f"{figures['value']:.3f} [{figures['low']:.3f}, {figures['high']:.3f}]"
+    metrics = interval if isinstance(interval, dict) else asdict(interval)
+    return f"{metrics['value']:.3f} [{metrics['low']:.3f}, {metrics['high']:.3f}]"
 
 
 def main() -> None:
@@ -178,12 +178,12 @@ def main() -> None:
     arguments = parser.parse_args()
     embeddings = EmbeddingSet.load(arguments.embeddings)
     evaluation = Evaluation(Corpus.load(arguments.corpus), embeddings)
-    figures = {"fingerprint": embeddings.fingerprint, "validation": evaluation.validation()}
-    print_table("validation", figures["validation"])
+    metrics = {"fingerprint": embeddings.fingerprint, "validation": evaluation.validation()}
+    print_table("validation", metrics["validation"])
     if arguments.test:
-        figures["test"] = evaluation.test()
-        print_table("openmoji", figures["test"])
-    arguments.out.write_text(json.dumps(figures, indent=1, default=asdict) + "\n")
+        metrics["test"] = evaluation.test()
+        print_table("openmoji", metrics["test"])
+    arguments.out.write_text(json.dumps(metrics, indent=1, default=asdict) + "\n")
 
 
 if __name__ == "__main__":

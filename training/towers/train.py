@@ -307,21 +307,21 @@ class TowerTrainer:
         """Return the figures of the averaged weights on validation drawings, and on the artists left out."""
         left_out = self.settings.artists_left_out()
         with self.average.applied(self.tower):
-            figures = on_validation(self.corpus, left_out, self.embed_images, self.embed_texts)
+            metrics = on_validation(self.corpus, left_out, self.embed_images, self.embed_texts)
             for artist in left_out:
-                figures |= on_artist(
+                metrics |= on_artist(
                     self.corpus, artist, self.sampler.emoji, self.embed_images, self.embed_texts
                 )
-        return figures
+        return metrics
 
     def log(self, phase: str, losses: dict[str, float]) -> None:
         """Validate, print the figures and append them to the log; a run that is resumed counts minutes from zero."""
         minutes = (time.monotonic() - self.started) / 60
-        figures = {"phase": phase, "step": self.step, "minutes": minutes, **losses, **self.validate()}
+        metrics = {"phase": phase, "step": self.step, "minutes": minutes, **losses, **self.validate()}
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps(figures) + "\n")
-        print(figures, flush=True)
+            log.write(json.dumps(metrics) + "\n")
+        print(metrics, flush=True)
 
     def save(self) -> None:
         """Write a checkpoint; the previous one is replaced only when the new one is whole."""

@@ -69,7 +69,7 @@ def recommended(catalogue: Catalogue) -> pb.Ablation | None:
     calibration = read_calibration(catalogue)
     if calibration is None:
         return None
-    dictionary, chosen = (str(calibration.figures.get(key, "")) for key in ("dictionary", "chosen"))
+    dictionary, chosen = (str(calibration.metrics.get(key, "")) for key in ("dictionary", "chosen"))
     if dictionary not in calibration.dictionaries:
         return None
     if chosen == "LEACE":

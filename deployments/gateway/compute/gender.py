@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from deployments.encoder.tasks import Encoded
 from deployments.gateway.compute.ablation import Resolved
-from services.bias.ablation import FeatureAblation, kept
+from services.bias.ablation import FeatureAblation, retained
 from services.bias.activations import Stacked
 from services.bias.calibration import BiasCalibration
 from services.bias.gender import gender_scores, probability
@@ -63,7 +63,7 @@ def classify_gender(
         z = Stacked.silent(len(chosen)) if rows is None else Stacked.of(rows)
         changed = ablator(e, z)
         after = _scores(changed, calibration, logit_scale, threshold)
-        share = kept(e, changed)
+        share = retained(e, changed)
         active = (
             ablator.active(z) if isinstance(ablator, FeatureAblation) else np.zeros(len(chosen), np.int64)
         )

@@ -150,8 +150,8 @@ class SteeringPreviews:
                 texts = captions(self._catalogue)
                 for start in range(sum(map(len, self._rows)), len(texts), _CHUNK):
                     part = tuple(texts[start : start + _CHUNK])
-                    work = EncodeTask(part, truncate_text=True, stream=self._stream)
-                    self._rows.append((await self._encoder.encode_patiently(work)).unit)
+                    task = EncodeTask(part, truncate_text=True, stream=self._stream)
+                    self._rows.append((await self._encoder.encode_patiently(task)).unit)
                 self._captions = texts, np.concatenate(self._rows)
                 self._rows.clear()
         return self._captions

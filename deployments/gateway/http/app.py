@@ -1,4 +1,4 @@
-"""The ASGI application of the HTTP port: finds who answers a path, and keeps other people's pages out."""
+"""The ASGI application of the HTTP port: finds what answers a path, and refuses pages of other origins."""
 
 from __future__ import annotations
 

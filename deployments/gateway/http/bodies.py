@@ -19,7 +19,7 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 
 def loads(data: bytes) -> Any:
-    """Parse JSON from a stranger.
+    """Parse JSON of a caller who is not trusted.
 
     Raises
     ------

@@ -128,7 +128,7 @@ class HttpContext:
         return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return the headers."""
+        """Return the request's headers as gRPC's metadata."""
         return self._metadata
 
     def time_remaining(self) -> float | None:

@@ -96,7 +96,7 @@ _MODEL_FIELD = {
 
 
 def description(services: Sequence[Any]) -> dict[str, Any]:
-    """Return the description.
+    """Return the OpenAPI description of every route.
 
     Parameters
     ----------

@@ -78,7 +78,7 @@ class BoundedProtocol(H11Protocol):
             self._untaken = self.loop.call_later(self.untaken_s + _MARGIN_S, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Go on."""
+        """Forget the timer of `pause_writing`: the caller has taken it."""
         super().resume_writing()
         self._taken()
 

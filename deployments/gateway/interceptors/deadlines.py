@@ -10,7 +10,7 @@ from deployments.gateway.interceptors.chain import Call, Layer
 
 
 def deadlines_layer(default_s: float, longest_s: float = 0.0) -> Layer:
-    """Return the layer.
+    """Return the layer that ends calls at their deadlines.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ from deployments.operations.metrics import Metrics
 
 
 def errors_layer(metrics: Metrics, retry_after_s: float) -> Layer:
-    """Return the layer.
+    """Return the layer that answers exceptions with statuses.
 
     Parameters
     ----------

@@ -72,7 +72,7 @@ def share(places: int) -> int:
 
 @dataclass(slots=True, eq=False)
 class _Reading:
-    """Somebody's message that has not come yet."""
+    """A message that is being read."""
 
     caller: str
     began: float

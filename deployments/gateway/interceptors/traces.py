@@ -50,7 +50,7 @@ def start_tracing(endpoint: str, bundle: str) -> tuple[Any, Callable[[], None]]:
 
 
 def traces_layer(provider: Any) -> Layer:
-    """Return the layer.
+    """Return the layer that records a span of every call.
 
     Parameters
     ----------

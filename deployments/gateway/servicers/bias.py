@@ -90,10 +90,10 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
         # LEACE needs no features, and neither does a score without an ablation.
         needs_features = resolved is not None and resolved.plan.features is not None
         dictionary = resolved.message.dictionary if resolved is not None and needs_features else None
-        work = EncodeTask(items, dictionary, truncate_text=request.truncate_text)
+        task = EncodeTask(items, dictionary, truncate_text=request.truncate_text)
         try:
-            check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
-            encoded = await self._encoder.encode(work, context.time_remaining())
+            check_texts(task.items, self._settings.max_text_bytes, task.truncate_text)
+            encoded = await self._encoder.encode(task, context.time_remaining())
         except InvalidInput as error:
             raise relocated(error, lambda i: f"inputs[{i}]") from error
         self._metrics.items.labels(_CLASSIFY).inc(len(items))
@@ -188,18 +188,18 @@ class BiasServicer(bias_service_pb2_grpc.BiasServiceServicer):
             return
 
     async def _encode(self, chosen: Sequence[pb.LabelledItem], items: AuditItems, context: Any) -> Encoded:
-        work = EncodeTask(
+        task = EncodeTask(
             items_of(item.input for item in chosen),
             items.dictionary,
             truncate_text=items.settings.truncate_text,
             stream=items.stream,
         )
-        check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
-        return await self._encoder.encode_patiently(work, context.time_remaining())
+        check_texts(task.items, self._settings.max_text_bytes, task.truncate_text)
+        return await self._encoder.encode_patiently(task, context.time_remaining())
 
 
 def bad_items(error: InvalidInput) -> dict[int, InvalidInput]:
-    """Return what is wrong with each item that `error` blames, by its number in the work."""
+    """Return what is wrong with each item that `error` blames, by its number in the task."""
     found: dict[int, InvalidInput] = {}
     for path, description, reason in error.violations:
         match = _BAD_ITEM.match(path)
@@ -224,7 +224,7 @@ def broken_items(error: InvalidInput) -> dict[int, InvalidInput]:
 
 
 def _of_stream(error: InvalidInput, places: Sequence[int]) -> InvalidInput:
-    """Return `error` of a work with paths that count the items over the stream; `places` are theirs in it."""
+    """Return `error` of a task with paths that count the items over the stream; `places` are theirs in it."""
     return relocated(error, lambda i: f"items[{places[i]}].input")
 
 

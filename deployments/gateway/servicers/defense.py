@@ -115,20 +115,20 @@ class DefenseServicer(defense_service_pb2_grpc.DefenseServiceServicer):
             raise InvalidInput(message, [("images", message)])
         keep = asked.keep_residual if asked.HasField("keep_residual") else None
         choice = choose(calibration, MODES[asked.mode], keep, asked.second_look)
-        work = EncodeTask(
+        task = EncodeTask(
             (*(image.data for image in request.images), *request.labels),
             calibration.dictionary,
             truncate_text=request.truncate_text,
             passes=2 if asked.second_look else 1,
         )
         try:
-            check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
-            encoded = await self._encoder.encode(work, context.time_remaining())
+            check_texts(task.items, self._settings.max_text_bytes, task.truncate_text)
+            encoded = await self._encoder.encode(task, context.time_remaining())
         except InvalidInput as error:
             raise _blamed(error, count) from error
         judged = await self._judging.submit([self._question(request, encoded, calibration, choice)])
         (verdicts,) = judged.results
-        self._metrics.items.labels(_FILTER).inc(len(work.items))
+        self._metrics.items.labels(_FILTER).inc(len(task.items))
         for screened in verdicts.screened:
             self._metrics.adversarial.labels(verdict_name(screened)).inc()
         limit = asked.max_features if asked.HasField("max_features") else _DEFAULT_FEATURES

@@ -54,17 +54,17 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
             message = f"{len(request.inputs)} inputs; {self._settings.max_items} are allowed"
             raise InvalidInput(message, [("inputs", message)])
         options = request.options
-        work = self._work(items_of(request.inputs), options, "options")
+        task = self._task(items_of(request.inputs), options, "options")
         try:
-            check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
-            encoded = await self._encoder.encode(work, context.time_remaining())
+            check_texts(task.items, self._settings.max_text_bytes, task.truncate_text)
+            encoded = await self._encoder.encode(task, context.time_remaining())
         except InvalidInput as error:
             raise relocated(error, lambda i: f"inputs[{i}]") from error
-        self._metrics.items.labels(_ENCODE).inc(len(work.items))
+        self._metrics.items.labels(_ENCODE).inc(len(task.items))
         return pb.EncodeResponse(
             embeddings=tensor(encoded.unit) if wants_embeddings(options) else None,
             norms=encoded.norm.tolist(),
-            features=[sparse(work.dictionary or "", features) for features in encoded.features],
+            features=[sparse(task.dictionary or "", features) for features in encoded.features],
             timings=timings(encoded.queue_s, encoded.inference_s),
             bundle=self._bundle,
         )
@@ -127,7 +127,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
                         )
                     validate(request)
                     options.CopyFrom(request.options)
-                    self._work((), options, "options")
+                    self._task((), options, "options")
                 first = False
         finally:
             chunks.end()
@@ -151,13 +151,13 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
         encoded: Encoded | None = None
         if sent:
             values = tuple(item.value for item in items if not isinstance(item.value, InvalidInput))
-            work = replace(self._work(values, options, "options"), each=True, stream=stream)
-            encoded = await self._encoder.encode_patiently(work, context.time_remaining())
+            task = replace(self._task(values, options, "options"), each=True, stream=stream)
+            encoded = await self._encoder.encode_patiently(task, context.time_remaining())
             bad |= {sent[place]: error for place, error in encoded.failed.items()}
             good = [i for place, i in enumerate(sent) if place not in encoded.failed]
             rows = {i: row for row, i in enumerate(good)}
             self._metrics.items.labels(_STREAM).inc(len(good))
-            dictionary = work.dictionary or ""
+            dictionary = task.dictionary or ""
         return [
             self._bad(item, bad[i])
             if encoded is None or i in bad
@@ -185,7 +185,7 @@ class FeatureServicer(feature_service_pb2_grpc.FeatureServiceServicer):
             bundle=self._bundle,
         )
 
-    def _work(self, items: tuple[bytes | str, ...], options: pb.EncodeOptions, where: str) -> EncodeTask:
+    def _task(self, items: tuple[bytes | str, ...], options: pb.EncodeOptions, where: str) -> EncodeTask:
         dictionary = None
         if options.HasField("dictionary"):
             dictionary = self._catalogue.resolve(options.dictionary, f"{where}.dictionary")

@@ -23,7 +23,7 @@ from deployments.gateway.errors import describe
 from deployments.gateway.interceptors.chain import current_caller
 from deployments.gateway.messages import check_named_texts, sparse, tensor, timings
 from deployments.gateway.pictures import picture, request_of_image
-from deployments.gateway.steering import steering_of, texts_of, work_of
+from deployments.gateway.steering import steering_of, task_of, texts_of
 from deployments.generator.events import Event, Events, Failed, Finished, GenerateTask, Preview, Progress
 from deployments.operations.metrics import Metrics
 from deployments.operations.settings import Settings
@@ -88,18 +88,18 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
         if self._stream is None:
             raise NoPipeline("this server makes no images; its setting `generator` is off")
         check_named_texts(texts_of(request), self._settings.max_text_bytes, request.truncate_text)
-        work = replace(work_of(request, self._settings.max_images), caller=current_caller.get())
-        left = work.images
+        task = replace(task_of(request, self._settings.max_images), caller=current_caller.get())
+        left = task.images
         self._count(left)
         try:
-            async with aclosing(self._stream("generate", work, context.time_remaining())) as messages:  # type: ignore[type-var]
+            async with aclosing(self._stream("generate", task, context.time_remaining())) as messages:  # type: ignore[type-var]
                 async for message in messages:
                     self._observe(message)
                     for event in message.events:
                         if isinstance(event, Finished):
                             left -= 1
                             self._count(-1)
-                        yield await self._response(event, request, work, entry)
+                        yield await self._response(event, request, task, entry)
         finally:
             self._count(-left)
 
@@ -115,7 +115,7 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
             metrics.generation_steps.inc(record.items)
 
     async def _response(
-        self, event: Event, request: pb.GenerateRequest, work: GenerateTask, entry: DiffusionEntry
+        self, event: Event, request: pb.GenerateRequest, task: GenerateTask, entry: DiffusionEntry
     ) -> pb.GenerateResponse:
         if isinstance(event, Failed):
             raise event.error
@@ -125,14 +125,14 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
             response.progress.num_inference_steps = event.num_steps
             response.progress.waiting = event.waiting
             return response
-        unsteered, index = divmod(event.number, len(work.seeds))
+        unsteered, index = divmod(event.number, len(task.seeds))
         if isinstance(event, Preview):
             response.preview.index, response.preview.unsteered = index, bool(unsteered)
             response.preview.step = event.step
             response.preview.image.data = picture(event.pixels, request.format)
             return response
         image = response.image
-        image.index, image.unsteered, image.seed = index, bool(unsteered), work.seeds[index]
+        image.index, image.unsteered, image.seed = index, bool(unsteered), task.seeds[index]
         image.delta = event.delta
         if event.dose is not None:
             image.dose = event.dose
@@ -141,12 +141,12 @@ class ImagingServicer(imaging_service_pb2_grpc.ImagingServiceServicer):
             image.error.CopyFrom(self._status(event))
         else:
             image.finish_reason = pb.FINISH_REASON_COMPLETED
-            told = request_of_image(request, work, entry, event.number)
+            attached = request_of_image(request, task, entry, event.number)
             # By its name: the id would bind the picture to one build of the bundle.
-            told.bundle = self._name
+            attached.bundle = self._name
             # In a thread: compressing a large picture would hold up every other call.
             image.image.data = await asyncio.to_thread(
-                picture, event.pixels, request.format, told, self._bundle
+                picture, event.pixels, request.format, attached, self._bundle
             )
             self._metrics.items.labels(_GENERATE).inc()
             self._metrics.queue_duration.labels(self._deployment).observe(event.queue_s)

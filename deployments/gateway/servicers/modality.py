@@ -115,13 +115,13 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
             message = f"{len(request.inputs)} inputs; {self._settings.max_items} are allowed"
             raise InvalidInput(message, [("inputs", message)])
         name, table = self._catalogue.table(request.dictionary, "dictionary")
-        work = EncodeTask(items_of(request.inputs), name, truncate_text=request.truncate_text)
+        task = EncodeTask(items_of(request.inputs), name, truncate_text=request.truncate_text)
         try:
-            check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
-            encoded = await self._encoder.encode(work, context.time_remaining())
+            check_texts(task.items, self._settings.max_text_bytes, task.truncate_text)
+            encoded = await self._encoder.encode(task, context.time_remaining())
         except InvalidInput as error:
             raise relocated(error, lambda i: f"inputs[{i}]") from error
-        self._metrics.items.labels(_CLASSIFY).inc(len(work.items))
+        self._metrics.items.labels(_CLASSIFY).inc(len(task.items))
         top = request.top_features if request.HasField("top_features") else _DEFAULT_TOP_FEATURES
         return pb.ClassifyModalityResponse(
             classifications=[classify(features, table, top) for features in encoded.features],
@@ -179,17 +179,17 @@ class ModalityServicer(modality_service_pb2_grpc.ModalityServiceServicer):
             validate(message)
             items = tuple(p.image.data for p in message.batch.pairs)
             texts = tuple(p.text for p in message.batch.pairs)
-            work = EncodeTask(
+            task = EncodeTask(
                 (*items, *texts),
                 scores.dictionary,
                 truncate_text=asked.truncate_text,
                 stream=scores.stream,
             )
-            check_texts(work.items, self._settings.max_text_bytes, work.truncate_text)
-            encoded = await self._encoder.encode_patiently(work, context.time_remaining())
+            check_texts(task.items, self._settings.max_text_bytes, task.truncate_text)
+            encoded = await self._encoder.encode_patiently(task, context.time_remaining())
         except InvalidInput as error:
             raise place.relocated(error, len(message.batch.pairs)) from error
-        self._metrics.items.labels(_SCORE).inc(len(work.items))
+        self._metrics.items.labels(_SCORE).inc(len(task.items))
         scores.add(encoded, [pair.group for pair in message.batch.pairs])
 
     def _answer(

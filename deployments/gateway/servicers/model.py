@@ -66,7 +66,7 @@ def _dictionaries(catalogue: Catalogue) -> list[pb.DictionaryInfo]:
     manifest = catalogue.bundle.manifest
     infos = []
     for name, entry in sorted(manifest.dictionaries.items()):
-        metrics = flat_metrics(catalogue.bundle.figures(name))
+        metrics = flat_metrics(catalogue.bundle.metrics(name))
         infos.append(
             pb.DictionaryInfo(
                 name=name,

@@ -21,7 +21,7 @@ _SHORT, _LONG = 3, 4
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A file without what does not make its picture.
+    """The parts of a file that its pixels come from.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class Parts:
         return self._left >= 0
 
     def count(self) -> None:
-        """Count one more.
+        """Count one more part, or raise.
 
         Raises
         ------

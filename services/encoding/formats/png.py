@@ -128,8 +128,10 @@ class _Walk:
         """Return whether the checksum of the chunk at `place` is there and right."""
         length = int.from_bytes(self._data[place : place + 4], "big")
         end = place + 8 + length
-        told = self._data[end : end + 4]
-        return len(told) == 4 and zlib.crc32(self._data[place + 4 : end]) == int.from_bytes(told, "big")
+        checksum = self._data[end : end + 4]
+        return len(checksum) == 4 and zlib.crc32(self._data[place + 4 : end]) == int.from_bytes(
+            checksum, "big"
+        )
 
     def _walk(self, place: int) -> None:
         xmp = 1

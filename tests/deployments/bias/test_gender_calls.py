@@ -185,8 +185,8 @@ async def test_a_bad_ablation_gets_its_status_reason_and_field(
 async def test_a_model_says_what_its_study_chose(
     opened: Open, tiny: Bundle, tmp_path: Path, chosen: str, recommended: dict[str, Any] | None
 ) -> None:
-    figures = {"dictionary": "sae", "chosen": chosen}
-    async with opened(bundle=with_bias(tiny, tmp_path / "tiny", figures=figures)) as service:
+    metrics = {"dictionary": "sae", "chosen": chosen}
+    async with opened(bundle=with_bias(tiny, tmp_path / "tiny", metrics=metrics)) as service:
         answer = await service.models.GetModel(model_service_pb2.GetModelRequest())
         (listed,) = (await service.models.ListModels(model_service_pb2.ListModelsRequest())).models
         assert listed.recommended_ablation == answer.model.recommended_ablation
@@ -201,8 +201,8 @@ async def test_a_model_says_what_its_study_chose(
 
 
 def test_the_bundle_that_is_shipped_recommends_an_ablation() -> None:
-    figures = json.loads((EMBEDDED_BUNDLE / "bias" / "bias.json").read_text())["figures"]
-    assert ABLATION_NAME.fullmatch(figures["chosen"])
+    metrics = json.loads((EMBEDDED_BUNDLE / "bias" / "bias.json").read_text())["figures"]
+    assert ABLATION_NAME.fullmatch(metrics["chosen"])
 
 
 async def test_a_bundle_without_calibration_says_so(opened: Open, tiny: Bundle) -> None:

@@ -110,12 +110,12 @@ class SlowEncoder:
         self.going = asyncio.Event()
         self.answers = 0
 
-    async def send(self, works: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
+    async def send(self, tasks: list[EncodeTask], remaining_s: list[float | None]) -> Reply:
         if not self.answers:
             await self.going.wait()
         self.answers -= 1
-        (work,) = works
-        count = len(work.items)
+        (task,) = tasks
+        count = len(task.items)
         self.sent.append(count)
         return Reply((Encoded(np.ones((count, self.dim), np.float32), np.ones(count, np.float32)),))
 

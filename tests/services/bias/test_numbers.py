@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
-from services.bias.ablation import FeatureAblation, Mode, Side, kept
+from services.bias.ablation import FeatureAblation, Mode, Side, retained
 from services.bias.activations import GATHER, Stacked, decode_part
 from services.bias.associate import associate
 from services.bias.audit import AuditSettings, audit_scores
@@ -78,19 +78,19 @@ def test_gaps_over_professions_are_fairlearns(seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels = random_labels(rng)
     scores = rng.normal(size=len(labels.gender)) + 0.5 * labels.woman
-    figures = threshold_metrics(scores, labels, np.ones((1, len(scores))), np.array([0.1]), 1.0)
+    metrics = threshold_metrics(scores, labels, np.ones((1, len(scores))), np.array([0.1]), 1.0)
     gendered = labels.gender != UNGENDERED
     truth, called = labels.woman[gendered], scores[gendered] > 0.1
-    assert figures["accuracy"][0] == pytest.approx(accuracy_score(truth, called))
-    assert figures["balanced_accuracy"][0] == pytest.approx(balanced_accuracy_score(truth, called))
+    assert metrics["accuracy"][0] == pytest.approx(accuracy_score(truth, called))
+    assert metrics["balanced_accuracy"][0] == pytest.approx(balanced_accuracy_score(truth, called))
     grouped = gendered & (labels.group >= 0)
     arguments = {
         "y_true": labels.woman[grouped], "y_pred": scores[grouped] > 0.1, "sensitive_features": labels.group[grouped],
     }  # fmt: skip
     # With 200 items every profession has more than min_group of either gender.
-    assert figures["equal_opportunity_gap"][0] == pytest.approx(equal_opportunity_difference(**arguments))
-    assert figures["equalized_odds_gap"][0] == pytest.approx(equalized_odds_difference(**arguments))
-    assert figures["demographic_parity_gap"][0] == pytest.approx(demographic_parity_difference(**arguments))
+    assert metrics["equal_opportunity_gap"][0] == pytest.approx(equal_opportunity_difference(**arguments))
+    assert metrics["equalized_odds_gap"][0] == pytest.approx(equalized_odds_difference(**arguments))
+    assert metrics["demographic_parity_gap"][0] == pytest.approx(demographic_parity_difference(**arguments))
 
 
 def test_a_gap_by_chance_is_its_mean_over_professions_dealt_anew() -> None:
@@ -105,10 +105,10 @@ def test_a_gap_by_chance_is_its_mean_over_professions_dealt_anew() -> None:
         for gender in (WOMAN, MAN):
             side = np.flatnonzero((labels.gender == gender) & (group >= 0))
             group[side] = group[rng.permutation(side)]
-        figures = threshold_metrics(
+        metrics = threshold_metrics(
             scores, replace(labels, group=group), np.ones((1, len(scores))), np.array([0.1]), 1.0
         )
-        dealt.append([figures[name][0] for name in OVER_PROFESSIONS])
+        dealt.append([metrics[name][0] for name in OVER_PROFESSIONS])
     mean, spread = np.mean(dealt, axis=0), np.std(dealt, axis=0)
     # 5 standard errors of a mean over 200 permutations, and the brute force's own.
     for name, expected, deviation in zip(OVER_PROFESSIONS, mean, spread, strict=True):
@@ -123,10 +123,10 @@ def test_the_worst_group_is_the_smallest_accuracy_of_any_group_that_is_large_eno
     group = np.array([0, 0, 0, 1, 1, 2, 0, 0, 0, 1, 1, 1])
     scores = np.array([1, 1, -1, -1, -1, -1, -1, -1, -1, 1, -1, -1.0])
     labels = Labels(gender, group, 3, 3)
-    figures = threshold_metrics(scores, labels, np.ones((1, 12)), np.zeros(1), 1.0)
+    metrics = threshold_metrics(scores, labels, np.ones((1, 12)), np.zeros(1), 1.0)
     # Women: 2 of 6. Professions of three: women of 0 have 2/3, men of 0 have 1, men of 1 have 2/3.
-    assert figures["worst_group_accuracy"][0] == pytest.approx(2 / 6)
-    assert figures["gender_gap"][0] == pytest.approx(5 / 6 - 2 / 6)
+    assert metrics["worst_group_accuracy"][0] == pytest.approx(2 / 6)
+    assert metrics["gender_gap"][0] == pytest.approx(5 / 6 - 2 / 6)
 
 
 @settings(max_examples=15)
@@ -157,13 +157,13 @@ def test_a_shift_of_all_scores_changes_nothing_at_recalibrated_thresholds(seed: 
     labels = random_labels(rng)
     scores = rng.normal(size=len(labels.gender))
     weights = np.ones((1, len(scores)))
-    figures = [
+    metrics = [
         threshold_metrics(s, labels, weights, best_threshold(s, labels, weights), 3.0)
         for s in (scores, scores + shift)
     ]
-    for name in figures[0]:
+    for name in metrics[0]:
         # Only the rounding of the shift itself is left; the threshold lies midway between scores.
-        np.testing.assert_allclose(figures[0][name], figures[1][name], atol=1e-6)
+        np.testing.assert_allclose(metrics[0][name], metrics[1][name], atol=1e-6)
 
 
 def test_resamples_draw_whole_clusters_and_the_first_row_is_everything() -> None:
@@ -205,7 +205,7 @@ def test_ablations_are_their_equations(mode: Mode) -> None:
     found = ablation(e, z)
     # float32 products of 16 terms.
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_allclose(kept(e, found), np.einsum("nd,nd->n", e, expected), atol=1e-5)
+    np.testing.assert_allclose(retained(e, found), np.einsum("nd,nd->n", e, expected), atol=1e-5)
     assert ablation.active(z).tolist() == (dense != 0).sum(1).tolist()
     stacked = Stacked(z.data, z.indices, z.indptr)
     np.testing.assert_array_equal(ablation(e, stacked), found)
@@ -401,7 +401,7 @@ def test_a_calibration_survives_the_disk_and_a_wrong_one_is_refused(tmp_path) ->
     made.write(config, weights)
     read = BiasCalibration.read(config, weights)
     assert (
-        read.thresholds == made.thresholds and read.prompts == made.prompts and read.figures == made.figures
+        read.thresholds == made.thresholds and read.prompts == made.prompts and read.metrics == made.metrics
     )
     np.testing.assert_array_equal(read.direction, made.direction)
     np.testing.assert_array_equal(read.leace[Modality.TEXT].u, eraser.u)

@@ -91,5 +91,5 @@ def calibration(world: World, known: FeatureStatistics) -> DefenseCalibration:
         choices={False: FilterChoice(FilterMode.DROP, True), True: FilterChoice(FilterMode.RESTORE, True)},
         labels=("a", "b", "c", "d", "e"),
         label_units=units / np.linalg.norm(units, axis=1, keepdims=True),
-        figures={"auroc": 1.0},
+        metrics={"auroc": 1.0},
     )

@@ -271,7 +271,7 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
     config, weights = tmp_path / "defense" / "defense.json", tmp_path / "defense" / "defense.safetensors"
     known.write(config, weights)
     read = DefenseCalibration.read(config, weights)
-    assert (read.labels, read.choices, read.figures) == (known.labels, known.choices, known.figures)
+    assert (read.labels, read.choices, read.metrics) == (known.labels, known.choices, known.metrics)
     # Half floats.
     np.testing.assert_allclose(read.label_units, known.label_units, atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(read.label_units, axis=1), 1, atol=1e-6)
