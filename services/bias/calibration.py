@@ -6,22 +6,19 @@ the gender direction, the LEACE erasers and, by dictionary, mean activations and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from services.bias.associate import Association
 from services.bias.leace import Leace
-from services.errors import ManifestError
+from services.calibration_files import read_files, write_files
 from services.modality.modalities import Modality
-from services.weights import load_weights
 
 CONFIG_KEYS = {"tower_fingerprint", "prompts", "thresholds", "dictionaries", "figures"}
 _ASSOCIATION = ("value", "low", "high", "share")
@@ -99,11 +96,7 @@ class BiasCalibration:
         ManifestError
             Where a file does not hold what it should.
         """
-        try:
-            document = json.loads(config.read_text(encoding="utf-8"))
-            tensors = load_weights(weights)
-            if set(document) != CONFIG_KEYS:
-                raise ManifestError(f"{config.name} must hold exactly the keys {sorted(CONFIG_KEYS)}")
+        with read_files(config, weights, CONFIG_KEYS, "a bias calibration") as (document, tensors):
             return cls(
                 tower_fingerprint=str(document["tower_fingerprint"]),
                 prompts={who: tuple(texts) for who, texts in document["prompts"].items()},
@@ -113,10 +106,6 @@ class BiasCalibration:
                 dictionaries={name: _dictionary(name, tensors) for name in document["dictionaries"]},
                 metrics=document["figures"],
             )
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            raise ManifestError(
-                f"{config.name} or {weights.name} is not a bias calibration: {error}"
-            ) from error
 
     def write(self, config: Path, weights: Path) -> None:
         """Write both files."""
@@ -137,10 +126,7 @@ class BiasCalibration:
             "dictionaries": sorted(self.dictionaries),
             "figures": dict(self.metrics),
         }
-        config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-        contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-        safetensors.numpy.save_file(contiguous, weights)
+        write_files(config, weights, document, tensors)
 
 
 def _dictionary(name: str, tensors: Mapping[str, NDArray[Any]]) -> DictionaryCalibration:

@@ -6,23 +6,21 @@ figures; ``defense.safetensors`` holds what has a row a feature, an image or a l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from services.calibration_files import read_files, write_files
 from services.defense.detector import Detector
 from services.defense.features import FeatureStatistics
 from services.defense.filtering import FilterChoice, FilterMode
 from services.defense.scores import ONE_LOOK, SIGMA, TWO_LOOKS
 from services.errors import ManifestError
-from services.weights import load_weights
 
 CONFIG_KEYS = {
     "tower_fingerprint", "dictionary", "sigma", "tolerance", "detectors", "choices", "labels", "figures",
@@ -73,11 +71,7 @@ class DefenseCalibration:
         ManifestError
             Where a file does not hold what it should.
         """
-        try:
-            document = json.loads(config.read_text(encoding="utf-8"))
-            tensors = load_weights(weights)
-            if set(document) != CONFIG_KEYS:
-                raise ManifestError(f"{config.name} must hold exactly the keys {sorted(CONFIG_KEYS)}")
+        with read_files(config, weights, CONFIG_KEYS, "a defense calibration") as (document, tensors):
             if document["sigma"] != SIGMA:
                 # Its thresholds would be of another detector.
                 raise ManifestError(
@@ -107,10 +101,6 @@ class DefenseCalibration:
                 label_units=units / np.linalg.norm(units, axis=1, keepdims=True),
                 metrics=document["figures"],
             )
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            raise ManifestError(
-                f"{config.name} or {weights.name} is not a defense calibration: {error}"
-            ) from error
 
     def write(self, config: Path, weights: Path) -> None:
         """Write both files."""
@@ -144,10 +134,7 @@ class DefenseCalibration:
             "labels": list(self.labels),
             "figures": dict(self.metrics),
         }
-        config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
-        contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-        safetensors.numpy.save_file(contiguous, weights)
+        write_files(config, weights, document, tensors)
 
 
 def _detector(twice: bool, parts: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Detector:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from training.compute import CPU, mixed, pick_device, pick_precision
 from training.corpus.build import DEFAULT_DIR
 from training.diffusion.drawings import Drawings, sheet, to_pixels, to_tensor
+from training.diffusion.loop import train_to_the_end
 from training.towers.muon import Muon
 
 DEFAULT_OUT = Path("work/autoencoder")
@@ -245,25 +245,7 @@ class AutoencoderTrainer:
 
     def run(self, validate_every: int) -> None:
         """Train to the end, with progress, checkpoints and validation."""
-        started, first = time.monotonic(), self.step
-        recent: list[float] = []
-        while self.step < self.settings.steps:
-            recent.append(self.train_step())
-            done = self.step == self.settings.steps
-            if self.step % 25 == 0 or done:
-                pace = (time.monotonic() - started) / (self.step - first)
-                print(
-                    f"step {self.step}/{self.settings.steps} loss {np.mean(recent[-100:]):.4f} "
-                    f"{self.settings.batch / pace:.0f} drawings/s, "
-                    f"{(self.settings.steps - self.step) * pace / 60:.0f} min left",
-                    flush=True,
-                )
-            if self.step % validate_every == 0 or done:
-                self.save()
-                metrics = {"step": self.step, "minutes": (time.monotonic() - started) / 60, **self.validate()}
-                with (self.folder / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(metrics) + "\n")
-                print(metrics, flush=True)
+        train_to_the_end(self, validate_every)
         self.export()
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from training.corpus.build import DEFAULT_DIR
 from training.diffusion.autoencoder import DEFAULT_OUT as AUTOENCODER
 from training.diffusion.data import Conditions, DiffusionData
 from training.diffusion.drawings import Drawings, sheet, to_pixels
+from training.diffusion.loop import train_to_the_end
 from training.diffusion.model import (
     SCHEDULE,
     DiffusionSettings,
@@ -311,26 +311,7 @@ class DiffusionTrainer:
         decode : callable
             From latents to images in [-1, 1].
         """
-        started, first = time.monotonic(), self.step
-        recent: list[float] = []
-        while self.step < self.settings.steps:
-            recent.append(self.train_step())
-            done = self.step == self.settings.steps
-            if self.step % 25 == 0 or done:
-                pace = (time.monotonic() - started) / (self.step - first)
-                print(
-                    f"step {self.step}/{self.settings.steps} loss {np.mean(recent[-100:]):.4f} "
-                    f"{self.settings.batch / pace:.0f} drawings/s, "
-                    f"{(self.settings.steps - self.step) * pace / 60:.0f} min left",
-                    flush=True,
-                )
-            if self.step % validate_every == 0 or done:
-                self.save()
-                metrics = {"step": self.step, "minutes": (time.monotonic() - started) / 60, **self.validate()}
-                with (self.folder / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(metrics) + "\n")
-                print(metrics, flush=True)
-                self.write_sheet(decode)
+        train_to_the_end(self, validate_every, lambda: self.write_sheet(decode))
 
 
 def load_trainer(arguments: argparse.Namespace, settings: DiffusionSettings) -> DiffusionTrainer:
