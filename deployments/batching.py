@@ -241,7 +241,7 @@ class GreedyBatcher(Generic[Item, Result]):
             waiting.setdefault(ticket.caller, []).append(ticket)
         turns = {caller: self._taking(batch, tickets) for caller, tickets in waiting.items()}
         while turns:
-            # Of equals the first is the minimum, which came first.
+            # `min` takes the first of equals, which is the caller who came first.
             caller = min(turns, key=self._shares.had)
             weight = next(turns[caller], None)
             if weight is None:

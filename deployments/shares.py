@@ -6,14 +6,14 @@ from __future__ import annotations
 class Shares:
     """What each caller has had of something, in any one unit.
 
-    Who comes begins where the others are: idleness saves nothing up, and leaving pays no debts.
+    A new caller begins at the level of the others: being idle earns no credit, and leaving clears no debt.
 
     Source: Goyal, Vin and Cheng, "Start-time fair queueing" (1996).
     """
 
     def __init__(self) -> None:
         self._had: dict[str, float] = {}
-        # What the last one who was given something had had until then.
+        # What the caller who was served last had been given before that.
         self._now = 0.0
 
     def had(self, caller: str) -> float:
@@ -24,5 +24,5 @@ class Shares:
         """Count what a caller is given."""
         self._now = self.had(caller)
         self._had[caller] = self._now + cost
-        # The others begin here, known or not.
+        # Callers below that count as being there, so they need not be stored.
         self._had = {name: had for name, had in self._had.items() if had > self._now}

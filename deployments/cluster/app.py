@@ -242,7 +242,7 @@ def _generator(bundle: Served, common: dict[str, Any]) -> serve.Application:
         ray_actor_options=placed(
             settings.generator_cpus, settings.generator_gpus, settings.generator_resource
         ),
-        # The engine's queue is the bound.
+        # The engine's queue bounds what waits.
         max_ongoing_requests=settings.max_queued_images + settings.max_batch_images,
         **scaled(
             settings.generator_replicas, settings.generator_max_replicas, settings.generator_target_ongoing

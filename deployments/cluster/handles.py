@@ -197,7 +197,7 @@ class ModelHandle:
                     # Serve's name for the cancellation of this very task.
                     raise asyncio.CancelledError from None
                 except Exception:
-                    # An error is an answer, too.
+                    # A replica that raises an error is not silent.
                     ended = True
                     self._answered = time.monotonic()
                     raise
@@ -283,7 +283,7 @@ class ModelHandle:
             await self._changed(self.alive)
 
 
-# What ends a stream of messages, none of which it can be.
+# What `anext` returns at the end of a stream; no message can be equal to it.
 _END = object()
 
 

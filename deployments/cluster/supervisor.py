@@ -190,7 +190,7 @@ class _Child:
             if self._end in ready:
                 with suppress(OSError):
                     self._serving = self._end.recv(1) == _SERVING
-                # It has told, or is gone: either way there is nothing more to read.
+                # It has said that it serves, or is gone: either way there is nothing more to read.
                 ends = [signals.reader]
         self._end.close()
         code = os.waitstatus_to_exitcode(status)

@@ -88,7 +88,7 @@ class EncoderClient:
         return GreedyBatcher(
             self._send_all,
             max_batch=self._settings.coalesce_items,
-            # The backlog is the bound.
+            # The backlog bounds what waits.
             max_queued=2 * self._settings.max_queued_items,
             concurrency=self._settings.messages_in_flight,
             weigh=lambda waiting: len(waiting.task.items),

@@ -191,7 +191,7 @@ _INTERNAL = Answer(_Code.INTERNAL, "INTERNAL")
 
 
 def answer_for(error: BaseException) -> Answer:
-    """Return the row of the table for `error`, or the row for what nobody foresaw."""
+    """Return the row of the table for `error`, or the row of unexpected exceptions."""
     return next((answer for kind, answer in TABLE if isinstance(error, kind)), _INTERNAL)
 
 
@@ -212,7 +212,7 @@ def _pack(status: status_pb2.Status, detail: object) -> None:
 
 def _cut(text: str, max_bytes: int) -> str:
     """Return `text` with its end left out where it has more than `max_bytes` of UTF-8."""
-    # Half a surrogate pair, which JSON may hold, is no character that could be told.
+    # JSON may hold half of a surrogate pair, which UTF-8 cannot encode.
     encoded = text.encode(errors="replace")
     if len(encoded) <= max_bytes:
         return encoded.decode()
@@ -267,7 +267,7 @@ def describe(
     answer = answer_for(error)
     if answer is _INTERNAL:
         reference = request_id or secrets.token_hex(4)
-        # As Ray told it: with the replica's own stack trace.
+        # As Ray raised it: with the replica's own stack trace.
         log.error("internal error %s", reference, exc_info=raised)
         message = f"internal error; the server's log knows it as {reference}"
     else:

@@ -61,7 +61,7 @@ class MetricsServer(WSGIServer):
         limit = threading.Timer(SECONDS, _break, [request])
         limit.start()
         try:
-            # Whoever breaks off has had enough.
+            # Raised where the reader closes the connection before the end.
             with contextlib.suppress(OSError):
                 self.finish_request(request, client_address)
         finally:

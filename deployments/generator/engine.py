@@ -319,7 +319,7 @@ class Engine:
 
     def _next_image(self) -> _Image:
         """Return the oldest waiting image of the caller whose turn it is."""
-        # Of equals the first is the minimum, which is the oldest.
+        # `min` takes the first of equals, which is the oldest.
         return min(self._waiting, key=lambda image: self._shares.had(image.job.task.caller))
 
     def _next_batch(self) -> list[_Image]:

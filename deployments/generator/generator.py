@@ -137,7 +137,7 @@ class Generator:
         queue: asyncio.Queue[Event] = asyncio.Queue()
 
         def emit(event: Event) -> None:
-            # A loop that is closed has nobody left to tell.
+            # Raised where the loop is closed: then no caller is left.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(queue.put_nowait, event)
 

@@ -53,7 +53,7 @@ ONE_MACHINE = {
     # The node for its agents and workers.
     "RAY_agent_register_timeout_ms": str(_PATIENCE_S * 1000),
     "RAY_worker_register_timeout_seconds": str(_PATIENCE_S),
-    # Whoever connects to another, in attempts of a second or in all.
+    # For connections between processes: attempts of a second, or seconds in all.
     "RAY_raylet_client_num_connect_attempts": str(_PATIENCE_S),
     "RAY_gcs_rpc_server_connect_timeout_s": str(_PATIENCE_S),
     "RAY_py_gcs_connect_timeout_s": str(_PATIENCE_S),

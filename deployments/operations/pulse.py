@@ -63,7 +63,7 @@ class Activity:
         self._lock = threading.Lock()
         self._running: dict[object, tuple[str, float]] = {}
         self._longest: dict[str, float] = {}
-        # When the last thing ended as it should.
+        # When something last ended without an error.
         self.worked = clock()
 
     @contextmanager
@@ -111,8 +111,8 @@ def _resident_bytes() -> int:
 
 
 def _gpu_bytes() -> int:
-    # Whoever has not imported torch holds no GPU, and need not pay for it.
-    # Another thread may be importing it: what is there is then half there.
+    # A process that has not imported torch holds no GPU, and need not import it for this.
+    # Another thread may be importing it just now: then parts of it are missing.
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     initialized = getattr(cuda, "is_initialized", None)
     return (

@@ -1,7 +1,8 @@
 """From the bytes of an image to the pixels a tower takes.
 
-Bytes come from strangers, so everything that can be checked is checked before a pixel is decoded: the format
-by content (PNG, JPEG or WebP, whatever the name says), the size in bytes, the dimensions, and what decoding will cost.
+Bytes come from callers who are not trusted, so everything that can be checked is checked before a pixel is decoded:
+the format by content (PNG, JPEG or WebP, whatever the name says), the size in bytes, the dimensions, and what decoding
+will cost.
 
 What the picture becomes:
 

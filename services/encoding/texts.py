@@ -18,7 +18,7 @@ from services.encoding.merges import merge
 from services.encoding.trimmed_open_clip import open_clip
 from services.errors import InvalidInput, TextTooLong
 
-# A server that reads strangers' words must forget them: words remembered, and bytes of one, at most.
+# Bounds of the BPE cache, whose words come from callers: words that it holds, and bytes of one, at most.
 MAX_REMEMBERED_WORDS = 50_000
 MAX_REMEMBERED_BYTES = 100
 

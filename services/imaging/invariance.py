@@ -1,6 +1,6 @@
 """Making a UNet give a row the same bits whatever batch it is in.
 
-A request must come out the same alone and among strangers. Measured on a CPU (torch 2.14, oneDNN and MKL,
+A request must give the same bits alone and in a batch with others. Measured on a CPU (torch 2.14, oneDNN and MKL,
 float32): of a UNet's operations only two depend on the number of rows. A pointwise convolution picks another
 order of addition; as a product over channels-last pixels it does not. And a linear layer on vectors (time and
 class embeddings) is a matrix-vector product below four rows; padded to four it is not. With both replaced, and

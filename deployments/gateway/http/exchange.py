@@ -61,7 +61,7 @@ class Exchange:
             When the chain ends before.
         """
         if self.task.done():
-            # What still comes tells whether the caller is there.
+            # Nobody reads the request any more, but a disconnection still comes this way.
             return await receive()
         try:
             async with asyncio.timeout(None) as self._reading:
@@ -124,7 +124,7 @@ class Exchange:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         if not task.cancelled():
-            # Whoever waits for the call raises it; nobody may be left who does.
+            # Whoever awaits the call gets its error; where nobody does, asyncio would log that it was never read.
             task.exception()
         if not self._asked.done():
             self._asked.set_result(None)

@@ -133,7 +133,7 @@ class HttpServer:
             # It warns of every request that is none; what goes wrong in the application it tells as an error.
             log_level="error",
             access_log=False,
-            # Whoever stands before the gateway could be anybody, so who calls is who is connected.
+            # Headers of a proxy could be anybody's, so the caller is the address that is connected.
             proxy_headers=False,
             server_header=False,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,

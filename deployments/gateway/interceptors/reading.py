@@ -257,10 +257,10 @@ class Requests:
 
     def _grant(self) -> None:
         """Let those read for whom there is room, the caller who holds least first."""
-        # Who has been cancelled may not have heard of it yet.
+        # A call that was cancelled may not have run since, and so still be listed.
         self._waiting = [waiting for waiting in self._waiting if not waiting.granted.cancelled()]
         while self._waiting:
-            # The first of its minimum, so that of one caller the oldest is next.
+            # `min` takes the first of equals, so that of one caller the oldest is next.
             first = min(
                 (w for w in self._waiting if self._fits(w.caller)),
                 key=lambda w: self._held[w.caller],
