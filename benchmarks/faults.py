@@ -37,7 +37,7 @@ from monofacet.v1 import imaging_service_pb2 as imaging_pb
 from rich.console import Console
 from rich.table import Table
 
-from deployments.gateway.server import IMAGING
+from deployments.gateway.services import IMAGING
 from deployments.operations.chart import RULES
 from deployments.operations.settings import EMBEDDED_BUNDLE
 from services.bundle.load import CLIP_WEIGHTS

@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deployments.gateway.server import DESCRIPTORS
+from deployments.gateway.services import DESCRIPTORS
 from services.bundle.load import Bundle
 from tests.fuzz.gateway import Findings, calibrated, fuzz, fuzzed_gateway
 from tests.fuzz.messages import Maker

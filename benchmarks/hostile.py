@@ -35,7 +35,8 @@ from rich.table import Table
 
 from deployments.access.scopes import Scope
 from deployments.access.tokens import new_token
-from deployments.operations.settings import EMBEDDED_BUNDLE, MIB
+from deployments.operations.limits import MIB
+from deployments.operations.settings import EMBEDDED_BUNDLE
 from tests.support.http2 import Raw, message
 from tests.support.service import Service, start_service
 

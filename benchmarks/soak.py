@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.samples import jpegs
 from benchmarks.start import name_of, serving_s
-from deployments.gateway.server import IMAGING
+from deployments.gateway.services import IMAGING
 from deployments.operations.settings import EMBEDDED_BUNDLE
 from tests.support.memory import MOST_GROWTH, growth
 from tests.support.service import Service, start_service

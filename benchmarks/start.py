@@ -32,7 +32,7 @@ from monofacet import Client
 from rich.console import Console
 from rich.table import Table
 
-from deployments.gateway.server import IMAGING
+from deployments.gateway.services import IMAGING
 from deployments.operations.settings import EMBEDDED_BUNDLE
 from services.bundle.load import Bundle
 from services.encoding.machine import usable_cores

@@ -171,8 +171,8 @@ def _settings(flags: dict[str, Any]) -> Settings:
 def _check(settings: Settings) -> None:
     """Stop with one line, before anything is started, when access or a port cannot work."""
     from deployments.access.check import AccessInvalid, open_certificate, open_tokens
+    from deployments.operations.addresses import is_loopback
     from deployments.operations.served import NamesClash, read_served
-    from deployments.operations.settings import is_loopback
     from services.errors import BundleError
 
     try:
@@ -213,7 +213,7 @@ def with_free_http_port(settings: Settings) -> Settings:
 
 def _check_port(host: str, port: int) -> None:
     """Stop with one line where a server could listen at none of the host's addresses, or where one is taken."""
-    from deployments.operations.settings import joined
+    from deployments.operations.addresses import joined
 
     if why := _port_refused(host, port):
         _say(f"cannot listen on {joined(host, port)}: {why}", err=True)

@@ -15,8 +15,9 @@ import typer
 from deployments.cluster.local_ray import make_private, start_ray, stop_forwarding, watch_ray
 from deployments.cluster.scratch import Scratch
 from deployments.cluster.supervisor import TRY_AGAIN, Link
+from deployments.operations.addresses import joined
 from deployments.operations.logs import Collector, configure
-from deployments.operations.settings import Settings, joined
+from deployments.operations.settings import Settings
 
 # Seconds after which the start says what it waits for, again and again.
 _STILL_S = 10.0
@@ -177,7 +178,7 @@ def _stop(settings: Settings, gateway: Any) -> None:
         say("some calls were cut off", err=True)
     stop_forwarding()
     # Replicas close what they hold. Not serve.shutdown(): it kills Serve's controller while Ray still watches it, and
-    # Ray says so at length.
+    # Ray logs that as an error of many lines.
     deleting = threading.Thread(target=_deleted, args=(ray_serve, APP_NAME), daemon=True)
     deleting.start()
     deleting.join(_DELETE_S)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from deployments.batching import BatcherClosed, BatchRecord, DeadlineExpired, GreedyBatcher, QueueFull
-from deployments.encoder.audit import run_audit, until
 from deployments.encoder.decoding import Decoded, Decoder, Decoding, EncoderFailed, Failed, Prepared
+from deployments.encoder.scoring import Scored, Scoring
 from deployments.encoder.tasks import (
     AuditRequest,
     Encoded,
@@ -37,17 +35,10 @@ from deployments.encoder.tasks import (
 from deployments.operations.process import give_way
 from deployments.operations.pulse import Activity
 from deployments.operations.settings import Settings
-from services.bias.audit import Audit
-from services.check import Check
 from services.dictionaries.base import Dictionary, Modality, SparseRow
 from services.errors import InvalidInput
-from services.modality.scores import stack_rows
-from services.modality.table import ModalitySettings, score_pairs
-from services.modality.tables import ModalityTable
 
 log = logging.getLogger("monofacet.encoder")
-
-_Scored = ModalityTable | tuple[Audit, ...]
 
 
 class Model(Decoder, Protocol):
@@ -99,12 +90,6 @@ def strongest(row: SparseRow, limit: int | None) -> Features:
     return Features(row.indices[order], row.values[order])
 
 
-def ascending(row: Features) -> SparseRow:
-    """Return the active features of one input by feature id, as sparse matrices want them."""
-    order = np.argsort(row.indices)
-    return SparseRow(row.indices[order], row.values[order])
-
-
 def encoded(rows: Sequence[_Row], queue_s: float, inference_s: float, passes: int) -> Encoded:
     """Return the answer that `rows`, one an item, make up."""
     return Encoded(
@@ -116,16 +101,6 @@ def encoded(rows: Sequence[_Row], queue_s: float, inference_s: float, passes: in
         np.array([row.noise for row in rows] if passes else [], np.float32),
         encoded([row.smoothed or row for row in rows], 0.0, 0.0, 0) if passes > 1 else None,
     )
-
-
-def group_numbers(names: Sequence[str]) -> NDArray[np.int64] | None:
-    """Return one number a pair, the same for pairs of one group; None when every pair stands alone."""
-    if not any(names):
-        return None
-    numbers: dict[object, int] = {}
-    # A pair without a group gets a key that no name can be.
-    keys = [name or i for i, name in enumerate(names)]
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
 
 class Encoder:
@@ -152,17 +127,14 @@ class Encoder:
         self._messages = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        pool = partial(ThreadPoolExecutor, initializer=give_way, initargs=(settings.compute_niceness,))
         self._item_s = 0.0
         # When the model last worked, as of the last check of its health.
         self._tried = self.activity.worked
         # One thread: two forwards at once would only share the same cores.
-        self._forward_thread = pool(1, thread_name_prefix="forward")
-        # One thread here too: it bounds the dense activations in memory to those of one call.
-        self._score_thread = pool(1, thread_name_prefix="score")
-        self._scores: GreedyBatcher[Callable[[], _Scored], _Scored] = GreedyBatcher(
-            self._run_score, max_batch=1, max_queued=settings.max_queued_items
+        self._forward_thread = ThreadPoolExecutor(
+            1, "forward", initializer=give_way, initargs=(settings.compute_niceness,)
         )
+        self._scoring = Scoring(settings, dictionaries)
         self._decoding = Decoding(settings, model)
         self._batcher: GreedyBatcher[Prepared, _Row] = GreedyBatcher(
             self._run, max_batch=settings.max_batch_items, max_queued=2 * settings.max_queued_items
@@ -203,58 +175,9 @@ class Encoder:
         records, self._records = tuple(self._records), []
         return Reply(tuple(answers), records, self._name)
 
-    async def score(self, request: ScoreRequest | AuditRequest) -> _Scored | InvalidInput:
-        """Score pairs, or audit ablations, in a thread; bootstraps and random sets take seconds.
-
-        Returns
-        -------
-        The table or the audits, or what is wrong with the pairs or items.
-
-        Raises
-        ------
-        DeadlineExpired
-            When the deadline passes before it is done.
-        BatcherClosed
-            After `close`.
-        """
-        gone = threading.Event()
-        # From now on, since it may wait for the thread longer than its caller does.
-        check = until(request.remaining_s, gone.is_set)
-        compute = partial(self._compute, request, check)
-        try:
-            return (await self._scores.submit([compute], caller=request.caller)).results[0]
-        except InvalidInput as error:
-            return error
-        finally:
-            # Ends what is computed for a caller who has gone; nothing once it is done.
-            gone.set()
-
-    async def _run_score(self, computes: list[Callable[[], _Scored]]) -> list[_Scored]:
-        loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self._score_thread, compute) for compute in computes]
-
-    def _compute(self, request: ScoreRequest | AuditRequest, check: Check) -> _Scored:
-        check()
-        if self._closed:
-            raise BatcherClosed
-        if isinstance(request, AuditRequest):
-            return run_audit(request, self._dictionaries[request.dictionary], check)
-        return self._score(request, check)
-
-    def _score(self, request: ScoreRequest, check: Check) -> ModalityTable:
-        n_features = self._dictionaries[request.dictionary].n_features
-        images, texts = (
-            stack_rows([ascending(row) for row in rows], n_features)
-            for rows in (request.images, request.texts)
-        )
-        settings = ModalitySettings(
-            delta=request.delta,
-            resamples=request.bootstrap_samples,
-            shuffles=request.shuffles,
-            fdr=request.false_discovery_rate,
-            seed=request.seed,
-        )
-        return score_pairs(images, texts, settings, group_numbers(request.groups), check)
+    async def score(self, request: ScoreRequest | AuditRequest) -> Scored | InvalidInput:
+        """Score pairs, or audit ablations; see `Scoring.score`."""
+        return await self._scoring.score(request)
 
     async def check_health(self) -> None:
         """Try the model, unless it has worked since the last time.
@@ -287,13 +210,13 @@ class Encoder:
     async def close(self) -> None:
         """Answer what has come, take no more, and free the towers. Scores that have not begun are given up."""
         self._closed = True
+        self._scoring.give_up()
         # A message goes through both queues, one after the other.
         await self._idle.wait()
         await self._decoding.close()
         await self._batcher.close()
-        await self._scores.close()
-        for pool in (self._forward_thread, self._score_thread):
-            await asyncio.to_thread(pool.shutdown)
+        await self._scoring.close()
+        await asyncio.to_thread(self._forward_thread.shutdown)
         self._model.close()
 
     @contextmanager

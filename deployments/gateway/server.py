@@ -1,110 +1,49 @@
-"""The gateway's `grpc.aio` server: services, health, reflection, layers, and how it stops."""
+"""The gateway's `grpc.aio` server: how it opens, serves, says whether it is healthy, and stops."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any
 
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from monofacet.v1 import (
-    bias_service_pb2,
-    bias_service_pb2_grpc,
-    defense_service_pb2,
-    defense_service_pb2_grpc,
-    feature_service_pb2,
-    feature_service_pb2_grpc,
-    imaging_service_pb2,
-    imaging_service_pb2_grpc,
-    modality_service_pb2,
-    modality_service_pb2_grpc,
-    model_service_pb2,
-    model_service_pb2_grpc,
-)
+from monofacet.v1 import model_service_pb2_grpc
 
 from deployments.access.check import open_certificate, open_tokens
-from deployments.access.scopes import check_scopes, methods_of
+from deployments.access.scopes import check_scopes
 from deployments.batching import QueueFull
 from deployments.encoder.tasks import EncoderInfo
 from deployments.gateway.admission.client_streams import ClientStreams
 from deployments.gateway.bundles import Backend, Bundles, Routed, Score, Stream
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.compute.decoders import Decoders
 from deployments.gateway.deferred import DeferredServices
 from deployments.gateway.encoder_client import EncoderClient, Send
 from deployments.gateway.health import Health
-from deployments.gateway.interceptors.access import Access, TokenLimits
-from deployments.gateway.interceptors.chain import Call, Chain, Group
-from deployments.gateway.interceptors.deadlines import deadlines_layer
-from deployments.gateway.interceptors.errors import errors_layer
+from deployments.gateway.interceptors.access import Access
+from deployments.gateway.interceptors.chain import Call, Chain
 from deployments.gateway.interceptors.limits import Admission
-from deployments.gateway.interceptors.metrics import metrics_layer
-from deployments.gateway.interceptors.reading import Requests, checked_deserializer
-from deployments.gateway.interceptors.requests import requests_layer
-from deployments.gateway.interceptors.traces import encoder_spans, start_tracing, traces_layer
-from deployments.gateway.interceptors.validation import validation_layer
+from deployments.gateway.interceptors.reading import Requests
+from deployments.gateway.interceptors.traces import encoder_spans, start_tracing
+from deployments.gateway.layers import SMALL_BYTES, gateway_chain
 from deployments.gateway.metrics_server import MetricsServer
 from deployments.gateway.reflection import add_reflection
-from deployments.gateway.servicers.bias import BiasServicer, RunAudit
-from deployments.gateway.servicers.defense import DefenseServicer
-from deployments.gateway.servicers.feature import FeatureServicer
-from deployments.gateway.servicers.imaging import ImagingServicer
-from deployments.gateway.servicers.modality import ModalityServicer
 from deployments.gateway.servicers.model import ModelServicer
+from deployments.gateway.services import DESCRIPTORS, ENCODING, IMAGING, ROUTED, SERVICES, servicers_of
 from deployments.gateway.transport import options
 from deployments.generator.events import GeneratorInfo
+from deployments.operations.addresses import joined
+from deployments.operations.limits import MIB
 from deployments.operations.metrics import Metrics
 from deployments.operations.served import deployment_of
-from deployments.operations.settings import MIB, Settings, joined
+from deployments.operations.settings import Settings
 
 log = logging.getLogger("monofacet.gateway")
 
-# What is served; a service joins by a line here and one in `GatewayServer._add_services`.
-DESCRIPTORS = tuple(
-    module.DESCRIPTOR.services_by_name[name]
-    for module, name in (
-        (feature_service_pb2, "FeatureService"),
-        (modality_service_pb2, "ModalityService"),
-        (bias_service_pb2, "BiasService"),
-        (imaging_service_pb2, "ImagingService"),
-        (defense_service_pb2, "DefenseService"),
-        (model_service_pb2, "ModelService"),
-    )
-)
-SERVICES = tuple(descriptor.full_name for descriptor in DESCRIPTORS)
-# Those whose calls each go to the servicer of their bundle.
-ROUTED: tuple[tuple[Any, Callable[..., None]], ...] = tuple(
-    zip(
-        DESCRIPTORS[:-1],
-        (
-            feature_service_pb2_grpc.add_FeatureServiceServicer_to_server,
-            modality_service_pb2_grpc.add_ModalityServiceServicer_to_server,
-            bias_service_pb2_grpc.add_BiasServiceServicer_to_server,
-            imaging_service_pb2_grpc.add_ImagingServiceServicer_to_server,
-            defense_service_pb2_grpc.add_DefenseServiceServicer_to_server,
-        ),
-        strict=True,
-    )
-)
-IMAGING = imaging_service_pb2.DESCRIPTOR.services_by_name["ImagingService"].full_name
-# The unary calls that need a forward of the towers.
-ENCODING = frozenset(
-    f"monofacet.v1.{method}"
-    for method in (
-        "FeatureService/Encode",
-        "ModalityService/ClassifyModality",
-        "BiasService/ClassifyGender",
-        "DefenseService/FilterAdversarial",
-        "ImagingService/PreviewSteering",
-    )
-)
 # A message a little over the limit is answered by us, with a reason; only a far larger one by gRPC itself.
 _SLACK_BYTES = 2 * MIB
-# Bytes of a request to health or reflection, which name one thing.
-_SMALL_BYTES = 4096
 # Requests to health that are read at once, apart from all others: whatever the load, it must answer.
 _HEALTH_READS = 4
 # Seconds in which such a request must have come.
@@ -167,7 +106,15 @@ class GatewayServer:
         self._traces, self._stop_traces = None, _nothing
         if settings.otlp_endpoint:
             self._traces, self._stop_traces = start_tracing(settings.otlp_endpoint, self.bundle_id)
-        chain = self._chain()
+        chain = gateway_chain(
+            settings,
+            self.metrics,
+            self._traces,
+            self._access,
+            [self._admission.layer, self._shut_layer],
+            self._requests,
+            self._health_requests,
+        )
         self._server: Any = aio.server(interceptors=[chain], options=options(settings, largest))
         self._alive = dict.fromkeys(self._bundles, True)
         self._draining = False
@@ -200,45 +147,6 @@ class GatewayServer:
         return HttpServer(
             self._settings, application(self._settings, calls, DESCRIPTORS, self._health.serving)
         )
-
-    def _chain(self) -> Chain:
-        settings, metrics = self._settings, self.metrics
-        observers = [
-            metrics_layer(metrics),
-            requests_layer,
-            *([traces_layer(self._traces)] if self._traces is not None else []),
-            errors_layer(metrics, settings.retry_after_s),
-        ]
-        access = self._access.layer
-        token_limits = TokenLimits(settings.token_calls, settings.token_rate)
-        deadlines = deadlines_layer(settings.default_deadline_s, settings.max_call_s)
-        ours = Group(
-            [
-                *observers,
-                access,
-                token_limits.layer,
-                self._admission.layer,
-                self._shut_layer,
-                deadlines,
-                self._requests.layer,
-                validation_layer,
-            ],
-            lambda decode: checked_deserializer(decode, settings.max_request_bytes),
-        )
-        return Chain(
-            {
-                "monofacet.": ours,
-                "grpc.reflection.": Group([*observers, access, self._requests.layer], _small),
-                "grpc.health.": self._health_group(),
-            },
-            [name for service in DESCRIPTORS for name in methods_of(service)],
-            settings.untaken_s,
-        )
-
-    def _health_group(self) -> Group:
-        """Return what is around health: neither tokens nor lines of the log, since probers ask every few seconds."""
-        errors = errors_layer(self.metrics, self._settings.retry_after_s)
-        return Group([errors, self._health_requests.layer], _small)
 
     @asynccontextmanager
     async def _shut_layer(self, call: Call) -> AsyncIterator[None]:
@@ -291,7 +199,7 @@ class GatewayServer:
             # Plain text, for whoever reaches it: what it reads is bounded by gRPC itself.
             self._health_server = aio.server(
                 interceptors=[Chain({}, untaken_s=settings.untaken_s)],
-                options=options(settings, _SMALL_BYTES),
+                options=options(settings, SMALL_BYTES),
             )
             health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
             self._health_server.add_insecure_port(joined(settings.host, settings.health_port))
@@ -351,8 +259,6 @@ class GatewayServer:
 
     def _servicers(self, name: str, backend: Backend) -> dict[str, Any]:
         """Return the servicers of one bundle, by the name of their service."""
-        settings, catalogue, metrics = self._settings, self._bundles[name], self.metrics
-        streams = self._client_streams
 
         def traced(queue_s: float, inference_s: float) -> None:
             encoder_spans(self._traces, queue_s, inference_s)
@@ -360,37 +266,23 @@ class GatewayServer:
         default = name == self._bundles.default
         encoder = EncoderClient(
             backend.send,
-            settings,
-            metrics,
+            self._settings,
+            self.metrics,
             backend.info.backend,
             traced,
             lambda: self._alive[name],
             deployment_of("encoder", name, default),
         )
         self._encoders.append(encoder)
-        decoders = Decoders(catalogue.bundle)
-        scale = backend.info.logit_scale
-        # The encoder computes audits where it computes scores.
-        run_audit = cast(RunAudit, backend.score)
-        return {
-            "FeatureService": FeatureServicer(encoder, catalogue, settings, metrics),
-            "ModalityService": ModalityServicer(
-                encoder, backend.score, catalogue, streams, settings, metrics
-            ),
-            "BiasService": BiasServicer(
-                encoder, run_audit, catalogue, decoders, scale, streams, settings, metrics
-            ),
-            "DefenseService": DefenseServicer(encoder, catalogue, decoders, scale, settings, metrics),
-            "ImagingService": ImagingServicer(
-                encoder,
-                backend.generate,
-                catalogue,
-                decoders,
-                settings,
-                metrics,
-                deployment_of("generator", name, default),
-            ),
-        }
+        return servicers_of(
+            backend,
+            self._bundles[name],
+            encoder,
+            deployment_of("generator", name, default),
+            self._client_streams,
+            self._settings,
+            self.metrics,
+        )
 
     @property
     def bundle_id(self) -> str:
@@ -472,10 +364,6 @@ class GatewayServer:
             said = _NOT_SERVING if name == IMAGING and lost else status
             self._health.set(name, said)
             self.metrics.serving.labels(name or "server").set(said == _SERVING)
-
-
-def _small(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    return checked_deserializer(decode, _SMALL_BYTES)
 
 
 def _nothing() -> None:

@@ -25,9 +25,10 @@ from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import feature_service_pb2_grpc
 
 from deployments.encoder.encoder import Encoder
-from deployments.gateway import server as gateway_server
+from deployments.gateway import layers
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.interceptors.chain import Call
+from deployments.gateway.server import GatewayServer
 from deployments.operations.settings import Settings
 from tests.deployments.debug import DebugDictionary, DebugModel
 from tests.support.tiny_bundle import make_tiny_bundle
@@ -53,7 +54,7 @@ async def run(rounds: int, calls: int) -> list[float]:
         async def score(_: Any) -> Any:
             raise AssertionError("nothing is scored here")
 
-        server = gateway_server.GatewayServer(settings, Catalogue.read(bundle))
+        server = GatewayServer(settings, Catalogue.read(bundle))
         port, _ = await server.start(encoder.encode, score, encoder.info())
         samples = []
         async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
@@ -80,5 +81,5 @@ async def run(rounds: int, calls: int) -> list[float]:
 if __name__ == "__main__":
     structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     if sys.argv[3] == "leaky":
-        gateway_server.validation_layer = keeping  # type: ignore[assignment]
+        layers.validation_layer = keeping  # type: ignore[assignment]
     print(json.dumps(asyncio.run(run(int(sys.argv[1]), int(sys.argv[2])))))

@@ -26,7 +26,8 @@ from deployments.encoder.model import TowerModel
 from deployments.encoder.tasks import ScoreRequest
 from deployments.gateway.bundles import Backend
 from deployments.gateway.catalogue import Catalogue
-from deployments.gateway.server import DESCRIPTORS, GatewayServer
+from deployments.gateway.server import GatewayServer
+from deployments.gateway.services import DESCRIPTORS
 from deployments.operations.served import NamesClash, read_served
 from deployments.operations.settings import Settings
 from services.bundle.load import CLIP_CONFIG, SELFCHECK, Bundle, refresh_manifest

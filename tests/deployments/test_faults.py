@@ -96,7 +96,7 @@ async def test_a_score_that_has_not_begun_when_the_encoder_closes_is_refused_and
         assert go_on.wait(60)
         return "scored"
 
-    encoder._score = held  # type: ignore[method-assign]
+    encoder._scoring._score = held  # type: ignore[method-assign]
     request = ScoreRequest("d", (), (), ())
     first = asyncio.create_task(encoder.score(request))
     await began.wait()

@@ -28,7 +28,8 @@ from deployments.access.tokens import new_token
 from deployments.gateway.catalogue import Catalogue
 from deployments.gateway.interceptors.chain import Call
 from deployments.gateway.interceptors.requests import peer_of
-from deployments.gateway.server import SERVICES, GatewayServer
+from deployments.gateway.server import GatewayServer
+from deployments.gateway.services import SERVICES
 from deployments.operations.settings import Settings
 from services.bundle.load import Bundle
 from tests.deployments.conftest import Open, error_details

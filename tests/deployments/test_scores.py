@@ -21,16 +21,16 @@ def encoder() -> Iterator[Encoder]:
     dictionaries: Any = {"debug": DebugDictionary()}
     made = Encoder(Settings(threads=1), DebugModel(), dictionaries)
     yield made
-    made._score_thread.shutdown()
+    made._scoring._thread.shutdown()
 
 
 async def test_a_deadline_counts_from_the_requests_arrival(
     encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[Any] = []
-    monkeypatch.setattr("deployments.encoder.encoder.score_pairs", lambda *_: computed.append(1))
+    monkeypatch.setattr("deployments.encoder.scoring.score_pairs", lambda *_: computed.append(1))
     busy = threading.Event()
-    encoder._score_thread.submit(busy.wait)
+    encoder._scoring._thread.submit(busy.wait)
     scoring = asyncio.ensure_future(encoder.score(ScoreRequest("debug", (), (), (), remaining_s=0.05)))
     await asyncio.sleep(0.1)
     busy.set()
@@ -52,7 +52,7 @@ async def test_what_is_computed_for_a_caller_who_has_gone_ends(
         finally:
             ended.set()
 
-    monkeypatch.setattr("deployments.encoder.encoder.score_pairs", endless)
+    monkeypatch.setattr("deployments.encoder.scoring.score_pairs", endless)
     scoring = asyncio.ensure_future(encoder.score(ScoreRequest("debug", (), (), ())))
     assert await asyncio.to_thread(begun.wait, 10)
     scoring.cancel()
@@ -63,9 +63,9 @@ async def test_one_callers_scores_wait_for_one_of_another_and_not_for_all(
     encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    monkeypatch.setattr(encoder, "_score", lambda request, _: order.append(request.caller))
+    monkeypatch.setattr(encoder._scoring, "_score", lambda request, _: order.append(request.caller))
     busy = threading.Event()
-    encoder._score_thread.submit(busy.wait)
+    encoder._scoring._thread.submit(busy.wait)
 
     def score(caller: str) -> asyncio.Future[Any]:
         return asyncio.ensure_future(encoder.score(ScoreRequest("debug", (), (), (), caller=caller)))

@@ -20,7 +20,7 @@ from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
 from monofacet.v1 import model_service_pb2, model_service_pb2_grpc
 
-from deployments.gateway.server import SERVICES
+from deployments.gateway.services import SERVICES
 from tests.deployments.conftest import Open, error_details
 from tests.support.waiting import PATIENCE_S
 

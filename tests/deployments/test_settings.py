@@ -9,7 +9,8 @@ from contextlib import suppress
 import pytest
 from pydantic import ValidationError
 
-from deployments.operations.settings import Settings, joined, service_links
+from deployments.operations.addresses import joined
+from deployments.operations.settings import Settings, service_links
 from deployments.serve import with_free_http_port
 from services.encoding.images import MAX_PIXELS
 

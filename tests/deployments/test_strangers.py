@@ -21,7 +21,7 @@ from deployments.access.scopes import Scope
 from deployments.access.tokens import new_token
 from deployments.gateway import server, transport
 from deployments.gateway.interceptors import reading
-from deployments.operations.settings import MIB
+from deployments.operations.limits import MIB
 from tests.deployments.conftest import Open, error_details
 from tests.support.http2 import Raw, message
 

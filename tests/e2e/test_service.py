@@ -25,7 +25,7 @@ from monofacet.v1 import (
 from PIL import Image
 
 from deployments.encoder.model import TowerModel
-from deployments.gateway.server import SERVICES
+from deployments.gateway.services import SERVICES
 from deployments.operations.settings import Settings
 from services.bundle.load import Bundle
 from tests.support.service import Service, metric

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deployments.access.scopes import methods_of
-from deployments.gateway.server import DESCRIPTORS
+from deployments.gateway.services import DESCRIPTORS
 from services.bundle.load import Bundle
 from tests.fuzz.gateway import CODE, calibrated, fuzz, fuzzed_gateway, send
 from tests.fuzz.messages import Case, Maker

@@ -12,7 +12,8 @@ from deployments.gateway.http.calls import CallFailed, Calls, HttpContext, answe
 from deployments.gateway.http.connect import ConnectCalls
 from deployments.gateway.http.openai import OpenAI, error_body, send_failure
 from deployments.gateway.http.openapi import description
-from deployments.operations.settings import Settings, is_loopback
+from deployments.operations.addresses import is_loopback
+from deployments.operations.settings import Settings
 
 # What may describe the services over gRPC may do so here.
 _DESCRIBE = "grpc.reflection.v1.ServerReflection/ServerReflectionInfo"

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 from deployments.access.scopes import SCOPES, MethodWithoutScope, Scope, allows, check_scopes, methods_of
 from deployments.access.tokens import new_token
-from deployments.gateway.server import DESCRIPTORS
+from deployments.gateway.services import DESCRIPTORS
 from tests.deployments.conftest import Open, error_details
 from tests.support.waiting import PATIENCE_S
 

@@ -16,7 +16,7 @@ from grpc import aio
 from monofacet.v1 import common_pb2 as common
 from monofacet.v1 import feature_service_pb2 as pb
 
-from deployments.gateway.server import DESCRIPTORS
+from deployments.gateway.services import DESCRIPTORS
 from tests.deployments.conftest import array, error_details
 from tests.deployments.http.conftest import (
     ENCODE,

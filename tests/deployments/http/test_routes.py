@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deployments.gateway.server import DESCRIPTORS, IMAGING, SERVICES
+from deployments.gateway.services import DESCRIPTORS, IMAGING, SERVICES
 from deployments.operations.settings import Settings
 from tests.deployments.conftest import Open
 from tests.deployments.http.conftest import ENCODE, Opened
@@ -82,9 +82,10 @@ def test_a_free_port_is_taken_where_grpc_takes_one() -> None:
     assert Settings(port=0).http_port == 0
     assert Settings(port=0, http_port=8081).http_port == 8081
     assert Settings(port=9001).http_port == 8080
+    assert Settings(port=8080).http_port == 0
 
 
 def test_two_ports_of_one_number_are_refused() -> None:
     with pytest.raises(ValueError, match="http_port"):
-        Settings(port=8080)
+        Settings(port=8080, http_port=8080)
     assert Settings(port=8080, http=False).port == 8080

@@ -18,7 +18,7 @@ from monofacet.v1 import common_pb2, model_service_pb2, model_service_pb2_grpc
 from monofacet.v1 import imaging_service_pb2 as pb
 
 from deployments.gateway.pictures import REFERENCES_LEFT_OUT, picture
-from deployments.gateway.server import IMAGING
+from deployments.gateway.services import IMAGING
 from services.errors import SteeringUnsupported
 from tests.deployments.conftest import error_details
 from tests.deployments.imaging.conftest import INFO, Gateway, Open, events, preview
