@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import steering_pairs
-from benchmarks.steering import Directions, Pair, descriptors, measure, within
+from benchmarks.steering import Directions, SteeringPair, descriptors, measure, within
 from services.imaging.edits import AttributeEdit, Edit, SetQuantile, Steering
 
 
@@ -60,7 +60,7 @@ def directions() -> Directions:
 def measured(made: np.ndarray) -> dict[str, np.ndarray]:
     base, reference = square((200, 0, 0)), square((0, 0, 100))
     corpus: Any = SimpleNamespace(plain=np.concatenate([base, reference]))
-    pair = Pair(0, 1, "1", "0", {})
+    pair = SteeringPair(0, 1, "1", "0", {})
     judge: Any = Colours()
     return measure(judge, directions(), corpus, base, made, [pair])
 
